@@ -138,7 +138,7 @@ def test_an_unsupported_value_is_reported_immediately(saver: BackgroundSaver, tm
     """A value that cannot be stored raises in the call itself, because flattening needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", SINGLE_PROCESS)
-    with pytest.raises(CheckpointError, match="saved only to local paths"):
+    with pytest.raises(CheckpointError, match="Use a local path or a URL"):
         saver.save(tree(1), "https://host/a", SINGLE_PROCESS)
 
 

@@ -167,7 +167,7 @@ def test_swapped_files_are_damage(damaged: Path) -> None:
 def test_the_manifest_of_another_program_is_reported(damaged: Path, content: str) -> None:
     """A manifest of another program is reported as such, and not as damage."""
     (damaged / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match="was written by another program") as caught:
+    with pytest.raises(CheckpointError, match="was written by a different program") as caught:
         FORMAT.load(damaged)
     assert type(caught.value) is CheckpointError
     assert caught.value.exit_status == 2

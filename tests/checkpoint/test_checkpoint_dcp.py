@@ -130,7 +130,7 @@ def test_truncated_metadata_is_damage(tmp_path: Path) -> None:
 def test_a_folder_without_metadata_is_rejected(tmp_path: Path) -> None:
     """A folder without metadata is rejected."""
     assert not is_dcp_directory(tmp_path)
-    with pytest.raises(CheckpointNotFoundError, match=r"it has no \.metadata"):
+    with pytest.raises(CheckpointNotFoundError, match=r"it does not contain \.metadata"):
         DcpDirectory(tmp_path)
 
 

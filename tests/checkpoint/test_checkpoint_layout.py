@@ -68,7 +68,7 @@ def test_chunks_are_in_bytes_of_the_file() -> None:
 def test_a_file_of_another_size_is_rejected(size: int) -> None:
     """A header that does not match the file size is reported as damage."""
     layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
-    with pytest.raises(CheckpointDamagedError, match="its tensors have 32 bytes"):
+    with pytest.raises(CheckpointDamagedError, match="its tensors should occupy 32 bytes"):
         FileLayout.read(layout.header, layout.size + size)
 
 

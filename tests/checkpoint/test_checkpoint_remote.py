@@ -69,14 +69,17 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_a_staging_folder_that_is_not_shared_is_reported() -> None:
     """A rank that cannot see the staging folder raises an error that says what to set."""
-    with pytest.raises(CheckpointError, match="Ranks on several machines need a shared folder"):
+    with pytest.raises(
+        CheckpointError,
+        match="With ranks on several machines, set STRATAGEM_STAGING to a folder that all machines share",
+    ):
         _check_shared(Path("/not/here"))
 
 
 def test_the_staging_folder_can_be_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """STRATAGEM_STAGING selects the staging folder, which is empty again afterwards, even after a failure."""
     monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
-    with pytest.raises(CheckpointError, match="Set STRATAGEM_STAGING to another one"):
+    with pytest.raises(CheckpointError, match="Set STRATAGEM_STAGING to a different folder"):
         save("iter_3", 1.0)
     (tmp_path / "staging").mkdir()
     seen: list[Path] = []

@@ -84,7 +84,7 @@ def test_a_missing_rank_file_is_an_error(tmp_path: Path) -> None:
     """A missing file of a rank raises an error."""
     folder = save(tmp_path / "saved", flat_partitions())
     (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, but it has the files of 1"):
+    with pytest.raises(CheckpointNotFoundError, match="it was saved by 2 ranks, but contains the files of 1 ranks"):
         read_any(folder)
 
 

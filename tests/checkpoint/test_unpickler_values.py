@@ -188,7 +188,7 @@ def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw
 def test_unknown_metadata_is_rejected(tmp_path: Path) -> None:
     """A tensor with unknown metadata is rejected, and the metadata is not ignored."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": with_metadata({"scaled": True})}}, {"0": bytes(16)})
-    with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the unsupported metadata scaled"):
+    with pytest.raises(CheckpointError, match="state_dict/w is a tensor with unsupported metadata \\(scaled"):
         SingleFileFormat().load(path)
 
 
@@ -290,7 +290,7 @@ def test_other_zip_files_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", b"nothing")
-    with pytest.raises(CheckpointError, match="not have exactly one data.pkl"):
+    with pytest.raises(CheckpointError, match="not contain exactly one data.pkl"):
         SingleFileFormat().load(path)
     with pytest.raises(CheckpointError, match=r"TorchScript.*torch\.jit\.load"):
         SingleFileFormat().load(write(path, {}, extra={"constants.pkl": b""}))

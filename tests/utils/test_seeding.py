@@ -98,7 +98,7 @@ def test_the_default_rank_comes_from_the_process_group(monkeypatch: pytest.Monke
 def test_several_ranks_require_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes, a seed is required, because each rank would generate a different one."""
     pretend_group(monkeypatch, rank=1, size=2)
-    with pytest.raises(ConfigValueError, match=r"rank 1 of 2.*Draw one on rank 0"):
+    with pytest.raises(ConfigValueError, match=r"rank 1 of 2.*Draw a seed on rank 0"):
         set_random_seed()
 
 

@@ -28,7 +28,7 @@ __all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpo
 def save_checkpoint(
     checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], rank_group: RankGroup = SINGLE_PROCESS
 ) -> None:
-    """Save a state tree so that ``filename`` holds either all of it or its previous contents.
+    """Save a state tree atomically: ``filename`` contains either the complete tree or its previous contents.
 
     A name that ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``) is written as a single file in torch's format, any other
     name as a directory of safetensors and JSON files. For a URL that fsspec can open (``s3://bucket/run/epoch_3``), the
@@ -60,7 +60,7 @@ def write_to(
 
 
 def check_writable(filename: str | os.PathLike[str]) -> None:
-    """Check that checkpoints can be saved to ``filename``: any path is accepted, and any URL that fsspec can write to.
+    """Check that ``filename`` is a path or a URL that fsspec can write to.
 
     Raises:
         CheckpointError: if the URL is read-only or its scheme is unknown.
@@ -68,7 +68,8 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
     url = os.fspath(filename)
     if is_url(filename) and (CheckpointLoader.is_read_only(url) or not is_remote_scheme(url.partition("://")[0])):
         raise CheckpointError(
-            f"{mask_text(url)}: checkpoints can be saved only to local paths and to URLs that fsspec can write to."
+            f"{mask_text(url)}: cannot save checkpoints to this URL. Use a local path or a URL that fsspec can write "
+            "to."
         )
 
 
@@ -98,7 +99,7 @@ def load_checkpoint(
 
 
 def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return a checkpoint's model state.
+    """Return the model state of a checkpoint.
 
     Raises:
         CheckpointError: if the checkpoint has no model state.

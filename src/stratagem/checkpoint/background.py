@@ -27,7 +27,7 @@ __all__ = ["BackgroundSaver"]
 class BackgroundSaver:
     """Write checkpoints in a background thread, one at a time.
 
-    :meth:`save` returns as soon as the state is copied to a reusable CPU buffer, which is as large as this rank's share
+    :meth:`save` returns as soon as the state is copied to a reusable CPU buffer, which has the size of this rank's part
     of the checkpoint. Later changes to the state do not affect the checkpoint. A save waits until the previous one is
     written. If writing fails, the next :meth:`check` or :meth:`wait` raises the error on every rank.
 
@@ -35,7 +35,7 @@ class BackgroundSaver:
     through a dedicated process group.
 
     Args:
-        logger: receives a message when a save has to wait for the previous one.
+        logger: the logger for a message if a save has to wait for the previous save.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -60,7 +60,8 @@ class BackgroundSaver:
             checkpoint: this rank's state tree.
             filename: the target; its name selects the format as in :func:`~stratagem.checkpoint.save_checkpoint`.
             rank_group: the ranks of the run, which save together.
-            then: called by every rank's writer thread with the writers' rank group once the checkpoint is durable.
+            then: a function that the writer thread of every rank calls with the rank group of the writers after the
+                checkpoint has been written durably.
 
         Raises:
             CheckpointError: if a value cannot be stored, or the previous save failed.
@@ -76,7 +77,7 @@ class BackgroundSaver:
         self._task = self._thread.submit(_write, staged.write, tensors, filename, self._rank_group, then)
 
     def check(self) -> None:
-        """Raise the error of a failed save once all ranks have finished it. Does not wait.
+        """Raise the error of a failed save after all ranks have finished it, without waiting.
 
         Call it between training steps; all ranks raise at the same step.
 
@@ -88,7 +89,7 @@ class BackgroundSaver:
         if self._async_max is None:
             done = self._task.done()
         else:
-            # The maximum over the ranks as of the previous check: 1 if any rank was still writing.
+            # The maximum over all ranks at the previous check: 1 if any rank was still writing.
             done = self._async_max.pending and self._async_max.wait() == 0
             if not done:
                 self._async_max.start(int(not self._task.done()))
@@ -128,7 +129,7 @@ def _write(
         write_to(filename, lambda path: write(tensors, path, rank_group), rank_group)
     except CheckpointError:
         raise
-    except Exception as error:  # Any error must name the missing checkpoint.
+    except Exception as error:  # Every error must contain the name of the missing checkpoint.
         raise save_error(Path(filename), error) from error
     if then is not None:
         then(rank_group)

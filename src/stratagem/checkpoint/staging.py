@@ -1,4 +1,4 @@
-"""Hold a copy of the state in CPU memory until it is written, while training changes the original."""
+"""Keep a copy of the state in CPU memory until it is written, while training modifies the original."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from stratagem.distributed import RankGroup
 
 __all__ = ["StagedState", "Staging"]
 
-# In bytes: enough for every dtype and for the widest vector instructions.
+# The alignment in bytes, sufficient for all dtypes and for the widest vector instructions.
 _ALIGNMENT = 64
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class StagedState:
-    """A flattened state tree, ready to be written; everything except the tensors is already a copy.
+    """A flattened state tree, ready to be written. All values except tensors are already copied.
 
     Attributes:
         tensors: the tensors that this rank writes; they share memory with the tree.
@@ -66,14 +66,15 @@ class Staging:
     def _allocate(self, shapes: list[tuple[torch.dtype, torch.Size]], *, pinned: bool) -> None:
         sizes = [shape.numel() * dtype.itemsize for dtype, shape in shapes]
         offsets = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
-        # Release the old buffer first, so that both do not exist at the same time.
+        # Release the old buffer first, so that two buffers never exist at the same time.
         self._copies = []
         if offsets[-1] > self.nbytes or (pinned and not self._memory.is_pinned()):
             self._memory = torch.empty(0, dtype=torch.uint8)
             self._memory = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=pinned)
         memory = self._memory.numpy()
         self._copies = [
-            # Slices made through NumPy have their own storage; for a view, torch.save would write the whole buffer.
+            # Slice through NumPy, so that each slice has a separate storage; for a view, torch.save would write the
+            # whole buffer.
             torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
             for (dtype, shape), offset, size in zip(shapes, offsets, sizes, strict=False)
         ]

@@ -219,7 +219,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     def weight_factor(self, micro_batches: int) -> Tensor:
         """Return the factor that turns the mean of ``sum(loss * weight)`` over ranks into the weighted mean. Collective.
 
-        x
+        Raises:
+            StateError: if only some micro-batches of the accumulation window had a weight.
         """
         if self._num_weighted != micro_batches:
             raise StateError(

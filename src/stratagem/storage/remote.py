@@ -57,7 +57,7 @@ class RemoteFolder:
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Return the folder at a URL; it need not exist.
+        """Return the folder at a URL, which may not exist yet.
 
         Raises:
             MissingDependencyError: if fsspec or the package for the scheme is not installed.
@@ -128,7 +128,7 @@ class RemoteFolder:
         return int(self._system.info(self._join(path))["size"])
 
     def version(self, path: str) -> str:
-        """Return a token that changes when a file's contents change, as far as the file system can tell."""
+        """Return a token that changes when the contents of a file change, as far as the file system detects this."""
         self._system.invalidate_cache()
         return str(self._system.ukey(self._join(path)))
 

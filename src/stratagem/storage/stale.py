@@ -29,16 +29,19 @@ class CleanupResult:
 
 
 def clean_temporaries(parent: Path) -> CleanupResult:
-    """Remove temporary files that killed processes left in a directory, and restore old contents that were not replaced.
+    """Remove temporary files that killed processes left in a directory, and restore replaced contents.
+
+    Old contents are restored if the new contents were not published.
 
     Only temporary names made by this package are touched, except those of processes that are alive on this machine.
-    Processes on other machines cannot be checked and count as dead, so call this only if a single run uses the directory.
+    Processes on other machines cannot be checked and are treated as dead, so call this only if a single run uses the
+    directory.
 
     Raises:
         OSError: if a stale path cannot be removed.
     """
     stale = [(path, name) for path in parent.iterdir() if (name := TemporaryName.parse(path)) and _is_stale(path, name)]
-    # Newest first, so that the last published of several old versions is restored.
+    # Sort the newest first, so that the version that was published last is restored.
     stale.sort(key=lambda item: item[0].lstat().st_mtime_ns, reverse=True)
     removed, restored = [], []
     for path, name in stale:
@@ -56,7 +59,7 @@ def clean_temporaries(parent: Path) -> CleanupResult:
 def _is_stale(path: Path, name: TemporaryName) -> bool:
     if not process_exists(name.pid):
         return True
-    # In containers, a restarted process often reuses a process id: then the file is older than the process.
+    # In containers, a restarted process often reuses a process ID. In that case, the file is older than the process.
     # Compare the change time, which a rename sets; old contents may have been written long before.
     started = _start_time(name.pid)
     return started is not None and path.lstat().st_ctime < started - _CLOCK_SLACK_S

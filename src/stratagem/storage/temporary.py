@@ -1,4 +1,4 @@
-"""Make unique temporary names that contain the process id, and recognize them."""
+"""Make and parse unique temporary names that contain the process ID."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helpers without dependencies on the rest of the package: names, imports, versions, paths, seeds, secrets.
+"""Helpers that do not depend on the rest of the package: names, imports, versions, paths, seeds, secrets.
 
 Helpers that need torch are imported on first use, so that reading a configuration does not import torch.
 """

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 _DOTTED = re.compile(r"\w+(?:[.:]\w+)+")
-# Keys whose values are looked up in registries, even if they are not dotted.
+# The values of these keys are looked up in registries even if they are not dotted names.
 _LOOKED_UP = frozenset({"type", "runner_type", "optimizer_type", "strategy", "constructor", "_scope_", "default_scope"})
 
 
@@ -31,9 +31,9 @@ def is_dotted_name(text: str) -> bool:
 class DataName(str):
     """A key in a data file, or a string in one that could select what is imported: a dotted path, a type or a scope.
 
-    It behaves like any other ``str``. Registries check for this class: they do not import the object that such a string names
-    unless its package is allowed, and they restrict the arguments whose keys have this class. The class is preserved by
-    merging, copying and pickling, also in plain dicts, so the restriction stays with the value.
+    It behaves like any other ``str``. Registries check for this class: they do not import the object that such a string
+    names unless its package is allowed, and they restrict the arguments whose keys have this class. Merging, copying
+    and pickling preserve the class, also in plain dicts, so the restriction also applies to copies of the value.
     """
 
     __slots__ = ()

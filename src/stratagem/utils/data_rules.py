@@ -24,7 +24,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["is_restricted", "refuse_data_arguments", "refused_arguments", "rules_of", "weights_only_loads"]
 
-# Keys of the mapping itself, which are not passed to the target.
+# Keys that are part of the mapping but are not passed to the target.
 _RESERVED_KEYS: Final = frozenset({"type", "_scope_"})
 
 
@@ -43,7 +43,7 @@ class DataRules:
     """The arguments that a data file may set for one kind of target.
 
     Args:
-        applies: Returns whether a class or function is of this kind. It imports nothing.
+        applies: A function that returns whether a class or function is of this kind, without importing anything.
         allowed: The allowed arguments, each with its allowed values.
         fixed: Arguments to pass if the program does not set them.
         others: The allowed values of all other arguments; None to reject other arguments.
@@ -63,8 +63,8 @@ def rules_of(target: Any) -> DataRules | None:
 def refused_arguments(target: Any, given: Mapping[str, Any]) -> dict[str, str]:
     """Return the arguments in ``given`` that a data file must not set for ``target``, each with the reason.
 
-    If a data file chose the target (the ``type``), every argument is checked against the rules, since a program may have
-    rebuilt the mapping and lost the origin of its values. Otherwise only arguments from data files are checked.
+    If a data file chose the target (the ``type``), every argument is checked against the rules, since the origin of the
+    values is lost if a program has rebuilt the mapping. Otherwise only arguments from data files are checked.
     """
     rules = rules_of(target)
     if rules is None:
@@ -118,7 +118,9 @@ def _rejection_reason(name: str, value: Any, rules: DataRules, target: Any) -> s
     title = _title(target)
     if allowed is None:
         known = (
-            f"Allowed: {', '.join(sorted(rules.allowed))}." if rules.allowed else "It may set none of its arguments."
+            f"Allowed: {', '.join(sorted(rules.allowed))}."
+            if rules.allowed
+            else "No argument of this target is allowed in a data file."
         )
         return f"a data file cannot set {name!r} of {title}. {known} Write this part of the configuration in Python."
     if not allowed.accept(value):
@@ -156,7 +158,7 @@ def _one_of(*values: object) -> AllowedValues:
 
 
 def _is_listed(value: Any, values: tuple[object, ...]) -> bool:
-    # 1 equals True, but libraries distinguish them.
+    # Compare types as well: 1 equals True, but libraries distinguish them.
     return any(value == each and isinstance(value, type(each)) for each in values)
 
 
@@ -168,7 +170,7 @@ _FLAG: Final = AllowedValues("True or False", lambda value: isinstance(value, bo
 _TEXT: Final = AllowedValues("a string", _is_plain_text)
 _NUMBERS: Final = AllowedValues("a number or a list of numbers", _is_numbers)
 _LABELS: Final = AllowedValues("a mapping of labels", _is_labels)
-# A colon would mark a location to download the model from.
+# A name with a colon would specify a location from which the model is downloaded.
 _MODEL_NAME: Final = AllowedValues(
     "the name of a model of the library",
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
@@ -177,7 +179,7 @@ _MODEL_NAME: Final = AllowedValues(
 
 # torch.compile ------------------------------------------------------------------------------------------------------
 
-# Backends of torch that neither import another package nor start programs selected by the configuration.
+# Torch backends that neither import other packages nor start programs that the configuration selects.
 _BACKENDS: Final = ("aot_eager", "cudagraphs", "eager", "inductor")
 
 
@@ -187,7 +189,7 @@ def _is_backend(value: Any) -> bool:
     if value in _BACKENDS:
         return True
     dynamo: Any = import_module("torch._dynamo")
-    # Selecting a backend that a package announces as an entry point imports that package.
+    # If a backend is registered as an entry point of a package, selecting it imports the package.
     announced = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
     if value in announced or value not in dynamo.list_backends(exclude_tags=()):
         return False
@@ -205,7 +207,9 @@ _COMPILE: Final = DataRules(
         "fullgraph": _FLAG,
         "dynamic": AllowedValues("True, False or None", lambda value: value is None or isinstance(value, bool)),
         "disable": _FLAG,
-        "backend": AllowedValues("the name of a backend of torch or of one that the program registered", _is_backend),
+        "backend": AllowedValues(
+            "the name of a backend of torch, or of a backend that the program registered", _is_backend
+        ),
         "target": AllowedValues(
             "the name of a public method of the model",
             lambda value: isinstance(value, str) and value.isidentifier() and not value.startswith("_"),
@@ -286,7 +290,7 @@ _TRANSFORMERS_MODEL: Final = DataRules(
         **_SOURCE,
         "variant": _TEXT,
         "use_safetensors": _one_of(True),
-        # Other implementations may be downloaded as compiled code.
+        # Other implementations may download compiled code.
         "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
         **dict.fromkeys(("dtype", "torch_dtype"), _DTYPES),
         **dict.fromkeys(
@@ -366,7 +370,7 @@ _TORCHVISION: Final = DataRules(
     },
 )  # fmt: skip
 
-# heavyball looks up strings among all functions of its helper module.
+# heavyball accepts the name of any function in its helper module as a string.
 _HEAVYBALL: Final = DataRules(
     lambda target: _comes_from(target, "heavyball"),
     {
@@ -406,7 +410,7 @@ _MODEL_METRICS: Final = DataRules(
     )
 )  # fmt: skip
 
-# The first rule that applies is used.
+# The first matching rule is used.
 _RULES: Final = (
     _COMPILE, _PROCESS_GROUP, _TRANSFORMERS_MODEL, _TRANSFORMERS_PART, _TRANSFORMERS_OTHER, _TIMM, _TORCHVISION,
     _HEAVYBALL, _LOADERS, _MODEL_METRICS,

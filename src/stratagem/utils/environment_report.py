@@ -1,4 +1,4 @@
-"""Report the hardware and software of a run, for the start of its log."""
+"""Report the hardware and software of a run, which is logged at the start."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def collect_env() -> dict[str, str]:
 
 def _describe_cpu() -> str:
     model = platform.processor() or platform.machine()
-    # Containers and job schedulers often grant fewer cores than the machine has.
+    # Containers and job schedulers often provide fewer cores than the machine has.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {usable} of {os.cpu_count()} cores usable"
 
@@ -55,7 +55,7 @@ def _describe_cpu() -> str:
 def _describe_memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    except (ValueError, OSError, AttributeError):  # not available on this platform
+    except (ValueError, OSError, AttributeError):  # Not available on this platform.
         return _UNKNOWN
 
 

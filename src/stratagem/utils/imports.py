@@ -16,7 +16,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
 
-# The folders that contain libraries and this package. They stay importable even if one of them is the working directory.
+# The folders with libraries and this package, which stay importable even if they are the working directory.
 _INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 _INSTALLED.add(Path(__file__).resolve().parents[2])
 
@@ -28,7 +28,7 @@ def drop_working_directory() -> None:
     """
     try:
         here = Path.cwd().resolve()
-    except OSError:  # the folder no longer exists, so nothing can be imported from it
+    except OSError:  # The folder no longer exists, so it cannot contain modules.
         return
     if here not in _INSTALLED:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
@@ -54,7 +54,8 @@ def import_module(name: str, *, extra: str | None = None) -> ModuleType:
 
     Args:
         name: The module.
-        extra: The extra of Stratagem that installs the package. It is then never imported from the working directory.
+        extra: The extra of Stratagem that installs the package. If given, the package is never imported from the
+            working directory.
 
     Raises:
         MissingDependencyError: if the package or one of its dependencies is not installed.
@@ -85,5 +86,7 @@ def import_object(target: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ConfigKeyError(f"{module_name} has no {path!r}. {did_you_mean(part, dir(found))}") from error
+            raise ConfigKeyError(
+                f"module {module_name} has no attribute {path!r}. {did_you_mean(part, dir(found))}"
+            ) from error
     return found

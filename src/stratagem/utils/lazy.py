@@ -1,4 +1,4 @@
-"""Values of a configuration that are resolved on use: imports and masked secrets."""
+"""Configuration values that are resolved on use: imports and masked secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LazyObject:
         position: The file and line of the import statement, such as ``"config.py:3"``, for errors.
     """
 
-    # Private, since every public attribute refers to an attribute of the object to import.
+    # These attributes are private, because public attributes refer to attributes of the object to import.
     __slots__ = ("_module", "_path", "_position")
 
     def __init__(self, module: str, path: str = "", position: str = "") -> None:
@@ -37,7 +37,7 @@ class LazyObject:
 
     def __call__(self, *_: object, **__: object) -> Never:
         raise ConfigParsingError(
-            f"{lazy_name(self)} is called, but the imports of this configuration are not executed. Write "
+            f"{lazy_name(self)} was called, but the imports of this configuration are not executed. Write "
             f"dict(type={lazy_name(self)}, ...), or add the line `_base_ = []` to execute its imports."
         )
 
@@ -57,9 +57,10 @@ class LazyObject:
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedSecret:
-    """A value that was masked when its configuration was saved. It can be copied, compared and written, but not used.
+    """A value that was masked when its configuration was saved.
 
-    Reading it from a configuration raises an error. An item of a list can be read, but using it as a string raises.
+    It can be copied, compared and written, but reading it from a configuration raises an error. If it is an item of a
+    list, using it as a string raises an error.
 
     Args:
         text: the marker in the configuration.
@@ -82,8 +83,8 @@ class MaskedSecret:
     def error(self) -> ConfigValueError:
         """Return the error to raise when the value is used."""
         return ConfigValueError(
-            f"{self.position}: the secret {self.path} was masked when this configuration was saved and has no value. "
-            f"Set it with --set {self.path}=..., or write an environment variable: {{{{ $NAME }}}}."
+            f"{self.position}: the secret {self.path} was masked when this configuration was saved and its value is "
+            f"not available. Set it with --set {self.path}=..., or write an environment variable: {{{{ $NAME }}}}."
         )
 
 

@@ -51,8 +51,9 @@ def set_multi_processing(
     Args:
         mp_start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``. None selects ``"fork"`` if the platform supports it.
             A start method that is already fixed is kept.
-        opencv_num_threads: The number of OpenCV threads in this process, if OpenCV is installed; 0 runs it in the calling
-            thread. None, or the environment variable ``OPENCV_FOR_THREADS_NUM``, leaves the setting unchanged.
+        opencv_num_threads: The number of OpenCV threads in this process, if OpenCV is installed; 0 runs it in the
+            calling thread. If None, or if the environment variable ``OPENCV_FOR_THREADS_NUM`` is set, the setting is
+            not changed.
         distributed: Set ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` to 1 unless they are set. This affects processes that
             are started later; torch has already set its number of threads in this process.
 
@@ -67,7 +68,8 @@ def set_multi_processing(
         )
     if opencv_num_threads is not None and opencv_num_threads < 0:
         raise ConfigValueError(
-            f"opencv_num_threads is {opencv_num_threads}; it must be at least 0 (run in the calling thread)."
+            f"opencv_num_threads is {opencv_num_threads}; it must be at least 0, where 0 runs OpenCV in the calling "
+            "thread."
         )
     undo = ExitStack()
     notices = _fix_start_method(mp_start_method, undo)
@@ -83,7 +85,9 @@ def _fix_start_method(method: str | None, undo: ExitStack) -> list[str]:
     if fixed:
         if method in (None, fixed):
             return []
-        return [f"The start method of worker processes stays {fixed!r}: it was fixed before {method!r} was requested."]
+        return [
+            f"The start method of worker processes remains {fixed!r}, because it was set before {method!r} was requested."
+        ]
     if method is None and "fork" in multiprocessing.get_all_start_methods():
         method = "fork"
     if method is not None:
@@ -102,7 +106,7 @@ def _limit_opencv(threads: int, undo: ExitStack) -> None:
         return
     try:
         cv2 = import_module("cv2")
-    except ImportError:  # not installed, or a system library is missing: nothing to limit
+    except ImportError:  # OpenCV is not installed, or a system library is missing.
         return
     undo.callback(cv2.setNumThreads, cv2.getNumThreads())
     cv2.setNumThreads(threads)
@@ -114,7 +118,7 @@ def _limit_threads(undo: ExitStack) -> list[str]:
         os.environ[name] = "1"
         undo.callback(_drop_variable, name, "1")
     names = " and ".join(missing)
-    why = "so that the processes of this run do not compete for cores; set it in the environment to override this"
+    why = "so that the processes of this run do not compete for cores; to override this, set it in the environment"
     return [f"{names} set to 1, {why}."] if missing else []
 
 

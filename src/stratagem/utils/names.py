@@ -32,16 +32,16 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     if near:
         return f"Did you mean {' or '.join(repr(candidate) for candidate in near)}?"
     if not known:
-        return "There are no known names."
+        return "No names are defined."
     shown = ", ".join(known[:20])
-    return f"Known: {shown}, ... ({len(known)} in all)." if len(known) > 20 else f"Known: {shown}."
+    return f"Known: {shown}, ... ({len(known)} in total)." if len(known) > 20 else f"Known: {shown}."
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise an error that lists the unknown names, each with the closest known ones.
 
     Raises:
-        ConfigKeyError: if one of ``given`` is not among ``known``.
+        ConfigKeyError: if a name in ``given`` is not in ``known``.
     """
     known = list(known)
     unknown = [name for name in given if name not in known]

@@ -17,7 +17,7 @@ _WAIT_OBJECT_0 = 0  # from winbase.h; a process is signaled once it has exited
 def process_exists(pid: int) -> bool:
     """Return whether a process with this ID exists; True if this cannot be checked."""
     if sys.platform == "win32":
-        # os.kill(pid, 0) would send Ctrl-C to the process.
+        # On Windows, os.kill(pid, 0) would send Ctrl-C to the process.
         return _exists_on_windows(pid)
     try:
         os.kill(pid, 0)

@@ -18,7 +18,7 @@ from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigVal
 
 __all__ = ["generator_state", "restore_generator_state", "set_random_seed"]
 
-_SEED_LIMIT = 2**32  # what numpy.random.seed accepts
+_SEED_LIMIT = 2**32  # The range that numpy.random.seed accepts.
 
 
 def set_random_seed(
@@ -34,8 +34,8 @@ def set_random_seed(
         rank: The global rank. None reads it from ``torch.distributed``; it is 0 without a process group.
 
     Raises:
-        ConfigValueError: if the seed (including the rank) is out of range, or if it is None in a process group, where each
-            rank would draw a different one.
+        ConfigValueError: if the seed (including the rank) is out of range, or if it is None and a process group exists,
+            since each rank would draw a different seed.
         ConfigTypeError: if the seed is not an integer.
     """
     if seed is None:
@@ -46,10 +46,10 @@ def set_random_seed(
         seed += _global_rank() if rank is None else rank
     if not 0 <= seed < _SEED_LIMIT:
         raise ConfigValueError(
-            f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be from 0 to 2**32 - 1."
+            f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be between 0 and 2**32 - 1."
         )
     random.seed(seed)
-    np.random.seed(seed)  # transforms of other libraries use the global generator
+    np.random.seed(seed)  # Transforms of other libraries use the global generator.
     torch.manual_seed(seed)
     if deterministic:
         _be_deterministic()
@@ -77,8 +77,8 @@ def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
     """Restore the states of the global generators that ``generator_state`` returned.
 
     Returns:
-        The accelerator devices, such as ``cuda:1``, that only the state or only this machine has. Their generators are left
-        unchanged.
+        The accelerator devices, such as ``cuda:1``, that exist only in the state or only on this machine. Their
+            generators are not changed.
 
     Raises:
         CheckpointMismatchError: if ``generator_state`` did not create the state.
@@ -91,18 +91,18 @@ def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
         return _restore_accelerators(state["accelerator"])
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise CheckpointMismatchError(
-            f"The state of the random number generators cannot be restored ({type(error).__name__}: {error}). "
-            "Another tool wrote it, or it is damaged. Resume without it to continue with newly seeded generators."
+            f"The state of the random number generators cannot be restored ({type(error).__name__}: {error}). It was "
+            "written by a different tool or is damaged. Resume without it to seed the generators again."
         ) from error
 
 
 def _draw_seed() -> int:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigValueError(
-            f"No seed was given on rank {dist.get_rank()} of {dist.get_world_size()}: each rank would draw a different one. "
-            "Draw one on rank 0, broadcast it, and pass it on every rank."
+            f"No seed was given on rank {dist.get_rank()} of {dist.get_world_size()}: each rank would draw a different "
+            "seed. Draw a seed on rank 0, broadcast it, and pass it on all ranks."
         )
-    return secrets.randbits(31)  # half of the range, so that the sum with a rank stays in range
+    return secrets.randbits(31)  # Use half of the range, so that the sum of the seed and a rank stays in range.
 
 
 def _global_rank() -> int:
@@ -124,8 +124,8 @@ def _numpy_state() -> dict[str, Any]:
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         raise StateError(
-            f"NumPy's global generator is {state['bit_generator']}, but only the state of MT19937 can be stored. "
-            "Do not replace the global generator; create other generators as numpy.random.Generator objects."
+            f"NumPy's global generator is {state['bit_generator']}, but only the state of MT19937 can be stored. Do "
+            "not replace the global generator. Use numpy.random.Generator objects instead."
         )
     return {
         "key": torch.from_numpy(state["state"]["key"].astype(np.int64)),

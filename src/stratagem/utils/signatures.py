@@ -30,7 +30,10 @@ class Arguments:
         return self.open or name in self.names
 
     def __or__(self, other: Arguments) -> Arguments:
-        """Return the arguments that either accepts. Those that ``other`` requires may be supplied by the forwarding code."""
+        """Return the arguments that either target accepts.
+
+        Arguments that ``other`` requires may be supplied by the forwarding code.
+        """
         names = dict.fromkeys((*self.names, *other.names))
         return Arguments(tuple(names), self.required, self.open or other.open)
 
@@ -72,7 +75,7 @@ def _arguments_of(target: Callable[..., Any]) -> Arguments:
     return _with_forwarded(taken, _forwarded(getattr(function, "__func__", function), owner))
 
 
-# Reading source code takes a millisecond, and it is needed twice for each class: to check and to build.
+# Cached, because reading source code takes a millisecond and is needed twice for each class: to check and to build it.
 _cached_arguments_of = functools.lru_cache(maxsize=1024)(_arguments_of)
 
 
@@ -113,7 +116,7 @@ def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Ar
         getattr(function, "__module__", None) == "torch.nn.modules.module"
         and function.__qualname__ == "Module.__init__"
     ):
-        return _NOTHING  # accepts *args and **kwargs only to raise a better error
+        return _NOTHING  # This function accepts *args and **kwargs only to raise a better error.
     node = _syntax(function)
     if node is None or node.args.kwarg is None:
         return _ANYTHING if node is None else _NOTHING
@@ -186,7 +189,7 @@ class _KwargsUses(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        # `if kwargs: raise ...` rejects the remaining arguments; the message may use kwargs.
+        # `if kwargs: raise ...` rejects the remaining arguments, and the message may use kwargs.
         if self._is_kwargs(node.test) and isinstance(node.body[-1], ast.Raise):
             for statement in node.orelse:
                 self.visit(statement)
@@ -233,7 +236,7 @@ def _arguments_of_callee(called: ast.expr, function: Any, cls: type | None, owne
 
 
 def _dotted(node: ast.expr) -> Iterator[str]:
-    """Yield the names of ``a.b.c``; nothing for any other expression."""
+    """Yield the names of ``a.b.c``; yield nothing for other expressions."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

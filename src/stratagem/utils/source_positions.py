@@ -8,7 +8,7 @@ __all__ = ["HasSourcePosition", "source_position"]
 
 
 class HasSourcePosition(ABC):
-    """A mapping that records where it and its values were set."""
+    """A mapping that records the positions at which it and its values were set."""
 
     __slots__ = ()
 

@@ -1,8 +1,8 @@
 """All private names of torch that this package uses, each with the reason. Any torch release may change them.
 
-``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails there with a clear message rather
-than in the middle of a run. Names that are called in each step are aliases rather than wrapper functions, to avoid an
-additional call.
+``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails in the tests with a clear
+message instead of in the middle of a run. Names that are called in each step are aliases rather than wrapper functions,
+to avoid an additional call.
 """
 
 from __future__ import annotations

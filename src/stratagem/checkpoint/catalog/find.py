@@ -26,17 +26,17 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint in ``folder``, or None if there is none.
 
     A checkpoint gets its name only when it is complete, so an interrupted save is never found. Directories and single
-    files saved by a run or a strategy are found under any name. Checkpoints with NaN or Inf in their weights are
-    skipped. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
+    files that were saved by a run or a strategy are found regardless of their names. Checkpoints with NaN or Inf in
+    their weights are skipped. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
     """
     return next((found.path for found in list_checkpoints(folder) if not found.fault), None)
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:
-    """Return the checkpoints in ``folder``, newest first, including unusable ones with the reason in ``fault``.
+    """Return the checkpoints in ``folder``, newest first, including unusable ones, whose ``fault`` contains the reason.
 
-    Within a run, checkpoints are ordered by session and save number, regardless of clock and iteration. Runs are ordered
-    by the clock. If the run also saves to other folders, their checkpoints are included.
+    The checkpoints of a run are ordered by session and save number, regardless of the clock and the iteration.
+    Different runs are ordered by time. If the run also saves to other folders, their checkpoints are included.
     """
     own = Path(folder)
     folders = dict.fromkeys([own, *_recorded_folders(own)])
@@ -49,7 +49,7 @@ def update_last_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Write the path of ``checkpoint`` to ``folder/last_checkpoint``, or only its name if it is in ``folder``.
 
     Raises:
-        OSError: if the file cannot be written; its old contents are kept.
+        OSError: if the file cannot be written; its contents are then unchanged.
     """
     name = checkpoint.name if checkpoint.parent == folder else str(checkpoint)
     write_atomic(folder / POINTER, f"{name}\n")

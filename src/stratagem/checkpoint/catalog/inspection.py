@@ -19,7 +19,7 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["CheckpointInfo", "inspect_checkpoint"]
 
-# MMEngine's file names; its files do not record a run id.
+# MMEngine's file names; its files do not contain a run ID.
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
 _NOT_FINITE = "its weights contain NaN or Inf."
 
@@ -33,9 +33,10 @@ class CheckpointInfo:
         path: the path of the checkpoint.
         saved_at: the time of the save in seconds since the epoch; for a single file, its modification time.
         number: the epoch or iteration in its name, otherwise its recorded iteration; 0 if neither is known.
-        fault: why a run cannot resume from it, as far as this is known without reading tensors; empty if there is no reason.
+        fault: the reason why a run cannot resume from it, as far as this can be determined without reading tensors;
+            empty if no fault was found.
         position: the number of finished epochs and iterations, if recorded.
-        run_id: the id of the run that saved it, if recorded.
+        run_id: the ID of the run that saved it, if recorded.
         order: its position among the checkpoints of the run, if recorded.
         retention_tag: why it was saved.
         finite: False if its weights contained NaN or Inf when it was saved.
@@ -55,9 +56,9 @@ class CheckpointInfo:
 def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
     """Return the facts that a file or directory records; None if it is not a checkpoint saved by a run or a strategy.
 
-    The contents decide: a manifest, or the ``meta`` of a single file or of a directory in DeepSpeed's format. In
-    addition, everything named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts as a checkpoint. Files
-    written because of ``published_keys`` do not count.
+    A checkpoint is recognized by its contents: a manifest, or the ``meta`` of a single file or of a directory in
+    DeepSpeed's format. In addition, everything named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts as
+    a checkpoint. Files written by ``published_keys`` do not count.
     """
     match = _NUMBERED.fullmatch(path.name)
     number = int(match["number"]) if match else None
@@ -67,7 +68,7 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
         if path.suffix in SINGLE_FILES and path.is_file():
             return _inspect_file(path, number)
     except OSError:
-        # Another process has just removed it, or this user may not read it.
+        # Another process has just removed it, or this user does not have permission to read it.
         pass
     return None
 
@@ -76,7 +77,7 @@ def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
     has_manifest = (path / MANIFEST).is_file()
     if not has_manifest and _is_deepspeed(path, number):
         return _inspect_deepspeed(path, number)
-    # Stratagem writes both files: if one is missing, the checkpoint is incomplete.
+    # Stratagem writes both files, so the checkpoint is incomplete if one is missing.
     expected_checkpoint = number is not None or (path / STATE).is_file()
     if not (has_manifest or expected_checkpoint):
         return None
@@ -90,7 +91,8 @@ def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
 
 
 def _is_deepspeed(path: Path, number: int | None) -> bool:
-    # Without a known name, accept only the outer of DeepSpeed's two folders, which holds the file "latest".
+    # If the name is not a checkpoint name, accept only the outer of DeepSpeed's two folders, which contains the file
+    # "latest".
     try:
         return (number is not None or (path / "latest").is_file()) and is_deepspeed_folder(path)
     except CheckpointError:
@@ -123,8 +125,11 @@ def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:
 
 
 def _inspect_blank(path: Path) -> CheckpointInfo | None:
-    """Return a fault for a file that is empty or starts with zeros, as after a system crash; None for any other file."""
-    if path.suffix == ".bin":  # The file may contain any kind of data.
+    """Return a fault for a file that is empty or starts with zeros; None for other files.
+
+    A system crash can leave such a file.
+    """
+    if path.suffix == ".bin":  # The file may contain arbitrary data.
         return None
     with path.open("rb") as file:
         beginning = file.read(64)

@@ -1,7 +1,7 @@
-"""Order checkpoints by when they were saved.
+"""Order checkpoints by the time at which they were saved.
 
-Within a run, two counters decide instead of the clock or the iteration: clocks may be set back, and iterations repeat
-after a rollback or a resume from an older checkpoint.
+The checkpoints of a run are ordered by two counters instead of the clock or the iteration: clocks may be set back, and
+iterations repeat after a rollback or a resume from an older checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_COUNT: Final = (1 << 53) - 1
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class SaveOrder:
-    """The position of a checkpoint among its run's checkpoints; a newer one compares as greater.
+    """The position of a checkpoint among the checkpoints of its run; newer checkpoints compare as greater.
 
     Attributes:
         session: the number of the session (one start of the run) that saved it, from 1.
@@ -48,7 +48,9 @@ class SaveOrder:
             return None
         session, save = (_count(value.get(key)) if isinstance(value, Mapping) else None for key in ("session", "save"))
         if session is None or save is None:
-            raise ValueError(f"its {SAVE_ORDER} is {value!r:.100}; expected a session and a save, both counted from 1.")
+            raise ValueError(
+                f"its {SAVE_ORDER} is {value!r:.100}; expected a session number and a save number, which start from 1."
+            )
         return cls(session, save)
 
     @staticmethod
@@ -92,7 +94,7 @@ def oldest_first(checkpoints: Iterable[T]) -> list[T]:
     """Return checkpoints ordered from oldest to newest.
 
     The checkpoints of a run are adjacent and ordered by session and save number. Runs are ordered by the time of their
-    newest checkpoint. Checkpoints without these numbers are ordered by time. A checkpoint without a run id is treated
+    newest checkpoint. Checkpoints without these numbers are ordered by time. A checkpoint without a run ID is treated
     as a separate run.
     """
     by_run: dict[str | int, list[T]] = {}

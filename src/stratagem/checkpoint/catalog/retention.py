@@ -1,4 +1,4 @@
-"""Decide which checkpoints of a run are kept, and remove the others."""
+"""Select which checkpoints of a run are kept, and remove the others."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Retention:
 
     Attributes:
         groups: the groups of regular checkpoints that share the limit ``last``.
-        last: how many of the newest regular checkpoints are kept; None for all.
-        every: keep checkpoints of the first group forever if their number is a multiple of this; None for no such rule.
-        best: how many of the best checkpoints are kept for each metric.
+        last: the number of the newest regular checkpoints to keep; None for all.
+        every: checkpoints of the first group whose number is a multiple of this are always kept; None to disable this
+            rule.
+        best: the number of the best checkpoints to keep for each metric.
     """
 
     groups: Sequence[str]
@@ -38,7 +39,7 @@ class Retention:
     def select_removable(
         self, saved: Iterable[SavedCheckpoint], protected: Collection[Path] = ()
     ) -> list[SavedCheckpoint]:
-        """Return the checkpoints that are not kept, given a run's checkpoints, oldest first.
+        """Return the checkpoints that are not kept, given the checkpoints of a run, oldest first.
 
         A checkpoint with NaN or Inf in its weights does not count toward ``last``, because the run cannot resume from
         it; it becomes removable after the next finite one. Paths in ``protected`` are never returned.
@@ -84,14 +85,18 @@ def _sort_key(saved: SavedCheckpoint) -> float:
 def remove_checkpoints(paths: Iterable[Path], logger: logging.Logger) -> None:
     """Remove checkpoints. Each is renamed to a hidden name first, so that no partial checkpoint is ever visible.
 
-    A directory that contains entries not listed in its manifest is kept. Failures are logged, and the removal is retried
-    the next time.
+    A directory that contains entries not listed in its manifest is kept. Failures are logged, and the removal is
+    retried at the next save.
     """
     for path in paths:
         try:
             unlisted = _unlisted_entries(path)
             if unlisted:
-                logger.warning("Keeping %s, because it also contains %s.", path, ", ".join(sorted(unlisted)))
+                logger.warning(
+                    "Did not remove the old checkpoint %s, because it also contains %s.",
+                    path,
+                    ", ".join(sorted(unlisted)),
+                )
             else:
                 _remove(path)
         except (CheckpointError, OSError) as error:
@@ -110,9 +115,9 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         operations.remove_file(path)
         return
-    # If this process is killed before the removal, the next start of the run removes temporary names.
+    # If this process is killed before the removal, the run removes temporary names at its next start.
     temporary = temporary_path(path)
     operations.rename(path, temporary)
-    # Make the rename durable first: a power loss must not bring back the name with half of the files.
+    # Sync the rename first, so that a power loss cannot restore the name with only some of the files.
     fsync_directory(path.parent)
     remove(temporary)

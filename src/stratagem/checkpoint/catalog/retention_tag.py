@@ -24,9 +24,10 @@ class RetentionTag:
     """The reason for saving a checkpoint.
 
     Attributes:
-        group: the group of checkpoints in which a newer one replaces an older one; empty if it belongs to no group.
+        group: the group of checkpoints in which newer ones replace older ones; empty if the checkpoint does not belong
+            to a group.
         number: the epoch or iteration at which it was saved.
-        metric: the metric by which it was the best so far; empty for a regular checkpoint.
+        metric: the metric for which this was the best checkpoint so far; empty for a regular checkpoint.
         score: the value of that metric.
         greater: whether greater values of the metric are better.
     """
@@ -45,11 +46,11 @@ class RetentionTag:
 
     @classmethod
     def from_meta(cls, meta: Any) -> Self:
-        """Read a tag from a checkpoint's ``meta``; without one, return a tag that belongs to no group."""
+        """Read a tag from a checkpoint's ``meta``. If there is none, return a tag without a group."""
         if not isinstance(meta, Mapping):
             return cls()
         return cls(**{field: meta[key] for key, (field, kind) in _FIELDS.items() if isinstance(meta.get(key), kind)})
 
     def is_better_than(self, other: RetentionTag) -> bool:
-        """Return whether its score is better than the score of ``other``, a tag for the same metric."""
+        """Return whether the score is better than the score of ``other``, a tag for the same metric."""
         return self.score > other.score if self.greater else self.score < other.score

@@ -33,7 +33,7 @@ def checkpoints_of_run(run_id: str, folder: Path) -> list[SavedCheckpoint]:
 
 
 def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
-    """Return the checkpoints in a folder by run id, oldest first.
+    """Return the checkpoints in a folder, keyed by run ID, oldest first.
 
     Unreadable checkpoints are omitted. See :func:`~stratagem.checkpoint.catalog.order.oldest_first` for the order.
     """

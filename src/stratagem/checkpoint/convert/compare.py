@@ -13,7 +13,7 @@ from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 
 __all__ = ["CheckpointDifference", "compare"]
 
-# The number of elements compared at a time, so that memory-mapped tensors are never read as a whole.
+# The number of elements that are compared at a time, to avoid reading a memory-mapped tensor as a whole.
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -24,8 +24,8 @@ class CheckpointDifference:
 
     Attributes:
         key: the path in the state tree, joined by ``/``.
-        first: the value in the first checkpoint as text; empty if it has none.
-        second: the value in the second checkpoint as text; empty if it has none.
+        first: the value in the first checkpoint as text; empty if the key is missing.
+        second: the value in the second checkpoint as text; empty if the key is missing.
         max_abs_diff: the largest absolute difference between two tensors; None if they cannot be compared elementwise.
         differing_fraction: the fraction of elements that differ, from 0 to 1.
     """
@@ -93,7 +93,7 @@ def _compare_values(key: str, first: Any, second: Any) -> Iterator[CheckpointDif
 
 
 def _is_reported_tensor(first: Any, second: Any) -> bool:
-    """Return whether one side is a tensor and the other is missing, which was reported with the tensors."""
+    """Return whether one value is a tensor and the other is missing, which has already been reported."""
     return any(isinstance(value, dict) and "$tensor" in value for value in (first, second)) and _MISSING in (
         first,
         second,

@@ -30,7 +30,7 @@ __all__ = ["TARGETS", "Target", "convert_checkpoint", "default_format", "open_ch
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-# The keys of a configuration text in a checkpoint's meta.
+# The keys under which the meta of a checkpoint contains the text of a configuration.
 _CONFIGURATIONS = ("cfg", "config")
 # Hugging Face's size limit for one file of a model.
 _HF_FILE_BYTES = 5_000_000_000
@@ -46,7 +46,7 @@ def default_format(path: Path) -> Target:
 def convert_checkpoint(source: str | Path, target: Path, target_format: str | None = None) -> list[str]:
     """Convert ``source``, a checkpoint in any supported format, to ``target``; return the names of the omitted parts.
 
-    Only one tensor at a time is in memory; the others stay in files.
+    Only one tensor is in memory at a time.
 
     Args:
         source: the checkpoint to read, a path or a URL.
@@ -62,7 +62,7 @@ def convert_checkpoint(source: str | Path, target: Path, target_format: str | No
         raise CheckpointError(f"Unknown checkpoint format {chosen!r}. {did_you_mean(chosen, TARGETS)}")
     path = absolute(target)
     if path.exists():
-        raise CheckpointError(f"{path} already exists; choose another target, or remove it first.")
+        raise CheckpointError(f"{path} already exists. Choose a different target, or remove it first.")
     with open_checkpoint(source) as tree:
         if chosen in ("safetensors", "huggingface"):
             weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
@@ -77,7 +77,7 @@ def convert_checkpoint(source: str | Path, target: Path, target_format: str | No
 
 
 def _without_secrets(tree: StateTree) -> StateTree:
-    """Mask secrets in the stored configuration; older versions and other tools do not mask them."""
+    """Mask secrets in the stored configuration, since older versions and other tools do not mask them."""
     meta = tree.get("meta")
     if not isinstance(meta, Mapping):
         return tree

@@ -65,7 +65,7 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
     ):
         for name, box, content in boxes:
             data = _as_memoryview(content)
-            # The digest and the write read the same memory in two threads, so a second core hides the cost.
+            # Compute the digest in a second thread while this thread writes the same memory.
             digest = executor.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
             for offset, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
@@ -74,7 +74,7 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
                     begin += size
                     waiting += size
                     if waiting >= _WRITE_AT_ONCE:
-                        # Start writing to disk now, instead of leaving it all to the fsync at the end.
+                        # Start writing to the disk now instead of only in the final fsync.
                         begin_writeback(descriptor)
                         waiting = 0
             written.append(WrittenBox(name, box, digest.result() if digest else _digest(data)))
@@ -104,7 +104,7 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 
 def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
-    # Read in file order, which is fastest for disks and readahead.
+    # Read in file order, which is the fastest order for disks and readahead.
     ordered = sorted(boxes, key=lambda written_box: (layout.starts[written_box.name], written_box.box))
     # One thread reads while the other computes.
     with ThreadPoolExecutor(2, "checkpoint check") as pool:
@@ -133,8 +133,8 @@ def _split_range(offset: int, length: int, max_length: int) -> Iterator[tuple[in
 
 def _as_memoryview(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as stored in a file; a contiguous CPU tensor is not copied."""
-    # Materialize lazy conjugation and negation, which are only flags on the memory.
-    # A tensor with one element may have any stride and still counts as contiguous.
+    # Materialize lazy conjugation and negation, which are only flags on the memory. A tensor with one element may have
+    # any stride and is still contiguous.
     dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     return memoryview(torch.as_strided(dense, (dense.numel(),), (1,)).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 

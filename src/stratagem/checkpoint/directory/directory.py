@@ -58,7 +58,7 @@ class DirectoryFormat:
         *,
         write_extra_files: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write ``tree`` to a temporary directory and publish it as ``path`` by one rename.
+        """Write ``tree`` to a temporary directory and publish it as ``path`` with a single rename.
 
         Collective over ``rank_group``: each rank passes its own tree and writes the boxes of sharded tensors that it holds; the
         first rank writes everything else. ``write_extra_files`` is called on every rank with the temporary directory, to
@@ -77,7 +77,7 @@ class DirectoryFormat:
             CheckpointError: if a value cannot be stored.
         """
         snapshot = take_snapshot(tree, rank_group)
-        # Do not capture the tensors, which would otherwise stay in memory together with their copies.
+        # Do not capture the tensors, since they would stay in memory together with their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
         keys = list(snapshot.local_boxes)
 
@@ -128,10 +128,13 @@ def write_snapshot(
     *,
     write_extra_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a snapshot to a temporary directory, sync it, and publish it by one rename. Collective over ``rank_group``.
+    """Write a snapshot to a temporary directory, sync it, and publish it with a single rename.
+
+    Collective over ``rank_group``.
 
     Raises:
-        CheckpointError: on every rank, if the file system reports an error on any of them; in that case ``path`` is unchanged.
+        CheckpointError: on every rank, if the file system reports an error on any rank; in that case ``path`` is
+            unchanged.
     """
     rank_group.run_on_rank0(lambda: _check_target(snapshot, path))
     try:
@@ -171,8 +174,8 @@ def _check_target(snapshot: Snapshot, path: Path) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CheckpointError(
-            f"{path}: the checkpoint needs {needed} bytes, but only {free} bytes are free. Free some space, keep fewer "
-            "checkpoints (max_keep_ckpts), or save elsewhere."
+            f"{path}: the checkpoint requires {needed} bytes, but only {free} bytes are free. Free some disk space, "
+            "keep fewer checkpoints (max_keep_ckpts), or save to a different disk."
         )
 
 
@@ -198,8 +201,8 @@ def _write_local_boxes(folder: Path, snapshot: Snapshot, rank_group: RankGroup) 
             if rank_group.is_rank0:
                 raise
             raise CheckpointError(
-                f"{folder.parent}: rank {rank_group.rank} cannot see the files that the first rank has just created. Sharded "
-                "models must be saved to a folder that all ranks share; choose such a work_dir."
+                f"{folder.parent}: rank {rank_group.rank} cannot see the files that the first rank has created. "
+                "Sharded models must be saved to a folder that all ranks share. Set work_dir to such a folder."
             ) from error
     return written
 
@@ -221,8 +224,8 @@ def _as_json(content: Any) -> bytes:
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"The non-tensor values of the checkpoint have {len(data)} bytes as JSON; at most {MAX_JSON_BYTES} bytes can be "
-            "read. Store long lists of numbers as tensors."
+            f"The non-tensor values of the checkpoint require {len(data)} bytes as JSON, but at most {MAX_JSON_BYTES} "
+            "bytes are supported. Store long lists of numbers as tensors."
         )
     return data
 
@@ -254,5 +257,6 @@ def _map_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
             tensors = {name: opened_file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    # Moved after reading: safetensors supports few devices, and an unsupported one must not look like damage.
+    # Move the tensors after reading, since safetensors supports only some devices, and an unsupported device must not
+    # be reported as damage.
     return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -22,7 +22,7 @@ _PATH = re.compile(r"[^./\\:\x00][^/\\:\x00]*(/[^./\\:\x00][^/\\:\x00]*)*")
 
 
 def describe_extra_files(folder: Path, known_files: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return path -> size and digest, for the manifest, of every file in ``folder`` that is not in ``known_files``."""
+    """Return a mapping from path to size and digest, for the manifest, of all files that are not ``known_files``."""
     described = {}
     for where, _, names in os.walk(folder):
         for name in names:
@@ -34,7 +34,7 @@ def describe_extra_files(folder: Path, known_files: Collection[str]) -> dict[str
 
 
 def are_extra_files_valid(extra_files: Any) -> bool:
-    """Return whether the extra files in a manifest are well formed and their paths stay inside the directory."""
+    """Return whether the entries of extra files in a manifest are valid and all paths are inside the directory."""
     return isinstance(extra_files, Mapping) and all(
         _PATH.fullmatch(path)
         and isinstance(file, Mapping)
@@ -45,7 +45,7 @@ def are_extra_files_valid(extra_files: Any) -> bool:
 
 
 def verify_extra_files(folder: Path, extra_files: Mapping[str, Any], share: slice) -> int:
-    """Check the size of all extra files and the digest of a share of them; return the total number of bytes.
+    """Check the sizes of all extra files and the digests of this rank's part of them; return the total number of bytes.
 
     Raises:
         CheckpointDamagedError: if a file is missing, truncated or modified.

@@ -33,7 +33,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# In bytes. Larger JSON files are neither written nor read, so that a file cannot exhaust memory.
+# The maximum size of a JSON file in bytes. Larger files are neither written nor read, so that a file cannot exhaust
+# memory.
 MAX_JSON_BYTES = 1 << 30
 # A file name that is valid on every system and stays inside the directory.
 FILE_NAME = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
@@ -48,7 +49,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointNotFoundError: if the directory does not exist.
-        CheckpointError: if the directory is not a Stratagem checkpoint, or has another format version.
+        CheckpointError: if the directory is not a Stratagem checkpoint, or has a different format version.
         CheckpointDamagedError: if the manifest is unreadable or corrupted.
     """
     if not path.exists():
@@ -58,20 +59,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if (path / STATE).is_file():
             raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.")
         raise CheckpointError(
-            f"{path} is not a Stratagem checkpoint: it has no {MANIFEST}. A checkpoint is a directory such as "
-            "work_dirs/<name>/epoch_3, or a single .pth file."
+            f"{path} is not a Stratagem checkpoint: it does not contain {MANIFEST}. A checkpoint is a directory such "
+            "as work_dirs/<name>/epoch_3, or a single .pth file."
         )
     data, manifest = _read(file)
     if not _has_format_name(manifest):
-        raise CheckpointError(f"{file} was written by another program; this is not a Stratagem checkpoint.")
+        raise CheckpointError(f"{file} was written by a different program, so this is not a Stratagem checkpoint.")
     match = _TRAILING_DIGEST.fullmatch(data)
-    # Check the digest before the version, because the version itself may be corrupted.
+    # Check the digest before the version, because the version may also be corrupted.
     if match is not None and digest_of(match[1]) != match[2].decode():
         raise CheckpointDamagedError(f"{file} is corrupted: its digest does not match its content.")
     if manifest.get("version") != _VERSION:
         raise CheckpointError(
-            f"{file}: the checkpoint has format version {manifest.get('version')}, but this Stratagem reads version "
-            f"{_VERSION}. Load it with the Stratagem version that wrote it ({manifest.get('stratagem')})."
+            f"{file}: the checkpoint has format version {manifest.get('version')}, but this version of Stratagem only "
+            f"reads format version {_VERSION}. Load it with the version of Stratagem that wrote it "
+            f"({manifest.get('stratagem')})."
         )
     if match is None or not _is_complete(manifest):
         raise CheckpointDamagedError(f"{file} cannot be read: required fields are missing or malformed.")
@@ -117,7 +119,7 @@ def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
     try:
         order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
     except ValueError:
-        # Under this key, the user stores an unrelated value.
+        # The user stores an unrelated value under this key.
         return {}
     return {} if order is None else {SAVE_ORDER: order.as_meta()}
 
@@ -142,7 +144,7 @@ def written_boxes(described: Mapping[str, Any], layout: FileLayout) -> list[Writ
         CheckpointDamagedError: if manifest and file list different tensors, or the boxes do not cover a tensor.
     """
     if set(described) != set(layout.specs):
-        raise CheckpointDamagedError("its tensors are not those listed in the manifest.")
+        raise CheckpointDamagedError("its tensors differ from the tensors listed in the manifest.")
     return [
         written_box
         for name, tensor in described.items()
@@ -176,10 +178,10 @@ def read_json_file(file: Path) -> bytes:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the file is larger than any that Stratagem writes.
+        ValueError: if the file is larger than the maximum size that Stratagem writes.
     """
     if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"it has {file.stat().st_size} bytes, more than Stratagem writes")
+        raise ValueError(f"it has {file.stat().st_size} bytes, which is larger than any file that Stratagem writes")
     return file.read_bytes()
 
 
@@ -201,8 +203,8 @@ def check_replaceable(path: Path) -> None:
         is_checkpoint = (path / STATE).is_file()
     if not is_checkpoint:
         raise CheckpointError(
-            f"{path} is a folder that contains other files, which saving a checkpoint would overwrite. Choose a name inside it, "
-            f"such as {path / 'checkpoint'}."
+            f"{path} is a folder that contains other files, which saving a checkpoint would overwrite. Choose a path "
+            f"inside this folder, such as {path / 'checkpoint'}."
         )
 
 
@@ -228,7 +230,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
 
 
 def _is_valid_file_entry(name: str, file: Any) -> bool:
-    """Return whether the entry has the file's size and the digest of the whole file or of its header."""
+    """Return whether the entry contains the size of the file and a digest of the whole file or of its header."""
     if not _has_digest(file):
         return (
             isinstance(file, dict) and name != STATE and _is_size(file.get("bytes")) and _has_digest(file.get("header"))

@@ -30,8 +30,9 @@ class Snapshot:
 
     Attributes:
         plan: the files and the writer of each box; the same on every rank.
-        skeletons: part -> its non-tensor values as JSON.
-        local_boxes: (part, tensor name, box) -> the values that this rank writes, which share memory with the tree.
+        skeletons: a mapping from parts to their non-tensor values as JSON.
+        local_boxes: a mapping from (part, tensor name, box) to the values that this rank writes, which share memory
+            with the tree.
     """
 
     plan: WritePlan
@@ -78,8 +79,8 @@ def _flatten_parts(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], 
     for name in tree:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise CheckpointError(
-                f"The checkpoint has a part {name!r}, but each part is a file: its name must be a string that does not "
-                "start with a dot and contains no slash, backslash or colon. Rename it."
+                f"{name!r} is not a valid name for a part of a checkpoint, because each part is saved as a file. Use a "
+                "string that does not start with a dot and does not contain slashes, backslashes or colons."
             )
     for name, stem in _FILE_OF.items():
         if name in tree and stem in tree:

@@ -29,11 +29,11 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
-# Metadata that libraries expect in a file written from torch.
+# The metadata that libraries expect in a file with torch tensors.
 _METADATA = {"format": "pt"}
 # The header is padded with spaces to a multiple of this, so that the tensors of a mapped file are aligned.
 _ALIGNMENT = 64
-# In bytes; the safetensors library does not read larger headers.
+# The maximum size in bytes of a header that the safetensors library reads.
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -57,9 +57,9 @@ class FileLayout:
     """The layout of a safetensors file.
 
     Attributes:
-        specs: tensor name -> dtype and shape.
+        specs: a mapping from tensor names to dtypes and shapes.
         header: the bytes before the first tensor.
-        starts: tensor name -> its offset in the file, in bytes.
+        starts: a mapping from tensor names to offsets in the file, in bytes.
         size: the size of the file in bytes.
     """
 
@@ -90,8 +90,8 @@ class FileLayout:
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         if len(text) > _MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"The names of {len(specs)} tensors need a header of {len(text)} bytes, but safetensors allows only "
-                f"{_MAX_HEADER_BYTES}. Save to a name that ends in .pth."
+                f"The names of {len(specs)} tensors require a header of {len(text)} bytes, but safetensors supports at "
+                f"most {_MAX_HEADER_BYTES} bytes. Save to a file name that ends in .pth."
             )
         header = len(text).to_bytes(8, "little") + text
         return cls(specs, header, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end)
@@ -136,4 +136,6 @@ def _check_contiguous(specs: Mapping[str, TensorSpec], offsets: Mapping[str, tup
             raise ValueError(f"the tensor {name!r} has invalid offsets {begin} to {end}")
         reached = end
     if reached != size:
-        raise ValueError(f"its tensors have {reached} bytes, but the file has {size} bytes for them")
+        raise ValueError(
+            f"its tensors should occupy {reached} bytes, but the file contains {size} bytes of tensor data"
+        )

@@ -21,7 +21,7 @@ __all__ = ["verify_checkpoint"]
 def verify_checkpoint(path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
     """Compare every byte of a checkpoint with the digests in its manifest; return the number of bytes.
 
-    Collective over ``rank_group``: each rank reads a share of the tensors, and all ranks return or raise together.
+    Collective over ``rank_group``: each rank reads a part of the tensors, and all ranks either return or raise.
 
     Raises:
         CheckpointNotFoundError: if the directory does not exist.
@@ -39,7 +39,7 @@ def _verify_share(path: Path, rank_group: RankGroup) -> int:
     for part, described in manifest["tensors"].items():
         file = path / file_of(part)
         layout, boxes = _read_layout(file, manifest, described)
-        # Largest first, so that all ranks read about the same number of bytes.
+        # Assign the largest boxes first, so that all ranks read about the same number of bytes.
         boxes.sort(key=lambda written_box: (-written_box.box.numel, written_box.name, written_box.box))
         verify_boxes(file, layout, boxes[rank_group.rank :: rank_group.size])
     extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(rank_group.rank, None, rank_group.size))
@@ -72,7 +72,7 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _check_digest(file: Path, entry: Mapping[str, Any]) -> bytes:
-    """Check the digest of the first bytes of a file; ``entry`` specifies how many."""
+    """Check the digest of the first bytes of a file, whose number is specified in ``entry``."""
     if entry["bytes"] > MAX_JSON_BYTES:
         raise CheckpointDamagedError(f"{file} cannot be read: the manifest lists {entry['bytes']} bytes of JSON.")
     try:

@@ -18,7 +18,7 @@ from stratagem.tensors.dtensor import is_sharded
 
 __all__ = ["BoxAssignment", "WritePlan", "make_write_plan"]
 
-# part -> tensor name -> its spec and the boxes that a rank holds
+# A mapping from part to tensor name to the tensor's spec and the boxes that a rank holds.
 _Descriptions = dict[str, dict[str, tuple[TensorSpec, tuple[TensorBox, ...]]]]
 
 
@@ -37,8 +37,8 @@ class WritePlan:
     """The assignment of a state tree's tensors to files and writers.
 
     Attributes:
-        layouts: part -> the layout of its file; parts without tensors have none.
-        assignments: part -> tensor name -> its boxes and their writers, ordered by box.
+        layouts: a mapping from parts to file layouts, without parts that have no tensors.
+        assignments: a mapping from part to tensor name to the tensor's boxes and their writers, ordered by box.
     """
 
     layouts: Mapping[str, FileLayout]
@@ -101,8 +101,8 @@ def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "on the meta device" if tensor.is_meta else f"with dtype {tensor.dtype} and layout {tensor.layout}"
         raise CheckpointError(
-            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot store. Convert it first, or save "
-            "to a name that ends in .pth."
+            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot store. Convert it first, or save to "
+            "a file name that ends in .pth."
         )
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
@@ -114,8 +114,8 @@ def _assign_writers(
     for rank, (theirs, boxes) in holders:
         if theirs != spec:
             raise CheckpointError(
-                f"The checkpoint's {name} has dtype {spec.dtype} and shape {list(spec.shape)} on rank 0, but {theirs.dtype} "
-                f"and {list(theirs.shape)} on rank {rank}. Every rank must have the same model."
+                f"The checkpoint's {name} has dtype {spec.dtype} and shape {list(spec.shape)} on rank 0, but "
+                f"{theirs.dtype} and {list(theirs.shape)} on rank {rank}. All ranks must have the same model."
             )
         for box in boxes:
             if box.numel:
@@ -125,7 +125,8 @@ def _assign_writers(
         writers.setdefault(TensorBox.whole(spec.shape), 0)
     if not boxes_cover(list(writers), spec.shape):
         raise CheckpointError(
-            f"The checkpoint's {name}: the boxes of all ranks, {[(box.start, box.shape) for box in writers]}, do not cover "
-            f"a tensor of shape {list(spec.shape)}. Save on all ranks that hold a part of it."
+            f"The checkpoint's {name}: the boxes of all ranks, {[(box.start, box.shape) for box in writers]}, do not "
+            f"cover a tensor of shape {list(spec.shape)}. All ranks that hold a part of this tensor must take part in "
+            "the save."
         )
     return tuple(BoxAssignment(box, rank) for box, rank in sorted(writers.items()))

@@ -25,8 +25,8 @@ from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["ENGINE_ORDER", "ENGINE_PART", "TIED", "ColossalAIFolder"]
 
-# The part of the Stratagem checkpoint with what ColossalAI's files lack: the parameter names in the order in which it
-# numbers them, and the names of tied parameters.
+# The part of the Stratagem checkpoint with information that ColossalAI's files lack: the parameter names in
+# ColossalAI's order, and the names of tied parameters.
 ENGINE_PART: Final = "colossalai"
 ENGINE_ORDER: Final = "order"
 TIED: Final = "tied"
@@ -64,7 +64,7 @@ class ColossalAIFolder:
             stratagem_parts: the parts of the Stratagem checkpoint in the same folder, if there is one.
 
         Raises:
-            CheckpointError: if the folder contains something else.
+            CheckpointError: if the folder has unexpected contents.
             CheckpointDamagedError: if a file is missing or cannot be read.
         """
         tree = dict(stratagem_parts) if stratagem_parts is not None else _read_position(path, map_location)
@@ -93,16 +93,14 @@ def _optimizer(
 
 def _group_file(index: Path) -> str:
     name = json.loads(index.read_bytes()).get("metadata", {}).get("param_groups")
-    # A name from the file must not lead outside the folder.
+    # Reject file names that refer to a path outside the folder.
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointDamagedError(
-            f"{index} does not name the file of the parameter groups, or names one in another folder."
-        )
+        raise CheckpointDamagedError(f"{index} does not refer to a file with parameter groups in the same folder.")
     return name
 
 
 def _read(file: Path, device: torch.device | str) -> Any:
-    """Return the contents of a file, which need not be a mapping."""
+    """Return the contents of a file, which may be of any type."""
     if not file.is_file():
         raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.")
     with TorchArchive(file) as archive:

@@ -31,7 +31,7 @@ _LATEST: Final = "latest"
 _MODEL: Final = "mp_rank_00_model_states.pt"
 _RANK_MODEL: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _RANK_OPTIM: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-# Optimizer state that belongs to a tensor as a whole.
+# Optimizer state that is not elementwise.
 _PER_TENSOR_STATE: Final = frozenset({"step", "mu", "eta", "mu_product"})
 
 
@@ -78,7 +78,7 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
         try:
             tree = _DeepSpeedFiles(models, optims).tree(("state_dict", "optimizer") if parts is None else parts)
         except CheckpointError as error:
-            # Name the folder here, outside the contexts that would prefix the name of every open file.
+            # Add the name of the folder outside these contexts, each of which would add the name of a file.
             failure = type(error)(f"{folder}: {error}")
             failure.__cause__ = error
     if failure is not None:
@@ -95,7 +95,7 @@ def _candidates(path: Path, tag: Path) -> list[Path]:
     if not tag.is_file():
         return [path]
     name = tag.read_text(encoding="utf-8", errors="replace").strip()
-    # Accept only a plain name, which cannot lead outside the folder.
+    # Accept only a plain name, which cannot refer to a path outside the folder.
     return [path / name] if name and Path(name).name == name else [path]
 
 
@@ -114,11 +114,13 @@ def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     found = _files(folder, pattern)
     missing = sorted(set(range(len(found))) - set(found))
     if missing:
-        raise CheckpointNotFoundError(f"{folder}: the file of rank {missing[0]} is missing; {len(found)} others exist.")
+        raise CheckpointNotFoundError(
+            f"{folder}: the file of rank {missing[0]} is missing, but the files of {len(found)} other ranks exist."
+        )
     return [found[rank] for rank in range(len(found))]
 
 
-# The optimizer's implementation is chosen again on resume.
+# The implementation of the optimizer is selected again when a run resumes.
 _EXCLUDED_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
 
 
@@ -138,10 +140,12 @@ class _DeepSpeedFiles:
         self._states = [self._state_of(each) for each in optims]
         count = self._value(self._first, "dp_world_size")
         if optims and isinstance(count, int) and count != len(optims):
-            raise CheckpointNotFoundError(f"{count} ranks saved it, but it has the files of {len(optims)}.")
+            raise CheckpointNotFoundError(
+                f"it was saved by {count} ranks, but contains the files of {len(optims)} ranks."
+            )
 
     def tree(self, wanted: Collection[str]) -> StateTree:
-        """Return weights and optimizer state, if in ``wanted``, and the parts in the client state."""
+        """Return the parts in ``wanted``: weights, optimizer state and the parts in the client state."""
         tree = self.client_state_parts()
         client_state = tree.pop("optimizer", None)
         if "state_dict" in wanted:
@@ -166,7 +170,9 @@ class _DeepSpeedFiles:
             values.setdefault(alias, values[name])
         missing = [name for name in module if name not in values]
         if missing:
-            raise CheckpointDamagedError(f"no values were found for {missing[0]!r} and {len(missing) - 1} others.")
+            raise CheckpointDamagedError(
+                f"no values were found for {missing[0]!r} and {len(missing) - 1} other parameters."
+            )
         return {name: values[name] for name in module}
 
     def optimizer(self) -> dict[str, Any] | None:
@@ -263,7 +269,7 @@ class _DeepSpeedFiles:
         return found
 
     def _collect_state(self, index: int, partition: ZeroPartition, slots: dict[str, dict[str, Any]]) -> None:
-        """Add the optimizer state in one flat tensor to the state of the parameters that it contains."""
+        """Add the optimizer state of a flat tensor to the state of each parameter in the flat tensor."""
         states = [self._base(rank)["state"].get(index, {}) for rank in range(len(self._states))]
         for key, first in states[0].items():
             elementwise = isinstance(first, Tensor) and first.ndim == 1 and key not in _PER_TENSOR_STATE
@@ -279,7 +285,7 @@ class _DeepSpeedFiles:
         names = [name for index in group["params"] for name in partitions[index].shapes]
         frozen = self._value(self._first, "frozen_param_shapes") or {}
         if len(self._base(0)["param_groups"]) == 1:
-            # As in other strategies, frozen parameters belong to the group if it is the only one.
+            # If there is only one group, add the frozen parameters to it, as in other strategies.
             names += [name for name in frozen if name not in names]
         return {**{key: value for key, value in group.items() if key not in _EXCLUDED_OPTIONS}, "params": names}
 

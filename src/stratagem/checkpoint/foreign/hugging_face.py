@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
-# In the order in which the libraries look for them.
+# The file names, in the order in which the libraries search for them.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -42,11 +42,11 @@ _OPTIMIZER = "optimizer.pt"
 
 @final
 class HuggingFaceFormat:
-    """Read weights in these formats. Writing is not supported here."""
+    """Read weights in Hugging Face formats. Use ``convert_checkpoint`` to write them."""
 
     @staticmethod
     def can_read(path: Path) -> bool:
-        """Return whether ``path`` contains weights in these formats, judging by its name or the files in the folder."""
+        """Return whether ``path`` contains weights in these formats, based on its name or the files in the folder."""
         if path.is_dir():
             return any((path / name).is_file() for name in WEIGHT_FILES)
         return path.name.endswith((SAFETENSORS, INDEX))
@@ -92,7 +92,7 @@ def shards_of(index: Path) -> dict[str, list[str]]:
         raise CheckpointDamagedError(f"{index} is not an index of weights: it has no weight_map.")
     shards: dict[str, list[str]] = {}
     for key, name in names.items():
-        # A name from the file must not lead outside the folder.
+        # Reject file names that refer to a path outside the folder.
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise CheckpointDamagedError(f"{index} refers to {name!r}, which is not a valid shard in the same folder.")
         shards.setdefault(name, []).append(key)
@@ -107,7 +107,7 @@ def _weight_file(path: Path) -> Path:
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-    raise CheckpointNotFoundError(f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}.")
+    raise CheckpointNotFoundError(f"{path} does not contain any of the weight files {', '.join(WEIGHT_FILES)}.")
 
 
 def _weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor]:
@@ -121,7 +121,7 @@ def _weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor]:
         weights = _file_weights(shard, device)
         missing = [key for key in keys if key not in weights]
         if missing:
-            raise CheckpointDamagedError(f"{shard} lacks {missing[:5]}, which {file.name} lists.")
+            raise CheckpointDamagedError(f"{shard} does not contain {missing[:5]}, which are listed in {file.name}.")
         state.update((key, weights[key]) for key in keys)
     return state
 
@@ -137,5 +137,6 @@ def _file_weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    # Moved after reading: safetensors supports few devices, and an unsupported one must not look like damage.
+    # Move the tensors after reading, since safetensors supports only some devices, and an unsupported device must not
+    # be reported as damage.
     return {key: tensor.to(device) for key, tensor in weights.items()}

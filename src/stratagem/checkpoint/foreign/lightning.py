@@ -1,7 +1,7 @@
 """Read checkpoints of Lightning: ``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks`` and more.
 
-Weights, optimizer state and position are converted. Scheduler states are not, because torch's schedulers store the curve
-in their state; in Stratagem, it belongs to the configuration.
+Weights, optimizer state and position are converted. Scheduler states are not converted, because the state of torch's
+schedulers contains the curve, which belongs to the configuration in Stratagem.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def lightning_parts(checkpoint: LazyCheckpoint) -> Parts:
 
 
 def _optimizers(states: list[Any], checkpoint: LazyCheckpoint) -> Any:
-    """Return the state of the only optimizer, or of several by their index, since Lightning does not name them."""
+    """Return the optimizer state; for several optimizers, a dict keyed by index, since Lightning does not name them."""
     read = [checkpoint.read(state, f"optimizer_states/{number}") for number, state in enumerate(states)]
     return read[0] if len(read) == 1 else {str(number): state for number, state in enumerate(read)}
 

@@ -1,8 +1,8 @@
 """Read checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
 
 Weights, optimizer state, and the positions of the run and its schedulers are converted. MMEngine's scheduler state also
-contains the curve, for OneCycleLR even a function; in Stratagem, it belongs to the configuration. The message hub contains
-log histories as objects and is ignored.
+contains the curve (for OneCycleLR, as a function), which belongs to the configuration in Stratagem. The message hub
+contains log histories as objects and is ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["mmengine_parts", "is_mmengine"]
 logger = logging.getLogger(__name__)
 
 _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
-# The keys of a scheduler's position: numbers whose names are the same in Stratagem.
+# The keys of a scheduler's position, which have the same names in Stratagem.
 _POSITION = ("_global_step", "last_step")
 
 
@@ -43,7 +43,7 @@ def mmengine_parts(checkpoint: LazyCheckpoint) -> Parts:
 
 
 def _plain_entries(checkpoint: LazyCheckpoint) -> dict[str, Any]:
-    """Return ``meta`` without objects, such as a dataset's metadata."""
+    """Return ``meta`` without entries that contain objects, such as the metadata of a dataset."""
     entries = {}
     for key, node in (mapping_items(checkpoint.entries["meta"]) or {}).items():
         try:

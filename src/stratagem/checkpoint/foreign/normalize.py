@@ -10,7 +10,7 @@ from stratagem.checkpoint.restricted_unpickler import is_tensor, mapping_items
 
 __all__ = ["LazyCheckpoint", "Parts", "is_optimizer_state", "is_state_dict", "get_nested"]
 
-# part of the state tree -> function that reads it
+# A mapping from parts of the state tree to functions that read them.
 Parts = dict[str, Callable[[], Any]]
 
 

@@ -28,7 +28,7 @@ def plain_parts(checkpoint: LazyCheckpoint) -> Parts:
         models = models or [key for key in _MODEL if isinstance(root.get(key), PickledObject)]
         if len(models) > 1:
             raise CheckpointError(
-                f"it has weights under {' and '.join(map(repr, models))}. Save only one of them, as {{'state_dict': ...}}, "
+                f"it contains weights under {' and '.join(map(repr, models))}. Save only one of them, as {{'state_dict': ...}}, "
                 "to a separate file."
             )
         renamed.update(dict.fromkeys(models, "state_dict"))

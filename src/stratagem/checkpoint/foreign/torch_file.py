@@ -36,7 +36,8 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[LazyChec
 
     Raises:
         CheckpointNotFoundError: if the file does not exist.
-        CheckpointError: if the file contains something else, or a part that is read contains objects. Errors name the file.
+        CheckpointError: if the file has unexpected contents, or a part that is read contains objects. The message
+            contains the name of the file.
         CheckpointDamagedError: if the file cannot be read.
     """
     with _errors_with_path(path):
@@ -68,7 +69,7 @@ def verify_torch_file(path: Path) -> int:
 def _errors_with_path(path: Path) -> Iterator[None]:
     """Check that ``path`` is a file, and add its name to errors."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; expected a single file because of its name.")
+        raise CheckpointError(f"{path} is a folder, but its name requires a single file.")
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
     try:
@@ -102,9 +103,9 @@ def _not_a_dict_message(root: Any) -> str:
     if root.qualified_name.startswith("torch._utils._rebuild"):
         return "it contains a Tensor; expected a dict."
     return (
-        f"it contains an object of type {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. "
-        "No code from it was executed. If you trust it, convert it in an environment where that class is installed: "
-        "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
+        f"it contains an object of type {printable(root.qualified_name)}, such as a whole model instead of its state "
+        "dict. No code from it was executed. If you trust it, convert it in an environment where that class is "
+        "installed: torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
     )
 
 

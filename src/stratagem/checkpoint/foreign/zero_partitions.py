@@ -55,7 +55,7 @@ class FlatPartition(ZeroPartition):
         for index, (name, shape) in enumerate(self.shapes.items()):
             count = math.prod(shape)
             _check_length(flat.numel(), offset + count, name)
-            # Cloned, so that one parameter does not keep the memory of the whole group alive.
+            # Clone the slice, so that a single parameter does not keep the memory of the whole group alive.
             yield name, flat[offset : offset + count].reshape(tuple(shape)).clone()
             offset += count + (self.paddings[index] if self.paddings else 0)
 
@@ -85,5 +85,5 @@ class PerParameterPartition(ZeroPartition):
 def _check_length(length: int, expected: int, name: str) -> None:
     if length < expected:
         raise CheckpointDamagedError(
-            f"the ranks' partitions end before {name!r}: {length} elements, expected {expected}."
+            f"the partitions of all ranks end before {name!r}: expected {expected} elements, got {length}."
         )

@@ -23,7 +23,10 @@ class CheckpointFormat(Protocol):
     """A file format for state trees."""
 
     def save(self, tree: StateTree, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> None:
-        """Write ``tree`` so that ``path`` holds either all of it or its previous contents. Collective over ``rank_group``."""
+        """Write ``tree`` atomically: ``path`` contains either the complete tree or its previous contents.
+
+        Collective over ``rank_group``.
+        """
 
     def stage(self, tree: StateTree, rank_group: RankGroup = SINGLE_PROCESS) -> StagedState:
         """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``rank_group``."""

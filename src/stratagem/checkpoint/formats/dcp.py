@@ -57,14 +57,14 @@ class DcpDirectory:
 
     Raises:
         CheckpointNotFoundError: if ``path`` is not such a directory.
-        CheckpointError: if the metadata uses classes that torch does not write there.
+        CheckpointError: if the metadata refers to classes that torch does not write to metadata.
         CheckpointDamagedError: if the metadata cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         if not is_dcp_directory(path):
             raise CheckpointNotFoundError(
-                f"{path} is not a directory of torch.distributed.checkpoint: it has no {_METADATA}."
+                f"{path} is not a directory written by torch.distributed.checkpoint: it does not contain {_METADATA}."
             )
         self._path = path
         self._metadata = _read_metadata(path / _METADATA)
@@ -134,14 +134,15 @@ class DcpDirectory:
             raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file}: {name} contains objects that can only be created by executing code from the file; it is not read."
+                f"{file}: {name} was not read, because it contains objects that can only be created by executing code "
+                "from the file."
             ) from error
         except Exception as error:  # The error class depends on where the file is damaged.
             raise CheckpointDamagedError(f"{file} cannot be read at {name}: {error}") from error
 
 
 def save_dcp(tree: StateTree, path: Path) -> None:
-    """Write a tree as a directory of ``torch.distributed.checkpoint``, published as ``path`` by one rename.
+    """Write a tree as a directory of ``torch.distributed.checkpoint``, published as ``path`` with a single rename.
 
     Raises:
         CheckpointError: if the file system reports an error.
@@ -149,7 +150,7 @@ def save_dcp(tree: StateTree, path: Path) -> None:
     dcp = import_module("torch.distributed.checkpoint")
     try:
         with atomic_directory(path) as temporary, warnings.catch_warnings():
-            # Torch warns that only this process saves, but that is intended.
+            # Suppress torch's warning that only this process saves, which is intended.
             warnings.simplefilter("ignore", UserWarning)
             dcp.save(tree, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
     except (OSError, RuntimeError) as error:
@@ -163,7 +164,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise CheckpointError(f"it refers to {module}.{name}, which torch does not write there; it is not read.")
+        raise CheckpointError(
+            f"it was not read, because it refers to {module}.{name}, which torch does not write to metadata."
+        )
 
 
 def _read_metadata(file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Write a checkpoint for publication: a single file with only some parts and a digest in its name."""
+"""Write a checkpoint for distribution: a single file with selected parts, whose name contains a digest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAME: Final = re.compile(r".+-[0-9a-f]{8}\.pth")
 
 
 def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
-    """Write some parts of a checkpoint to ``<stem>-<sha256[:8]>.pth`` in the same folder; return the path.
+    """Write selected parts of a checkpoint to ``<stem>-<sha256[:8]>.pth`` in the same folder; return the path.
 
     Raises:
         ConfigKeyError: if the checkpoint does not have one of the parts.
@@ -49,7 +49,7 @@ def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
 
 def is_released(path: Path, meta: Mapping[str, Any], parts: Collection[str]) -> bool:
     """Return whether a single file with this ``meta`` and these parts was written by :func:`release_checkpoint`."""
-    # Older versions did not add the key, but their files have such a name and lack parts that every checkpoint has.
+    # Older versions did not add this key, but their files have such a name and lack parts that all checkpoints have.
     return isinstance(meta.get(_RELEASED), str) or (
         _NAME.fullmatch(path.name) is not None and not {"hooks", "generators"} & set(parts)
     )

@@ -29,7 +29,7 @@ class SingleFileFormat:
     """Write and read ``.pth`` files."""
 
     def save(self, tree: StateTree, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> None:
-        """Write ``tree`` to a temporary file and publish it as ``path`` by one rename.
+        """Write ``tree`` to a temporary file and publish it as ``path`` with a single rename.
 
         Collective over ``rank_group``: sharded tensors are gathered on the first rank, one at a time.
 
@@ -45,7 +45,7 @@ class SingleFileFormat:
         Raises:
             CheckpointError: if a value cannot be stored.
         """
-        # Flattening rejects every value that could not be loaded with weights_only=True.
+        # Flattening rejects values that cannot be loaded with weights_only=True.
         tensors, skeleton = rank_group.run_checked(lambda: flatten_state(tree))
         names = list(tensors)
         gathered = [gather_tensor(tensor, rank_group) for tensor in tensors.values()]
@@ -71,7 +71,8 @@ class SingleFileFormat:
 
         A plain state dict is returned as ``{"state_dict": ...}``. The model state and the parts named in ``parts`` must
         consist of tensors and plain values; other entries that contain objects are skipped and logged. Checksums are
-        always compared while reading, regardless of ``verify``, because it costs no extra reads. Collective over ``rank_group``.
+        always compared while reading, regardless of ``verify``, because this requires no additional reads. Collective
+        over ``rank_group``.
 
         Raises:
             CheckpointNotFoundError: if the file does not exist.
@@ -118,7 +119,7 @@ def _torch_save(writer: _StorageWriter, tree: Any) -> None:
     try:
         torch.save(tree, cast("Any", writer))
     except RuntimeError as error:
-        # Torch reports a failed write only as an unexpected file position.
+        # Torch only reports an unexpected file position if a write fails.
         raise writer.failure or error from error
 
 
@@ -141,4 +142,4 @@ class _StorageWriter:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing; writes are not buffered."""
+        """Do nothing, since writes are not buffered."""

@@ -35,7 +35,7 @@ def save_remote(url: str, write: Callable[[Path], None], rank_group: RankGroup =
     rank, which then uploads the checkpoint. ``STRATAGEM_STAGING`` selects where the temporary folder is created.
 
     Raises:
-        CheckpointError: if the ranks do not share the folder, or the upload fails; what was published before stays
+        CheckpointError: if the ranks do not share the folder, or the upload fails; the previous checkpoint stays
             available.
     """
     folder = rank_group.run_on_rank0(_make_staging)
@@ -54,15 +54,15 @@ def _make_staging() -> Path:
         return Path(tempfile.mkdtemp(prefix="stratagem-", dir=os.environ.get("STRATAGEM_STAGING")))
     except OSError as error:
         raise CheckpointError(
-            f"Could not create a temporary folder: {error}. Set STRATAGEM_STAGING to another one."
+            f"Could not create a temporary folder: {error}. Set STRATAGEM_STAGING to a different folder."
         ) from error
 
 
 def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
-            f"This rank cannot see {folder}, which the first rank created. Ranks on several machines need a shared folder: "
-            "set STRATAGEM_STAGING to one."
+            f"This rank cannot see {folder}, which the first rank created. With ranks on several machines, set "
+            "STRATAGEM_STAGING to a folder that all machines share."
         )
 
 
@@ -92,8 +92,9 @@ def _metadata(local: Path) -> dict[str, Any]:
 def find_latest_remote(url: str) -> str | None:
     """Return the URL of the newest checkpoint published in the folder at ``url``, or None if there is none.
 
-    Among a run's checkpoints, the newest is the one saved last, regardless of the order of uploads. Otherwise, it is the one
-    uploaded last. Checkpoints with NaN or Inf in their weights are skipped.
+    Among checkpoints of the same run, the newest is the checkpoint that was saved last, regardless of the order of
+    uploads. Among different runs, it is the checkpoint that was uploaded last. Checkpoints with NaN or Inf in their
+    weights are skipped.
     """
     return next((each.url for each in reversed(_remote_checkpoints(url)) if each.finite), None)
 
@@ -180,5 +181,7 @@ def _fetch_file(url: str, cache: Path) -> Path:
         while count <= size and (chunk := stream.read(_CHUNK_BYTES)):
             count += file.write(chunk)
         if count != size:
-            raise CheckpointError(f"{mask_text(url)}: received {count} of {size} bytes. Nothing was kept; try again.")
+            raise CheckpointError(
+                f"{mask_text(url)}: received {count} of {size} bytes. The partial file was removed; try again."
+            )
     return copy

@@ -1,8 +1,8 @@
 """Download files over http and https once, and compare the cached copy with its digest on each use.
 
 The URL contains the expected digest after ``#sha256=``, or its first digits at the end of the file name. Otherwise, the
-digest of the first download is recorded next to the copy. Over plain http, where a third party could replace the file, the
-full digest is required.
+digest of the first download is stored next to the copy. Over plain http, where a third party could replace the file,
+the full digest is required.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fetch_http(url: str, folder: Path, *, name: str | None = None, token: str = 
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         digest = _download(source, copy, recorded)
-        # After the file: a record without a file would constrain a later download.
+        # Write the digest after the file, because a digest without a file would constrain later downloads.
         write_atomic(record, f"{digest}\n")
     except urllib.error.HTTPError as error:
         error.close()
@@ -112,8 +112,8 @@ class _Source:
         digest = found[1].lower() if found else ""
         if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not _is_loopback(parts.hostname):
             raise CheckpointError(
-                f"{masked_url}: over plain http, a third party could replace the file. Use https, or give the file's digest: "
-                "#sha256=<64 hexadecimal digits>."
+                f"{masked_url}: over plain http, a third party could replace the file. Use https, or append the digest "
+                "of the file: #sha256=<64 hexadecimal digits>."
             )
         address = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
         basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
@@ -131,7 +131,7 @@ class _Source:
     def request(self) -> urllib.request.Request:
         request = urllib.request.Request(self.address)  # noqa: S310 -- http(s) only
         if self.authorization:
-            # Do not send it to a server that this one redirects to.
+            # Do not send the header to servers to which this server redirects.
             request.add_unredirected_header("Authorization", self.authorization)
         return request
 
@@ -146,8 +146,8 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         scheme = urllib.parse.urlsplit(newurl).scheme
         if scheme not in {"https", req.type}:
             raise CheckpointError(
-                f"{mask_text(req.full_url)}: the server redirects to {mask_text(newurl)}, from https to {scheme}. Use a URL "
-                "that stays on https."
+                f"{mask_text(req.full_url)}: the server redirects to {mask_text(newurl)}, from https to {scheme}. Use "
+                "a URL that only redirects to https."
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -169,20 +169,21 @@ def _download(source: _Source, target: Path, recorded: str) -> str:
             count += file.write(chunk)
             if count > limit:
                 raise CheckpointError(f"{source.masked_url} is larger than allowed. {_limit_hint(limit)}")
-        # http.client does not report a truncated body.
+        # Check the size, because http.client does not report a truncated body.
         if expected is not None and count != int(expected):
             raise CheckpointDamagedError(
-                f"{source.masked_url}: received {count} of {expected} bytes. Nothing was kept; try again."
+                f"{source.masked_url}: received {count} of {expected} bytes. The partial file was removed; try again."
             )
         if not digest.hexdigest().startswith(source.digest):
             raise CheckpointDamagedError(
-                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, expected {source.digest}... Nothing was kept, "
-                "because the file was modified. If the digits in its name are not a digest, give the digest as #sha256=<hex>."
+                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, expected {source.digest}... The file was "
+                "removed, because it was modified. If the digits in its name are not a digest, append the digest to "
+                "the URL: #sha256=<hex>."
             )
         if recorded.startswith(source.digest) and recorded and digest.hexdigest() != recorded:
             raise CheckpointDamagedError(
-                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} at the first download. To "
-                f"accept the new file, remove {target} and {target.name}.sha256 next to it."
+                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} when the file was "
+                f"first downloaded. To accept the new file, remove {target} and {target.name}.sha256 next to it."
             )
     return digest.hexdigest()
 

@@ -1,7 +1,7 @@
 """Fetch weights by name: ``torchvision://``, ``timm://``, ``open-mmlab://`` and ``hf://``.
 
-All downloads use :func:`~stratagem.checkpoint.remote.download.fetch_http`, which checks digests and sizes and caches the
-copies. For the same reason, the Hugging Face Hub is accessed by URL instead of through its library.
+All downloads use :func:`~stratagem.checkpoint.remote.download.fetch_http`, which checks digests and sizes and caches
+the copies. Therefore, the Hugging Face Hub is accessed by URL instead of through its library.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def fetch_hugging_face(url: str, cache: Path) -> Path:
             continue
         return folder
     raise CheckpointNotFoundError(
-        f"{mask_text(url)} has none of {', '.join(WEIGHT_FILES)}, or the repository does not exist. Name a file: {url}/<file>."
+        f"{mask_text(url)} does not exist or does not contain any of {', '.join(WEIGHT_FILES)}. Specify a file: "
+        f"{url}/<file>."
     )
 
 
@@ -62,7 +63,7 @@ def fetch_timm(url: str, cache: Path) -> Path:
     """Fetch ``timm://resnet18`` or ``timm://resnet18.a1_in1k``: the default or a named set of weights.
 
     Raises:
-        MissingDependencyError: if timm, which knows the URLs, is not installed.
+        MissingDependencyError: if timm, which contains the URLs, is not installed.
         CheckpointNotFoundError: if timm does not have the model or weights for it.
     """
     name = url.removeprefix("timm://")
@@ -103,7 +104,7 @@ def fetch_open_mmlab(url: str, cache: Path) -> Path:
     """Fetch ``open-mmlab://resnet50_v1c``: weights that OpenMMLab configurations refer to by name.
 
     Raises:
-        CheckpointNotFoundError: if there are no weights of this name.
+        CheckpointNotFoundError: if no weights with this name exist.
     """
     name = url.partition("://")[2]
     if name not in OPEN_MMLAB_URLS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["OPEN_MMLAB_URLS"]
 
 _ROOT = "https://download.openmmlab.com"
-# Name -> file; all but the last three are in one folder.
+# A mapping from names to files. All except the last three are in the same folder.
 _THIRD_PARTY = {
     "vgg16_caffe": "vgg16_caffe-292e1171.pth",
     "detectron/resnet50_caffe": "resnet50_caffe-788b5fa3.pth",

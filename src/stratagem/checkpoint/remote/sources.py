@@ -57,7 +57,7 @@ class CheckpointLoader:
             wanted = [prefixes] if isinstance(prefixes, str) else list(prefixes)
             taken = [prefix for prefix in wanted if prefix in cls._fetchers]
             if taken and not force:
-                raise ConfigValueError(f"The scheme {taken[0]!r} is already registered; pass force=True to replace it.")
+                raise ConfigValueError(f"The scheme {taken[0]!r} is already registered. Pass force=True to replace it.")
             cls._fetchers.update(dict.fromkeys(wanted, function))
             return function
 
@@ -65,7 +65,7 @@ class CheckpointLoader:
 
     @classmethod
     def is_read_only(cls, name: str) -> bool:
-        """Return whether the name has a registered scheme; checkpoints cannot be saved to such URLs."""
+        """Return whether the name has a registered scheme, to which checkpoints cannot be saved."""
         return name.startswith(tuple(cls._fetchers))
 
     @classmethod
@@ -139,7 +139,7 @@ def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | N
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     tree = DcpDirectory(path).load(parts=parts, allocate=allocate)
-    # The name that most programs use for the model state.
+    # Most programs use this name for the model state.
     if "model" in tree and "state_dict" not in tree:
         tree["state_dict"] = tree.pop("model")
     return tree

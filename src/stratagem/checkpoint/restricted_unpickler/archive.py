@@ -1,8 +1,8 @@
 """Read and check the zip archives that ``torch.save`` writes.
 
 An archive contains a pickle (``<name>/data.pkl``) and the storage of each tensor (``<name>/data/<key>``), uncompressed.
-Python's zip reader trusts the recorded offsets and sizes. Here, records must not overlap or extend beyond the file, so
-that no more bytes are read than the file has.
+Python's zip reader trusts the recorded offsets and sizes. This module additionally requires that records neither
+overlap nor extend beyond the file, so that a small file cannot cause large reads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TorchArchive:
 
     Raises:
         CheckpointDamagedError: if the file is not a complete archive.
-        CheckpointError: if it is an archive of an unsupported kind.
+        CheckpointError: if the type of the archive is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class TorchArchive:
         try:
             self.size = path.stat().st_size
             self._records = _read_directory(self._file, self.size)
-            # torch can be configured not to write checksums; then all of them are 0.
+            # If torch is configured not to write checksums, all checksums are 0.
             self._has_checksums = any(info.CRC for info in self._records.values())
             self._prefix = self._find_prefix()
             self._check_byte_order()
@@ -66,7 +66,7 @@ class TorchArchive:
         if info.file_size > _MAX_PICKLE_BYTES:
             raise CheckpointError(
                 f"it contains {info.file_size} bytes of pickled objects; at most {_MAX_PICKLE_BYTES} bytes are read. "
-                "Save only the weights, in the environment where the file was written."
+                "Save only the weights in the environment where the file was written."
             )
         return read_pickle(self._bytes(info))
 
@@ -106,7 +106,7 @@ class TorchArchive:
             count = min(_CHUNK_BYTES, info.file_size - start)
             piece = view[start : start + count] if keep else view[:count]
             if self._file.readinto(piece) != count:
-                raise CheckpointDamagedError(f"it ends inside {info.filename}.")
+                raise CheckpointDamagedError(f"it ends in the middle of {info.filename}.")
             checksum = zlib.crc32(piece, checksum)
         if self._has_checksums and checksum != info.CRC:
             raise CheckpointDamagedError(f"its record {info.filename} is corrupted: the checksum does not match.")
@@ -114,10 +114,11 @@ class TorchArchive:
     def _record(self, name: str) -> zipfile.ZipInfo:
         info = self._records.get(f"{self._prefix}/{name}")
         if info is None:
-            raise CheckpointDamagedError(f"it has no record {self._prefix}/{name}.")
+            raise CheckpointDamagedError(f"it does not contain the record {self._prefix}/{name}.")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise CheckpointDamagedError(
-                f"its record {info.filename} is compressed or encrypted, which torch never does."
+                f"its record {info.filename} is compressed or encrypted, but torch never compresses or encrypts "
+                "records."
             )
         return info
 
@@ -125,11 +126,12 @@ class TorchArchive:
         found = [name.removesuffix("/data.pkl") for name in self._records if name.endswith("/data.pkl")]
         found = [prefix for prefix in found if "/" not in prefix]
         if len(found) != 1:
-            # Other records distinguish a torch file with a corrupted name from any other zip file.
+            # If a name is corrupted, other records still show whether this is a torch file or a different kind of zip
+            # file.
             if any(name.endswith(("/version", "/byteorder", "/serialization_id")) for name in self._records):
                 raise CheckpointDamagedError("its zip directory does not contain exactly one data.pkl.")
             raise CheckpointError(
-                "it is a zip file that torch.save did not write: it does not have exactly one data.pkl."
+                "it is a zip file that was not written by torch.save: it does not contain exactly one data.pkl."
             )
         if f"{found[0]}/constants.pkl" in self._records:
             raise CheckpointError(

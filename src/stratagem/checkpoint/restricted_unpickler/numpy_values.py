@@ -11,7 +11,7 @@ from stratagem.checkpoint.restricted_unpickler.pickled_objects import PickledObj
 
 __all__ = ["array_from_bytes", "array_of", "scalar_of"]
 
-# Without "O": object arrays contain pickles.
+# Object arrays ("O") are excluded, because they contain pickles.
 _ALLOWED_DTYPE = re.compile(r"[biufcSU][0-9]{1,9}")
 
 
@@ -48,5 +48,5 @@ def _dtype(node: Any) -> np.dtype[Any]:
 
 def _as_bytes(data: Any) -> bytes:
     if not isinstance(data, bytes | bytearray):
-        raise TypeError(f"its data is {type(data).__name__}, not bytes")
+        raise TypeError(f"its data has type {type(data).__name__}; expected bytes")
     return bytes(data)

@@ -60,10 +60,10 @@ class _PickleVM:
     # ---- input
 
     def take(self, count: int) -> bytes:
-        """Return the next bytes. The count is checked first, so that a huge one allocates nothing."""
+        """Return the next ``count`` bytes. Check the count first, so that a huge count does not allocate memory."""
         if not 0 <= count <= len(self._data) - self._at:
             raise ValueError(
-                f"expected {count} bytes at byte {self._at}, but only {len(self._data) - self._at} are left"
+                f"expected {count} bytes at byte {self._at}, but only {len(self._data) - self._at} bytes are left"
             )
         self._at += count
         return self._data[self._at - count : self._at]
@@ -89,7 +89,7 @@ class _PickleVM:
 
     def pop_many(self, count: int) -> tuple[Any, ...]:
         if len(self.stack) < count:
-            raise ValueError(f"expected {count} values on the stack, which has {len(self.stack)}")
+            raise ValueError(f"expected {count} values on the stack, got {len(self.stack)}")
         items = tuple(self.stack[-count:])
         del self.stack[-count:]
         return items
@@ -151,7 +151,7 @@ class _PickleVM:
 
 
 def _key(key: Any) -> Any:
-    """Check that a value may be used as a key: hashing deeply nested values could overflow the C stack."""
+    """Check that a value may be used as a key, because hashing deeply nested values could overflow the C stack."""
     parts = key if isinstance(key, tuple) else (key,)
     if not all(isinstance(part, _SCALARS) for part in parts):
         raise TypeError(f"a {type(key).__name__} is used as a key")
@@ -164,7 +164,7 @@ def _signed_int(data: bytes) -> int:
 
 def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
     def push(vm: _PickleVM) -> None:
-        value = read(vm)  # Read first, because reading may pop the stack to an earlier mark.
+        value = read(vm)  # Read the values first, because reading may pop the stack to an earlier mark.
         vm.stack.append(value)
 
     return push
@@ -201,7 +201,7 @@ _ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
     ord("X"): _push(lambda m: m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
     0x8C: _push(lambda m: m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
     0x8D: _push(lambda m: m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
-    ord("U"): _push(lambda m: m.take(m.number("<B")).decode()),  # str of Python 2
+    ord("U"): _push(lambda m: m.take(m.number("<B")).decode()),  # Python 2's str
     ord("T"): _push(lambda m: m.take(m.number("<i")).decode()),
     ord("B"): _push(lambda m: m.take(m.number("<I"))),
     ord("C"): _push(lambda m: m.take(m.number("<B"))),
@@ -240,4 +240,4 @@ _ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
 
 
 def _ignore(_: bytes) -> None:
-    """Ignore protocol and frame, which only matter to streaming readers."""
+    """Ignore the protocol version and frame sizes, which are only needed by streaming readers."""

@@ -1,4 +1,4 @@
-"""Placeholders for the objects in a pickle, which are never created."""
+"""Placeholders for the objects in a pickle. The objects themselves are never created."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PersistentId:
 class PickledObject:
     """An object in a pickle: the call that would create it, and its state, items and key-value pairs.
 
-    Nothing in it is ever called or imported.
+    The constructor is never called or imported.
     """
 
     constructor: Any

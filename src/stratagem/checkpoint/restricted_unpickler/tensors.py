@@ -18,7 +18,7 @@ _DTYPES = (
     *(torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
     torch.float8_e8m0fnu,
 )
-# torch's names for typed storages.
+# Torch's names for typed storages.
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -49,7 +49,7 @@ def strided_tensor(
     """Return a strided tensor over ``storage``; ``offset`` and ``stride`` count elements.
 
     Raises:
-        ValueError: if the numbers are not valid for a tensor, or exceed the storage.
+        ValueError: if the offset, size or stride is invalid or exceeds the storage.
     """
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > _MAX_DIMS or not all(_is_count(number) for number in numbers):

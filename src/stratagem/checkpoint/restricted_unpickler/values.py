@@ -1,7 +1,8 @@
 """Build tensors and plain values from an interpreted pickle, and nothing else.
 
-Objects whose constructor is in the table below are built by functions of this module, which import, look up and call
-nothing that the file names. All other objects stay placeholders; requesting one raises an error with its name.
+Objects whose constructor is in the table below are built by functions of this module, which never import or call
+anything that the file refers to. All other objects remain placeholders, and requesting one raises an error that
+contains its name.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ class StorageReader(Protocol):
 
 @final
 class ValueBuilder:
-    """Build the values of an interpreted pickle, each once, so that shared objects stay shared.
+    """Build the values of an interpreted pickle, each only once, so that shared objects stay shared.
 
-    Tensors are on ``device``. Their storage is read when their value is requested.
+    Tensors are on ``device``, and their storage is read when their value is requested.
     """
 
     def __init__(self, reader: StorageReader, device: torch.device | str = "cpu") -> None:
         self._reader = reader
         self._device = torch.device(device)
-        # The entries keep the nodes alive, so that their ids are not reused.
+        # The entries keep the nodes alive, so that their IDs are not reused.
         self._built: dict[int, tuple[Any, Any]] = {}
         self._in_progress: set[int] = set()
         self._memory: dict[str, torch.UntypedStorage] = {}
@@ -132,13 +133,15 @@ class ValueBuilder:
     def _global(self, node: PickledGlobal, where: str) -> Any:
         if str(node) in DTYPES:
             return DTYPES[str(node)]
-        raise UnsupportedObjectError(f"{where} is {printable(str(node))}, a class or function, which is not imported.")
+        raise UnsupportedObjectError(
+            f"{where} is {printable(str(node))}, a class or function, which is never imported."
+        )
 
     # ---- builders: each reads the arguments that it needs and ignores others, such as hooks
 
     def dictionary(self, node: PickledObject, where: str) -> dict[Any, Any]:
         entries: OrderedDict[Any, Any] = OrderedDict()
-        # The first argument is a function for a defaultdict, and the initial contents for other types.
+        # The first argument of a defaultdict is a function; for other types, it is the initial contents.
         if node.args and node.qualified_name != "collections.defaultdict":
             (given,) = self._build(node.args, where)
             entries.update(given)
@@ -210,19 +213,19 @@ class ValueBuilder:
         expanded = tensor.numel() * tensor.element_size() - storage.nbytes()
         self._expanded_bytes += max(0, expanded)
         if self._expanded_bytes > self._reader.size + _MAX_EXPANDED_BYTES:
-            raise CheckpointDamagedError(f"{where}: its expanded tensors are far larger than the file.")
+            raise CheckpointDamagedError(f"{where}: its expanded tensors are much larger than the file.")
         return self._with_metadata(tensor, metadata, where)
 
     def _with_metadata(self, tensor: torch.Tensor, node: Any, where: str) -> torch.Tensor:
         """Apply the metadata of a tensor: torch saves lazy conjugation and negation as flags."""
         metadata = self._build(node, where) if node is not None else {}
         if not isinstance(metadata, dict):
-            raise TypeError(f"its metadata is {type(metadata).__name__}, not a dict")
+            raise TypeError(f"its metadata has type {type(metadata).__name__}; expected a dict")
         unknown = sorted(printable(key) for key in metadata.keys() - {"conj", "neg"})
         if unknown:
             raise CheckpointError(
-                f"{where} is a tensor with the unsupported metadata {', '.join(unknown)}; ignoring it could give wrong "
-                "values. Save a plain copy of the tensor (tensor.clone()) where the file was written."
+                f"{where} is a tensor with unsupported metadata ({', '.join(unknown)}), without which its values could "
+                "be wrong. Save a plain copy of the tensor (tensor.clone()) where the file was written."
             )
         if not all(isinstance(flag, bool) for flag in metadata.values()):
             raise TypeError("a flag in its metadata is not a bool")
@@ -263,7 +266,9 @@ class ValueBuilder:
         if key not in self._memory:
             self._memory[key] = self._read(key, length)
         if self._memory[key].nbytes() != length:
-            raise ValueError(f"its storage {key!r} has {length} bytes here but a different size elsewhere")
+            raise ValueError(
+                f"its storage {key!r} has {length} bytes for this tensor but a different size for another tensor"
+            )
         return self._memory[key], dtype
 
     def _read(self, key: str, length: int) -> torch.UntypedStorage:
@@ -309,12 +314,12 @@ _BUILDERS: dict[str, Callable[[ValueBuilder, PickledObject, str], Any]] = {
 
 
 def is_tensor(node: Any) -> bool:
-    """Return whether a node is a tensor or the placeholder of one."""
+    """Return whether a node is a tensor or the placeholder of a tensor."""
     return isinstance(node, torch.Tensor) or (isinstance(node, PickledObject) and node.qualified_name in _TENSORS)
 
 
 def mapping_items(node: Any) -> dict[Any, Any] | None:
-    """Return the key -> node mapping of a dict or its placeholder, otherwise None. No values are built."""
+    """Return a mapping from keys to nodes for a dict or its placeholder, otherwise None. No values are built."""
     if isinstance(node, dict):
         return dict(node)
     if isinstance(node, PickledObject) and node.qualified_name in _DICTS:
@@ -325,7 +330,7 @@ def mapping_items(node: Any) -> dict[Any, Any] | None:
 def printable(value: Any) -> str:
     """Return a value from a file in printable form for error messages: shortened, without control characters."""
     if isinstance(value, int) and value.bit_length() > 200:
-        return "a huge number"  # Python refuses to print very large integers
+        return "a huge number"  # Python raises an error when very large integers are printed.
     text = value if isinstance(value, str) else repr(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else f"{text[:200]}..."

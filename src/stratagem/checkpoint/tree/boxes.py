@@ -48,7 +48,7 @@ class TensorBox:
         """
         if self.numel == 0:
             return
-        # All dimensions after the last one that the box only partly covers are contiguous with it.
+        # The dimensions after the last partly covered dimension are contiguous with it.
         cut = max((dim for dim, size in enumerate(shape) if self.shape[dim] != size), default=0)
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         length = math.prod(self.shape[cut:])
@@ -93,7 +93,7 @@ def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorBox]:
     """Yield the fewest boxes that cover the elements ``start`` to ``stop`` of a row-major tensor, in order.
 
-    There are at most ``2 * len(shape) - 1``.
+    There are at most ``2 * len(shape) - 1`` boxes.
     """
     if start >= stop:
         return
@@ -122,7 +122,7 @@ def _add_dimension(index: int, inner: Iterator[TensorBox]) -> Iterator[TensorBox
 
 
 def box_of(tensor: Tensor, name: str) -> TensorBox:
-    """Return the box of the global tensor that this rank holds; for an unsharded tensor, all of it.
+    """Return the box of the global tensor that this rank holds; for an unsharded tensor, the whole tensor.
 
     ``name`` is used in error messages.
 

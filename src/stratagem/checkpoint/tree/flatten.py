@@ -1,8 +1,8 @@
 """Flatten a state tree of nested dicts and lists to tensors and JSON, and restore it.
 
-A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, and sets of integers or strings. The state
-of a run needs nothing else, and other types could not be loaded without executing code from the file. Instances of subclasses
-are restored as the plain types.
+A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, and sets of integers or strings. Other
+types are rejected, because they could not be loaded without executing code from the file. Instances of subclasses are
+restored as the plain types.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 StateTree = dict[str, Any]
 StoredTensor = Tensor | ShardedTensorState
 
-# A dict with one of these as its only key represents in JSON what JSON does not support.
+# A dict with one of these as its only key represents a value that JSON does not support.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
 _VERSIONED = "$versioned"
 # safetensors stores metadata under this key.
@@ -49,7 +49,8 @@ def flatten_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]
     for name, tensor in stored.items():
         if isinstance(tensor, ShardedTensorState):
             raise CheckpointError(
-                f"The checkpoint's {_below(where, name)} is {tensor!r}, which can be stored only by all of its ranks together."
+                f"The checkpoint's {_below(where, name)} is {tensor!r}, which can only be stored if all its ranks take "
+                "part in the save."
             )
     return cast("dict[str, Tensor]", stored), skeleton
 
@@ -64,7 +65,9 @@ def flatten_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor
     try:
         return tensors, _flatten(tree, "", tensors, where)
     except RecursionError as error:
-        raise CheckpointError(f"The checkpoint's {where or 'root'} contains itself or is nested too deeply.") from error
+        raise CheckpointError(
+            f"The checkpoint's {where or 'root'} contains a reference to itself or is nested too deeply."
+        ) from error
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
@@ -172,8 +175,8 @@ def _shorten(value: object, max_length: int = 80) -> str:
 def module_versions(state: Mapping[Any, Any]) -> dict[str, Any] | None:
     """Return module name -> torch's metadata (its ``version``), or None if ``state`` is not the state dict of a module.
 
-    A module whose state format has changed reads its version while loading and converts older state. Without the version,
-    it would treat new state as old.
+    A module whose state format has changed reads its version while loading and converts older state. Without the
+    version, it would treat a new state as an old one.
     """
     versions = getattr(state, "_metadata", None)
     return dict(versions) if isinstance(versions, Mapping) else None

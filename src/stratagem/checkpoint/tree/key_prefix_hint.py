@@ -14,7 +14,7 @@ _SHOWN = 3
 def suggest_prefix(saved: Collection[str], own: Collection[str]) -> str:
     """Return a sentence with the ``revise_keys`` that would make most keys match; empty if there are none.
 
-    The suggestion is never applied automatically, because matching names do not prove that it is right.
+    The suggestion is never applied automatically, because matching names do not guarantee that it is correct.
     """
     to_remove, to_add = _prefixes(saved, own), _prefixes(own, saved)
     if max(to_remove.values(), default=0) >= max(to_add.values(), default=0):
@@ -30,7 +30,7 @@ def suggest_prefix(saved: Collection[str], own: Collection[str]) -> str:
 
 
 def _prefixes(longer: Iterable[str], shorter: Collection[str]) -> Counter[str]:
-    """Count, for each prefix, the names that are in ``shorter`` once the prefix is removed."""
+    """Count, for each prefix, the names that are in ``shorter`` after the prefix is removed."""
     known = set(shorter)
     found: Counter[str] = Counter()
     for name in longer:

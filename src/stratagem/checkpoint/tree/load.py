@@ -22,7 +22,7 @@ __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict"
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
 _SHARDING = "torch.distributed.fsdp."
-# (key, shape in the checkpoint, shape in the model)
+# A key, its shape in the checkpoint, and its shape in the model.
 ShapeMismatches = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 
@@ -75,8 +75,8 @@ def load_state_dict(
     the patterns in ``allow_missing`` may be missing from ``state``.
 
     Raises:
-        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor while the
-            model's is, or, with ``strict``, anything differs. In that case the model is unchanged.
+        CheckpointMismatchError: if no key matches, two keys are mapped to the same name, a value should be a tensor but
+            is not, or, with ``strict``, there is any difference. In that case the model is unchanged.
     """
     own = model.state_dict()
     matched, shape_mismatches = _match(state, own, revise_keys)
@@ -117,7 +117,7 @@ def match_state(
     if _may_rename_keys(model):
         raise CheckpointMismatchError(
             f"Modules of {type(model).__name__} rename keys while loading (in a pre-hook of load_state_dict), but this "
-            "strategy does not load the weights through modules. Rewrite the keys with revise_keys, or convert the "
+            "strategy loads weights without calling these hooks. Rewrite the keys with revise_keys, or convert the "
             "checkpoint with another strategy."
         )
     matched, shape_mismatches = _match(state, own, revise_keys, types=(Tensor, ShardedTensorState))
@@ -164,7 +164,7 @@ def _load_or_restore(
     strict: bool,
     allow_missing: Sequence[str],
 ) -> LoadReport:
-    """Load into a model whose modules rename keys while loading; restore its state if the result is rejected."""
+    """Load into a model whose modules rename keys while loading. Restore its state if the result is rejected."""
     before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     before = with_versions(before, module_versions(own))
     mismatched = {name for name, _, _ in shape_mismatches}
@@ -190,9 +190,9 @@ def _load_or_restore(
 def _check_report(report: LoadReport, *, strict: bool, allow_missing: Sequence[str]) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
-            f"No key of the checkpoint matches the model. {report.describe()}\n"
-            f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
-            "Use revise_keys to rewrite prefixes."
+            f"No key of the checkpoint matches the model. {report.describe()}\n  "
+            f"{suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of a different model?'} Use "
+            "revise_keys to rewrite prefixes."
         )
     rejected = replace(report, missing=tuple(name for name in report.missing if not matches_any(name, allow_missing)))
     if strict and not rejected.exact:
@@ -221,7 +221,7 @@ def _model_names(keys: Iterable[str], own: Collection[str], revise_keys: Sequenc
 def _find_name(key: str, revised: str, own: Collection[str]) -> str:
     if revised in own:
         return revised
-    # If the model itself has a submodule named "module", revise_keys may have removed more than a wrapper's prefix.
+    # If the model has a submodule named "module", revise_keys may have removed more than the prefix of a wrapper.
     wrapped = key if unwrapped_name(key) == unwrapped_name(revised) else revised
     return next((name for name in (wrapped, *possible_names(wrapped)) if name in own), revised)
 
@@ -266,12 +266,12 @@ def _as_placed(value: Any, own: Any) -> Any:
 
 
 def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
-    """Ignore BatchNorm counters, which old checkpoints lack; they start at 0 and do not affect the output."""
+    """Ignore missing BatchNorm counters, which old checkpoints lack. They start at 0 and do not affect the output."""
     return tuple(key for key in missing if not key.endswith("num_batches_tracked"))
 
 
 def _may_rename_keys(model: nn.Module) -> bool:
-    """Return whether modules may rename keys while loading, so that the result is known only afterwards."""
+    """Return whether modules may rename keys while loading, so that mismatches are only known afterwards."""
     # The hooks of torch's FSDP do not rename keys.
     return any(not name.startswith(_SHARDING) for name in load_hook_modules(model))
 

@@ -35,7 +35,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def possible_names(name: str) -> Iterator[str]:
-    """Yield the name without components that only wrappers have, then also without each leading ``module.`` in turn.
+    """Yield the name without components that only wrappers add, and then without each leading ``module.`` in turn.
 
     The last one is the unwrapped name, unless the model itself has a submodule named ``module``.
     """
@@ -96,7 +96,7 @@ def optimizer_by_index(
     """Convert an optimizer state dict keyed by parameter name to one that torch's optimizers can load.
 
     Args:
-        state: the result of :func:`optimizer_by_name`, or a state dict of torch, whose indices are kept.
+        state: the result of :func:`optimizer_by_name`, or a state dict of torch, whose indices are not changed.
         names: the parameter names of the optimizer to load into, one list for each group.
         current: the parameter groups of the optimizer to load into.
         allow_missing: patterns of parameter names that may be missing from ``state``. They start without state, and groups

@@ -1,4 +1,4 @@
-"""Represent a tensor of which each rank holds some boxes, for engines with their own sharding."""
+"""Represent a tensor of which each rank holds some boxes, for engines that shard tensors themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ShardedTensorState:
     Args:
         dtype: the dtype of the tensor.
         shape: the shape of the global tensor.
-        shards: box -> the values in it, a tensor of the box's shape. Not copied.
+        shards: a mapping from boxes to tensors with the values in the box, which are not copied.
 
     Raises:
         CheckpointError: if the dtype or the shape of a shard does not match its box.
@@ -38,7 +38,7 @@ class ShardedTensorState:
         for box, shard in self.shards.items():
             if tuple(shard.shape) != box.shape or shard.dtype != dtype:
                 raise CheckpointError(
-                    f"The shard of the box at {list(box.start)} with shape {list(box.shape)} in a tensor of {dtype} has "
+                    f"The shard for the box at {list(box.start)} with dtype {dtype} and shape {list(box.shape)} has "
                     f"dtype {shard.dtype} and shape {list(shard.shape)}."
                 )
 

@@ -41,9 +41,9 @@ _PAIRS = frozenset(
     for first in firsts.split()
 )
 _TRIPLES = frozenset({"access key id", "secret access key"})
-# These words can follow the name of a secret.
+# Words that can follow the name of a secret.
 _TRAILING = _words_in("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
-# After one of these words, "token" means a model's token, not a secret.
+# After one of these words, "token" refers to a token of a model instead of a secret.
 _TOKENS_OF_A_MODEL = _words_in(
     "pad eos bos mask masked cls sep unk oov num max min special start end stop begin image img video audio speech text prompt "
     "class register query key value first last next prev previous current per add new extra target source src tgt input "

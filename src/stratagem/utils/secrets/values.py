@@ -27,13 +27,13 @@ def _words_in(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Common default values of secrets, which also occur in strings that contain no secrets.
+# Common default values of secrets, which also occur in strings without secrets.
 _COMMON = _words_in(
     "password passphrase secret anonymous default disabled changeme required undefined production development localhost "
     "training validation"
 )
 
-# Secret -> the environment variable that it came from, or "". The oldest entries are evicted first.
+# A mapping from secrets to the environment variables that they came from, or "". The oldest entries are evicted first.
 _secrets: dict[str, str] = {}
 _placeholders: dict[str, str] = {}
 _allowed: dict[str, None] = {}
@@ -60,15 +60,15 @@ def remember_placeholder(value: str, variable: str) -> None:
 
 
 def allow_in_texts(text: str) -> None:
-    """Do not mask values that are substrings of this text, such as the folder of the run, unless they are known secrets."""
+    """Do not mask values that are substrings of this text, such as the folder of the run, except known secrets."""
     _remember(_allowed, text, None)
 
 
 def known_secrets() -> Mapping[str, str]:
     """Return the known secrets, each with the environment variable that it came from, or ``""``."""
-    # Compare the whole environment, since strings are masked more often than variables are set.
+    # Compare the whole environment with the cached one, since strings are masked more often than variables are set.
     environment = getattr(os.environ, "_data", None)
-    cached = next(iter(_cache), None)  # another thread may clear it
+    cached = next(iter(_cache), None)  # Another thread may clear the cache.
     if cached is not None and environment is not None and cached[0] == environment:
         return cached[1]
     found = _find_secrets()
@@ -104,7 +104,7 @@ def replace_known_secrets(text: str, replacement: Callable[[str], str], known: M
     if not known:
         return text
     pattern, forms = _pattern(tuple(known))
-    # A truncated secret is not one of the forms.
+    # A truncated secret is not one of these forms.
     return pattern.sub(lambda match: replacement(known.get(forms.get(match[0], ""), "")), text)
 
 
@@ -148,7 +148,7 @@ def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     for form in sorted(forms, key=len, reverse=True):
         escaped = re.escape(form)
         written.append(escaped if len(form) >= _LONG_LENGTH else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
-    # Messages truncate long values, and a part of a secret must be masked as well.
+    # Messages truncate long values, so parts of a secret must be masked as well.
     written += [
         rf"{re.escape(form[:_MIN_PREFIX_LENGTH])}\S{{0,{len(form)}}}(?=\.\.\.)"
         for form in forms
