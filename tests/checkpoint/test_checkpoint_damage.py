@@ -176,7 +176,7 @@ def test_the_manifest_of_another_program_is_reported(damaged: Path, content: str
 def test_a_newer_format_version_is_reported(damaged: Path) -> None:
     """The error for a newer format version contains that version and the version of Stratagem that wrote it."""
     change_manifest(damaged, version=3, stratagem="9.0")
-    with pytest.raises(CheckpointError, match=r"has format version 3.* reads version 2.*\(9\.0\)") as caught:
+    with pytest.raises(CheckpointError, match=r"has format version 3.* reads format version 2.*\(9\.0\)") as caught:
         FORMAT.load(damaged)
     assert type(caught.value) is CheckpointError
 

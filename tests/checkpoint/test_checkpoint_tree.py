@@ -157,7 +157,7 @@ def test_a_tree_that_contains_itself_is_rejected() -> None:
     """A list that contains itself raises an error instead of a RecursionError."""
     tree: list[Any] = []
     tree.append(tree)
-    with pytest.raises(CheckpointError, match="meta contains itself"):
+    with pytest.raises(CheckpointError, match="meta contains a reference to itself"):
         flatten_tree(tree, where="meta")
 
 

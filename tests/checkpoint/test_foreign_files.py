@@ -172,7 +172,7 @@ def test_optimizers_of_scripts_are_resumed(tmp_path: Path, key: str) -> None:
 def test_two_possible_sets_of_weights_are_an_error(tmp_path: Path) -> None:
     """If two entries could be the weights, the error lists both."""
     torch.save({"model": PLAIN.state_dict(), "net": PLAIN.state_dict()}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt: it has weights under 'model' and 'net'"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: it contains weights under 'model' and 'net'"):
         SingleFileFormat().load(tmp_path / "a.pt")
 
 

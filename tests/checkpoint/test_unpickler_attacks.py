@@ -177,7 +177,7 @@ def test_wrong_sizes_and_offsets_are_rejected(tmp_path: Path, case: str) -> None
     data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in case else {"0": struct.pack("<q", 1 << 40)}
     path = write(tmp_path / "a.pth", {"state_dict": {"w": INVALID_TENSORS[case]}}, data)
     with pytest.raises(
-        CheckpointDamagedError, match=r"a\.pth cannot be read: .*(state_dict/w|tensor storage|no record)"
+        CheckpointDamagedError, match=r"a\.pth cannot be read: .*(state_dict/w|tensor storage|the record)"
     ):
         SingleFileFormat().load(path)
 

@@ -67,7 +67,7 @@ def test_a_start_method_that_is_set_too_late_is_reported() -> None:
     """A requested start method that cannot be set any more is reported."""
     multiprocessing.set_start_method("spawn")
     (notice,) = set_multi_processing("forkserver").notices
-    assert "stays 'spawn'" in notice
+    assert "remains 'spawn'" in notice
     assert "'forkserver'" in notice
 
 

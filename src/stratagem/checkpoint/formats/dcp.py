@@ -134,8 +134,8 @@ class DcpDirectory:
             raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file}: {name} was not read, because it contains objects that can only be created by executing code "
-                "from the file."
+                f"{file}: {name} contains objects that can only be created by executing code from the file, so it was "
+                "not read."
             ) from error
         except Exception as error:  # The error class depends on where the file is damaged.
             raise CheckpointDamagedError(f"{file} cannot be read at {name}: {error}") from error
@@ -165,7 +165,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise CheckpointError(
-            f"it was not read, because it refers to {module}.{name}, which torch does not write to metadata."
+            f"it refers to {module}.{name}, which torch does not write to metadata, so it was not read."
         )
 
 
