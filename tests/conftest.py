@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that use rank processes as slow, run slow tests last, and deselect markers that were not requested."""
+    """Mark tests that use rank processes as slow, run slow tests last, and deselect tests whose marker was not requested."""
     for marker in ELSEWHERE:
         if marker not in config.option.markexpr:
             apart = [item for item in items if item.get_closest_marker(marker)]

@@ -61,7 +61,7 @@ def test_a_flipped_bit_is_the_first_difference(bits: ModuleType) -> None:
 
 
 def test_zeros_of_different_signs_differ(bits: ModuleType) -> None:
-    """Values that compare equal as numbers must have the same bytes as well."""
+    """Values that are equal as numbers but differ in their bytes are reported."""
     assert not bits.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not bits.same_bits(torch.ones(2), torch.ones(2, dtype=torch.float64))
     assert not bits.same_bits(torch.ones(2), torch.ones(2, 1))
@@ -69,7 +69,7 @@ def test_zeros_of_different_signs_differ(bits: ModuleType) -> None:
 
 
 def test_a_value_that_one_record_lacks_is_a_difference(bits: ModuleType) -> None:
-    """A value that only one revision recorded is not ignored."""
+    """A value that only one revision recorded is reported as a difference."""
     base = recorded(bits)
     tree = dict(list(base.items())[:-1])
     assert bits.compare(base, tree, []).different == bits.compare(tree, base, []).different == {"gradients": 1}
@@ -77,7 +77,7 @@ def test_a_value_that_one_record_lacks_is_a_difference(bits: ModuleType) -> None
 
 
 def test_an_empty_category_is_a_problem(bits: ModuleType) -> None:
-    """Records without moments are not equal in their moments."""
+    """A category that was not recorded at all is reported as a problem instead of as equal."""
     base = recorded(bits)
     assert bits.compare(base, base, ["losses", "moments"]).problems == (
         "no moments were recorded, so none were compared",

@@ -1,4 +1,4 @@
-"""The links in all Markdown files lead somewhere."""
+"""The links in all Markdown files resolve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""macOS and Windows: nothing that a single process needs is missing there."""
+"""Training in a single process needs nothing that is missing on macOS or Windows."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_process_check(monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "win32":  # there, the object still holds a handle of the process
         assert not processes.process_exists(exited.pid)
 
-    def refuse(*_: object) -> None:
+    def reject(*_: object) -> None:
         raise AssertionError("os.kill sends Ctrl-C on Windows")
 
-    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(os, "kill", reject)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(processes, "_exists_on_windows", lambda pid: pid == 1)
     assert processes.process_exists(1)

@@ -1,4 +1,4 @@
-"""Names that were replaced by standard terms do not come back; ``docs/glossary.md`` has the terms."""
+"""Names that were replaced by standard terms are not used again; ``docs/glossary.md`` defines the terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "stratagem"
 
-# Whole identifiers, not words: each stood for an idea that has another name now.
+# Complete identifiers, not parts of them; each was replaced by a standard term.
 _IDENTIFIERS = """
     ALONE BoostedOptimWrapper BoosterState Boosting Captured ColossalBooster Datable Dealt DealtBatches
     DeferredWatch Driven EngineOptim FilledDataName FilledText ForeignBatches Horizon JOB_ENDS KeptGroup
@@ -73,12 +73,12 @@ def retired(path: Path) -> list[str]:
 
 
 def test_no_module_uses_a_retired_identifier() -> None:
-    """Classes, functions, attributes and arguments have the terms of the glossary."""
+    """Classes, functions, attributes and arguments use the terms of the glossary."""
     assert [line for path in sorted(SOURCE.rglob("*.py")) for line in retired(path)] == []
 
 
 def test_no_module_has_a_retired_file_name() -> None:
-    """Files and folders that were renamed do not exist any more."""
+    """Files and folders that were renamed do not exist under their old names."""
     assert [
         name for name in sorted(FILES) if (SOURCE / name).is_file() or (SOURCE / name / "__init__.py").is_file()
     ] == []
@@ -88,7 +88,7 @@ def test_no_module_has_a_retired_file_name() -> None:
     "code", ["def each_wrapper(): ...", "x.drop_window()", "f(may_miss=())", "from a import Tape", "class Horizon: ..."]
 )
 def test_a_retired_identifier_is_found(tmp_path: Path, code: str) -> None:
-    """Each way to use a name is seen."""
+    """An identifier is found wherever it can occur: as a class, function, argument, attribute or keyword."""
     path = tmp_path / "module.py"
     path.write_text(code)
     assert len(retired(path)) == 1

@@ -163,7 +163,7 @@ def test_the_full_configuration_has_no_problems() -> None:
 
 
 @pytest.mark.slow
-def test_every_misspelled_key_is_refused_with_the_right_name() -> None:
+def test_every_misspelled_key_is_rejected_with_the_right_name() -> None:
     """At least 99 % of misspelled keys of the full configuration are rejected with the correct name.
 
     A key is misspelled by dropping, swapping or adding a character. The failure lists the keys that were missed.

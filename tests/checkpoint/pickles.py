@@ -34,7 +34,7 @@ def new(cls: str, *args: Any) -> Raw:
 
 
 def build(target: Raw, state: Any) -> Raw:
-    """Return operations that set the state of an object, with ``__setstate__`` if it has one."""
+    """Return operations that set the state of an object, with ``__setstate__`` if it is defined."""
     return Raw(target.code + encode(state) + b"b")
 
 

@@ -32,7 +32,7 @@ def saver() -> Iterator[BackgroundSaver]:
 
 
 def tree(value: float, size: int = 8) -> dict[str, Any]:
-    """A state in which all values are ``value``."""
+    """Return a state in which all values are ``value``."""
     optimizer = {"m": torch.full((3,), value, dtype=torch.bfloat16), "steps": [value]}
     return {"state_dict": {"w": torch.full((size,), value)}, "optimizer": optimizer, "meta": {"iter": int(value)}}
 
@@ -124,7 +124,7 @@ def test_a_failure_is_raised_by_the_next_check(saver: BackgroundSaver, tmp_path:
 
 
 def test_check_does_not_wait(saver: BackgroundSaver, tmp_path: Path):
-    """While the thread writes, ``check`` returns immediately."""
+    """``check`` returns immediately while the thread is writing."""
     gate = Gate()
     with faults.between(gate):
         saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
@@ -135,7 +135,7 @@ def test_check_does_not_wait(saver: BackgroundSaver, tmp_path: Path):
 
 
 def test_an_unsupported_value_is_reported_immediately(saver: BackgroundSaver, tmp_path: Path):
-    """A value that cannot be stored raises in the call itself, because flattening needs no disk."""
+    """A value that cannot be stored raises an error in the call itself, because flattening does not access the disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", SINGLE_PROCESS)
     with pytest.raises(CheckpointError, match="Use a local path or a URL"):
@@ -143,7 +143,7 @@ def test_an_unsupported_value_is_reported_immediately(saver: BackgroundSaver, tm
 
 
 def test_the_callback_runs_after_the_checkpoint_is_durable(saver: BackgroundSaver, tmp_path: Path):
-    """The pointer and retention find the checkpoint under its name."""
+    """The name of the checkpoint is available to the pointer and to retention."""
     seen: list[Any] = []
     saver.save(
         tree(1),
@@ -202,7 +202,7 @@ def save_on_ranks(folder: str) -> list[Any]:
 
 
 def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
-    """Each rank copies and writes what it holds, while the ranks continue to communicate."""
+    """Each rank copies and writes its own shards while the ranks continue to communicate."""
     assert ranks.run(save_on_ranks, str(tmp_path)) == [[[0, 1], [0, 1]]] * 2
     for name in ("a", "b.pth"):
         state = CheckpointLoader.load_checkpoint(tmp_path / name)["state_dict"]
@@ -235,7 +235,7 @@ def fail_on_ranks(folder: str) -> tuple[int, str]:
 
 
 def test_all_ranks_raise_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
-    """All ranks raise after the same step, regardless of which one failed, with the path in the message."""
+    """All ranks raise an error with the path after the same step, regardless of which rank failed."""
     (first, text), (second, other) = ranks.run(fail_on_ranks, str(tmp_path))
     assert first == second
     for message in (text, other):

@@ -1,4 +1,4 @@
-"""A damaged, foreign or missing checkpoint raises one clear error, never another exception, and never gives wrong values."""
+"""A damaged, foreign or missing checkpoint raises a CheckpointError with a clear message, and never yields wrong values."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_swapped_files_are_damage(damaged: Path) -> None:
 
 @pytest.mark.parametrize("content", ['{"format": "other", "version": 1}', "{}", "[]", "null", "3"])
 def test_the_manifest_of_another_program_is_reported(damaged: Path, content: str) -> None:
-    """A manifest of another program is reported as such, and not as damage."""
+    """A manifest written by another program is identified as such and is not reported as damage."""
     (damaged / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="was written by a different program") as caught:
         FORMAT.load(damaged)

@@ -272,13 +272,13 @@ def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
     assert (tmp_path / "c").read_text() == "mine"
 
 
-def refuse(name: str) -> Callable[..., Any]:
+def reject(name: str) -> Callable[..., Any]:
     """Return a function that must not be called."""
 
-    def refused(*_: object, **__: object) -> Any:
+    def rejected(*_: object, **__: object) -> Any:
         raise AssertionError(f"{name} was called")
 
-    return refused
+    return rejected
 
 
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +287,9 @@ def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     FORMAT.load(tmp_path / "c")  # do the lazy imports first
     with monkeypatch.context() as patch:
         for name in ("Unpickler", "load", "loads", "_Unpickler", "_load", "_loads"):
-            patch.setattr(pickle, name, refuse(name))
+            patch.setattr(pickle, name, reject(name))
         for name in ("eval", "exec"):
-            patch.setattr(builtins, name, refuse(name))
+            patch.setattr(builtins, name, reject(name))
         for action in (lambda: pickle.loads(b""), lambda: eval("1")):
             with pytest.raises(AssertionError, match="was called"):
                 action()

@@ -22,7 +22,7 @@ def saved(path: Path, at: float) -> Path:
 
 
 def test_the_checkpoint_saved_last_is_found(tmp_path: Path) -> None:
-    """The recorded time decides, and not the name or the order of directory entries."""
+    """The latest checkpoint is determined by the recorded time, not by the names or the order of directory entries."""
     saved(tmp_path / "epoch_10", 100.0)
     newest = saved(tmp_path / "epoch_9", 300.0)
     saved(tmp_path / "iter_99", 200.0)
@@ -59,7 +59,7 @@ def test_both_formats_are_compared(tmp_path: Path) -> None:
 
 
 def test_equal_file_times_are_ordered_by_number(tmp_path: Path) -> None:
-    """If the file times are equal, 10 is later than 9."""
+    """If the modification times of two files are equal, number 10 is later than number 9."""
     saved(tmp_path / "iter_9.pth", 100.0)
     newest = saved(tmp_path / "iter_10.pth", 100.0)
     assert find_latest_checkpoint(tmp_path) == newest
@@ -91,7 +91,7 @@ def test_an_invalid_time_is_skipped(tmp_path: Path, saved_at: object) -> None:
 
 
 def test_other_places_contain_no_checkpoint(tmp_path: Path) -> None:
-    """An empty folder, one that contains other files, a missing one and a file give None instead of an error."""
+    """The result is None for an empty folder, a folder with other files, a missing folder and a file."""
     assert find_latest_checkpoint(tmp_path) is None
     (tmp_path / "logs").mkdir()
     (tmp_path / "notes.txt").write_text("x")

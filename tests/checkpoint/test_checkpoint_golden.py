@@ -64,7 +64,7 @@ def test_a_golden_checkpoint_is_restored(name: str) -> None:
 
 
 def test_ranks_and_one_process_wrote_the_same_files() -> None:
-    """Only the manifests differ, because they list the boxes."""
+    """Checkpoints written by one and by two processes differ only in their manifests, which list the boxes."""
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         assert (GOLDEN / "v2-single" / name).read_bytes() == (GOLDEN / "v2-sharded" / name).read_bytes()
 

@@ -80,7 +80,7 @@ def test_a_too_large_header_is_rejected() -> None:
 
 
 def test_the_size_of_a_tensor_is_that_of_its_elements() -> None:
-    """The size of a tensor is that of its elements, which may be none."""
+    """The size of a tensor is the number of its elements times their size; it is 0 for an empty tensor."""
     assert TensorSpec(torch.float64, (3, 5)).nbytes == math.prod((3, 5, 8))
     assert TensorSpec(torch.float64, (3, 0)).nbytes == 0
     assert TensorSpec(torch.bool, ()).nbytes == 1

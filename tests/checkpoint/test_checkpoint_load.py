@@ -76,7 +76,7 @@ def test_keys_are_rewritten_in_turn() -> None:
 
 
 def test_a_key_can_be_rewritten_away() -> None:
-    """A key that the user rewrote to an unknown name is not loaded by its old name."""
+    """A key that the user renamed to an unknown name is not loaded under its old name."""
     model = net()
     report = load_state_dict(model, ones(model), revise_keys=[(r"^1\.", "unused.")])
     assert report.missing == ("1.weight", "1.bias")
@@ -113,7 +113,7 @@ def test_differences_are_reported_and_the_rest_is_loaded() -> None:
 
 
 def test_the_first_differing_keys_and_their_number_are_shown() -> None:
-    """Only the first ten of many keys are listed, with the number of the others."""
+    """Only the first ten keys are listed, followed by the number of remaining keys."""
     report = LoadReport(matched=1, total=26, missing=tuple(f"layer.{index}" for index in range(25)))
     text = report.describe()
     assert "25 missing from the checkpoint: layer.0, layer.1," in text

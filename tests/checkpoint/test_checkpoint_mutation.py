@@ -71,7 +71,7 @@ def test_a_mutated_checkpoint_is_rejected_or_unchanged(
 
 @pytest.mark.slow
 def test_every_flipped_bit_of_a_single_file_is_damage_or_has_no_effect(tmp_path: Path) -> None:
-    """A flipped bit is never another exception, which would keep a run from resuming from an older checkpoint."""
+    """A flipped bit raises only a CheckpointError; other exceptions would prevent resuming from an older checkpoint."""
     path = tmp_path / "iter_1.pth"
     save_checkpoint(state(1), path)
     data = path.read_bytes()

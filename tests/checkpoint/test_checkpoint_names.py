@@ -110,7 +110,7 @@ def test_conversion_does_not_change_its_arguments() -> None:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_implementation_of_this_run_is_kept(by_name: bool) -> None:
-    """This run's choice of fused or foreach is kept, regardless of the checkpoint's."""
+    """The implementation (fused or foreach) of the current run is kept, regardless of the one in the checkpoint."""
     net = model()
     saved = trained(net, ALL, foreach=True)
     state: dict[str, Any] = saved.state_dict()

@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest, according to their manifests."""
+"""Tests of the order of checkpoints, which their manifests determine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_within_a_run_session_and_save_decide(tmp_path: Path, suffix: str):
-    """Session and save number decide instead of time, iteration or name, for directories and files alike."""
+    """The session and save numbers determine the order, not time, iteration or name, for directories and single files."""
     save(tmp_path / f"d{suffix}", order=(1, 9), at=900.0, iteration=90)
     save(tmp_path / f"c{suffix}", order=(2, 10), at=500.0, iteration=10)
     save(tmp_path / "b", order=(2, 11), at=100.0, iteration=20)

@@ -1,4 +1,4 @@
-"""Which rank writes which box of each tensor."""
+"""Tests of the plan that assigns the boxes of each tensor to ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_different_shape_on_another_rank_is_reported() -> None:
 
 
 def test_parts_without_tensors_have_no_file() -> None:
-    """Parts without tensors have no file, and the size of a plan is that of all files."""
+    """Parts without tensors have no file, and the size of a plan is the total size of its files."""
     plan = make_write_plan({"meta": {}, "state_dict": {"a": torch.ones(3)}}, SINGLE_PROCESS)
     assert list(plan.layouts) == ["state_dict"]
     assert plan.size == plan.layouts["state_dict"].size

@@ -68,7 +68,7 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_staging_folder_that_is_not_shared_is_reported() -> None:
-    """A rank that cannot see the staging folder raises an error that says what to set."""
+    """A rank that cannot access the staging folder raises an error that names the variable to set."""
     with pytest.raises(
         CheckpointError,
         match="With ranks on several machines, set STRATAGEM_STAGING to a folder that all machines share",
@@ -109,7 +109,7 @@ def test_the_latest_is_found_after_the_clock_was_set_back(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_the_latest_of_a_run_is_what_it_saved_last(tmp_path: Path, suffix: str) -> None:
-    """Of a run, the checkpoint saved last is the latest, even if others were uploaded later."""
+    """The latest checkpoint of a run is the one saved last, even if others were uploaded later."""
     orders = {"iter_12": (1, 2), "iter_4": (2, 3), "iter_6": (2, 4), "iter_9": (1, 1)}
     for name, (session, number) in orders.items():
         meta = {"run_id": "a", "save_order": {"session": session, "save": number}}
@@ -142,7 +142,7 @@ def test_a_plain_file_is_read(memory: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_remote_checkpoint_is_not_found() -> None:
-    """A URL with nothing published is not found."""
+    """Loading a URL without a publication raises a not-found error."""
     with pytest.raises(CheckpointNotFoundError, match="memory://runs/one/iter_1: there is no such checkpoint"):
         CheckpointLoader.fetch(f"{RUN}/iter_1")
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and how the others are removed."""
+"""Tests of retention: the checkpoints of a run that are kept, and the removal of all others."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_best_are_kept_by_their_scores(*, greater: bool, kept: set[int]):
 
 
 def test_each_metric_has_its_best():
-    """The best checkpoint of one metric is not replaced by that of another."""
+    """The best checkpoint for one metric does not replace the best checkpoint for another metric."""
     saved = [best(1, 0.5), best(1, 3.0, metric="loss", greater=False), best(2, 0.6)]
     assert names(Retention(groups=["epoch_{}"]).select_removable(saved)) == ["best_acc_1"]
 
@@ -178,14 +178,14 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def there_is_one_to_go_on_from(self) -> None:
-        """If there ever was a finite checkpoint, there is one to resume from."""
+        """If a finite checkpoint was ever saved, there is always one to resume from."""
         self.had_one = self.had_one or any(each.finite for each in self.disk)
         if self.had_one:
             assert any(each.finite and each.path not in self.damaged for each in self.disk)
 
     @invariant()
     def there_are_not_too_many(self) -> None:
-        """After a completed save or start, there are not more checkpoints than allowed."""
+        """After a completed save or start, the number of checkpoints does not exceed the limit."""
         if not self.killed:
             assert len([each for each in self.disk if each.retention_tag.number % 10]) <= self.most
 

@@ -1,4 +1,4 @@
-"""Sharded models are saved by all ranks, with the same result as a save by one process."""
+"""Sharded models are saved by all ranks; the files equal those written by a single process."""
 
 from __future__ import annotations
 

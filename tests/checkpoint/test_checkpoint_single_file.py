@@ -94,7 +94,7 @@ class Evil:
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare pickle"])
 def test_a_file_that_would_run_code_is_rejected(tmp_path: Path, form: str) -> None:
-    """A pickle that calls a function is not executed, and the error says what to do."""
+    """A pickle that calls a function is not executed, and the error suggests what to do."""
     file, proof = tmp_path / "evil.pth", tmp_path / "proof"
     if form == "bare pickle":
         file.write_bytes(pickle.dumps({"state_dict": Evil(proof)}))
@@ -129,7 +129,7 @@ def test_a_truncated_file_is_damaged(tmp_path: Path, length: float) -> None:
 
 
 def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
-    """A changed byte gives a CheckpointError or nothing, although torch raises many other exceptions."""
+    """A changed byte raises a CheckpointError or has no effect, although torch raises many other exceptions."""
     file = tmp_path / "a.pth"
     FORMAT.save({"meta": {"iter": 7}, "state_dict": {"w": torch.arange(3.0)}}, file)
     data = file.read_bytes()
@@ -162,7 +162,7 @@ def test_a_file_without_a_dict_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
-    """A missing file is not found, and a folder of that name is reported as a folder."""
+    """A missing file raises a not-found error, and a folder of that name is reported as a folder."""
     with pytest.raises(CheckpointNotFoundError, match="no such checkpoint"):
         FORMAT.load(tmp_path / "a.pth")
     (tmp_path / "a.pth").mkdir()

@@ -154,7 +154,7 @@ def test_local_paths_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_missing_path_suggests_similar_names(saved: Path) -> None:
-    """The error for a missing path suggests a similar name, or says that the folder does not exist."""
+    """The error for a missing path suggests a similar name, or states that the folder does not exist."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_2\.pth: there is no .*Did you mean 'epoch_1\.pth'"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth"))
     with pytest.raises(CheckpointNotFoundError, match=r"The folder .*elsewhere does not exist either"):
@@ -180,7 +180,7 @@ def test_a_url_is_downloaded_once(site: Site, cache: Path) -> None:
 
 
 def test_two_urls_with_one_name_are_two_files(site: Site, cache: Path) -> None:
-    """The whole address distinguishes cached copies."""
+    """Cached copies of URLs that differ in any part are kept separately."""
     weights(f"{site.address}/a/net.pth")
     weights(f"{site.address}/b/net.pth")
     weights(f"{site.address}/a/net.pth?version=2")
@@ -338,7 +338,7 @@ def test_credentials_in_a_url_are_used_and_never_shown(site: Site, cache: Path) 
     "url", ["http://me:secret@127.0.0.1:9/x.pth", "ftps://me:secret@host/x.pth", "file://me:secret@host/x"]
 )
 def test_secrets_in_other_failures_are_masked(url: str) -> None:
-    """Whatever is wrong with a URL, its password is not printed."""
+    """The password in an invalid URL is never printed."""
     with pytest.raises(CheckpointError) as caught:
         CheckpointLoader.fetch(url)
     assert "secret" not in str(caught.value)
@@ -362,7 +362,7 @@ def test_a_missing_torchvision_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The server in the role of the Hub."""
+    """Use the server as the Hugging Face Hub."""
     monkeypatch.setenv("HF_ENDPOINT", site.address)
     return site
 
@@ -419,7 +419,7 @@ def test_a_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_timm_names_are_fetched_from_the_hub(hub: Site) -> None:
-    """The timm library provides the URL of its weights, and a typo gives the most similar name."""
+    """The URL is looked up in timm, and the error for a misspelled name suggests the closest one."""
     pytest.importorskip("timm")
     hub.files["/timm/resnet18.a1_in1k/resolve/main/model.safetensors"] = save({"w": torch.ones(2)})
     assert weights("timm://resnet18") == weights("timm://resnet18.a1_in1k") == [1, 1]
@@ -431,7 +431,7 @@ def test_timm_names_are_fetched_from_the_hub(hub: Site) -> None:
 
 @pytest.mark.parametrize("scheme", ["open-mmlab", "openmmlab"])
 def test_an_unknown_weight_name_suggests_a_similar_one(scheme: str) -> None:
-    """A typo in the name of published weights gives the most similar name."""
+    """The error for a misspelled name of published weights suggests the closest one."""
     with pytest.raises(CheckpointNotFoundError, match=r"'vgg16_cafe'\. Did you mean 'vgg16_caffe'"):
         CheckpointLoader.fetch(f"{scheme}://vgg16_cafe")
 
@@ -444,7 +444,7 @@ def test_an_unknown_scheme_suggests_similar_ones() -> None:
 
 @pytest.fixture
 def own_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registrations that are undone after the test."""
+    """Undo all registrations after the test."""
     monkeypatch.setattr(CheckpointLoader, "_fetchers", dict(CheckpointLoader._fetchers))
 
 

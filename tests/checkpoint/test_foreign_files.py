@@ -58,7 +58,7 @@ def strategy(tmp_path: Path) -> Iterator[BaseStrategy]:
 
 
 def test_a_run_of_mmengine_can_be_resumed(strategy: BaseStrategy) -> None:
-    """Resuming from MMEngine's first epoch gives the weights that MMEngine saved after the second."""
+    """A run resumed from MMEngine's first epoch ends with the weights that MMEngine saved after the second epoch."""
     rest = strategy.resume(mmengine(1))
     assert (rest["meta"]["epoch"], rest["meta"]["iter"]) == (1, 3)
     features = torch.sin(torch.arange(48.0)).reshape(12, 4)
@@ -87,7 +87,7 @@ def test_histories_of_mmengine_are_ignored() -> None:
 
 
 def test_averaged_weights_of_mmengine_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A warning says that MMEngine stored averaged weights, which must not be resumed from by mistake."""
+    """A warning states that the file contains averaged weights, because resuming from them is usually a mistake."""
     average = {f"module.{name}": tensor for name, tensor in PLAIN.state_dict().items()}
     content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
     torch.save(content, tmp_path / "weights.pth")
@@ -109,7 +109,7 @@ def test_weights_of_lightning_are_found_by_their_prefix() -> None:
 
 
 def test_position_and_optimizer_of_lightning_are_read() -> None:
-    """Finished epochs and iterations are counted as here, although Lightning counts differently."""
+    """Lightning's counters are converted to the numbers of completed epochs and iterations."""
     tree = SingleFileFormat().load(LIGHTNING)
     assert tree["meta"] == {"epoch": 2, "iter": 6, "batch_in_epoch": 0}
     assert tree["optimizer"]["state"][0]["step"] == 4
@@ -189,7 +189,7 @@ def test_objects_next_to_the_weights_are_skipped(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_pickled_model_says_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
+def test_the_error_for_a_pickled_model_explains_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
     """A pickled module raises an error with its class and how to convert it if the file is trusted."""
     torch.save(PLAIN if whole else {"model": PLAIN, "epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"object of (type )?torch\.nn\.modules\.linear\.Linear.*If you trust"):

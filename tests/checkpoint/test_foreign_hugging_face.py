@@ -123,7 +123,7 @@ def test_an_index_cannot_lead_outside_its_folder(tmp_path: Path, name: Any) -> N
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
 def test_an_invalid_index_is_rejected(tmp_path: Path, text: str) -> None:
-    """Whatever an index contains, the error is a CheckpointError."""
+    """An index with arbitrary contents raises only CheckpointErrors."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(CheckpointDamagedError, match=r"index\.json"):

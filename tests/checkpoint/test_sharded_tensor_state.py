@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds some boxes, such as the flat ranges of ZeRO."""
+"""Tests of tensors whose boxes are stored on different ranks, such as the flat ranges of ZeRO."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_range_within_a_row_is_one_box() -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 0), (3, 13), (19, 20)])
 def test_a_range_can_be_taken_back(start: int, stop: int) -> None:
-    """A range can be taken back from the state of a rank and from the global tensor."""
+    """A range can be read from the state of a rank and from the global tensor."""
     whole = torch.randn(4, 5)
     pieces = ShardedTensorState.from_flat_range(whole.flatten()[start:stop], start, whole.shape)
     assert torch.equal(take_range(pieces, start, stop), whole.flatten()[start:stop])

@@ -106,7 +106,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("attack", attacks())
 @pytest.mark.parametrize("place", ["the root", "the weights", "a weight", "next to the weights"])
 def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
-    """A malicious file is rejected, or only its valid weights are read, whatever it contains."""
+    """A malicious file is rejected, or only its valid weights are read."""
     evil = attacks()[attack]
     root = {
         "the root": evil,
@@ -283,7 +283,7 @@ class NoMemory:
 )
 @settings(max_examples=examples(300))
 def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, int]], cut: int, gap: int) -> None:
-    """Bytes changed in or removed from a real pickle give values or a CheckpointError, and no other exception."""
+    """Reading a real pickle with changed or missing bytes returns values or raises a CheckpointError, but no other exception."""
     data = bytearray(REAL)
     for place, octet in changes:
         data[place] = octet

@@ -19,7 +19,7 @@ def draw(panel: Panel, *, width: int = 100, log_x: bool = False, end: float = 10
 
 
 def line(*y: float, label: str = "", faint: bool = False) -> Line:
-    """Return a line over 0 to 10."""
+    """Return a line with x values from 0 to 10."""
     return Line(label=label, x=np.linspace(0, 10, len(y)), y=np.asarray(y), faint=faint)
 
 
@@ -29,7 +29,7 @@ def body(lines: list[str]) -> list[str]:
 
 
 def test_a_rising_line():
-    """A rising line goes from the bottom left to the top right without gaps."""
+    """An increasing line is drawn from the bottom left to the top right without gaps."""
     rows = body(draw(Panel(label="lr", lines=(line(0.0, 1.0),))))
     assert len(rows) == 11
     # Dots 7 and 8 are the lowest of a character, dots 1 and 4 the highest.
@@ -61,7 +61,7 @@ def test_values_that_are_all_zero_can_be_drawn():
 
 
 def test_an_exponential_is_straight_on_a_logarithmic_axis():
-    """With a logarithmic axis, an exponential is a straight line: 1, 0.1 and 0.01 at top, middle and bottom."""
+    """On a logarithmic axis, an exponential is a straight line, with 1, 0.1 and 0.01 at the top, middle and bottom."""
     values = np.geomspace(1.0, 0.01, 11)
     lines = draw(Panel(label="lr", lines=(line(*values),), log=True))
     labels = [each.split("┤")[0].strip() for each in lines if "┤" in each]

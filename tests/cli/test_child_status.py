@@ -16,7 +16,7 @@ def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
 
 
 def test_a_common_error_is_reported_once(tmp_path: Path):
-    """The first rank reports an error that all ranks have; all ranks write their exit code for the launcher."""
+    """The first rank reports an error that occurs on all ranks, and all ranks write their exit code for the launcher."""
     environments = [rank(tmp_path, 0), rank(tmp_path, 1)]
     assert [claim_error_report("a typo", 2, environ) for environ in environments] == [True, False]
     for environ in environments:
@@ -30,7 +30,7 @@ def test_restarted_ranks_report_errors_again(tmp_path: Path):
 
 
 def test_a_single_process_reports_its_error():
-    """A single process, or a rank of torchrun, reports its error itself."""
+    """A single process, or a rank started by torchrun, reports its own error."""
     assert claim_error_report("a typo", 2, {})
     assert claim_error_report("a typo", 2, {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
 

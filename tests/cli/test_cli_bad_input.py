@@ -1,4 +1,4 @@
-"""Invalid input gives one clear error and an exit code that shows who can fix it, and overwrites nothing."""
+"""Invalid input causes one clear error message and an exit code that shows who can fix the problem; no file is overwritten."""
 
 from collections.abc import Callable
 from pathlib import Path

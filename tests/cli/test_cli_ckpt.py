@@ -115,9 +115,9 @@ def test_diff_prints_differences(stratagem: Command, run: Path) -> None:
 
 def test_diff_of_an_unknown_part_is_rejected(stratagem: Command, run: Path) -> None:
     """A part that neither checkpoint has raises an error with the closest name."""
-    refused = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "state_dct")
-    assert refused.status == 2
-    assert "Did you mean 'state_dict'" in refused.err
+    rejected = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "state_dct")
+    assert rejected.status == 2
+    assert "Did you mean 'state_dict'" in rejected.err
 
 
 def test_convert_lists_omitted_parts(stratagem: Command, run: Path, tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_consolidate_finds_the_average_of_a_run(stratagem: Command, config: str,
 def test_consolidate_without_an_average_is_rejected(stratagem: Command, run: Path, tmp_path: Path) -> None:
     """Without averages, `--averaged` raises an error and writes nothing."""
     save_checkpoint({"state_dict": {"w": torch.ones(1)}}, run / "plain")
-    refused = stratagem("ckpt", "consolidate", run / "plain", tmp_path / "a.safetensors", "--averaged")
-    assert refused.status == 2
-    assert "has no averaged weights" in refused.err
+    rejected = stratagem("ckpt", "consolidate", run / "plain", tmp_path / "a.safetensors", "--averaged")
+    assert rejected.status == 2
+    assert "has no averaged weights" in rejected.err
     assert not (tmp_path / "a.safetensors").exists()
 
 

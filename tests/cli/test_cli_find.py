@@ -61,7 +61,7 @@ def test_an_invalid_sweep(stratagem: Command, config: str, words: tuple[str, ...
 
 
 def test_batch_sizes_are_measured_up_to_the_limit(stratagem: Command, config: str, tmp_path: Path):
-    """Each batch size has a row, and on the CPU the output states what cannot be found there."""
+    """The table has a row for each batch size, and on the CPU the output states that the largest size cannot be found."""
     done = stratagem("find", "batch", config, "--max-batch", "6", "--steps", "1")
     assert done.status == 0, done.err
     lines = done.out.splitlines()

@@ -1,4 +1,4 @@
-"""Compare training runs: what is equal, the first difference, and its cause."""
+"""Tests of comparing training runs: equal results, the first difference, and its cause."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +19,13 @@ SMALL = ("--steps", "4", "--set", "train_dataloader.batch_size=2")
 
 @pytest.fixture(autouse=True)
 def _environment_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let started processes find the package, and limit their threads."""
+    """Make the package importable in child processes, and limit their threads."""
     monkeypatch.setenv("PYTHONPATH", str(Path(package.__file__).parents[1]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def rows(out: str) -> dict[str, str]:
-    """Return the result of each training by name."""
+    """Return the result of each training run by name."""
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines() if line.startswith("│")]
     return {name: result for name, result in cells if name}
 
@@ -72,7 +72,7 @@ def test_sharded_training_is_equal(stratagem: Command, config: str):
     [("dpp", "Did you mean 'ddp'"), ("ddp,single", "SingleDeviceStrategy is always included as the reference")],
 )
 def test_an_invalid_strategy(stratagem: Command, config: str, names: str, text: str):
-    """An unknown strategy is rejected before any training."""
+    """An unknown strategy is rejected before training starts."""
     done = stratagem("parity", config, "--strategy", names)
     assert done.status == 2
     assert text in done.err
@@ -129,7 +129,7 @@ def test_a_summed_loss_is_detected(tmp_path: Path):
 
 
 def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str):
-    """A training that is not reproducible, because its data changes, is detected."""
+    """A training run that is not reproducible, because its data changes, is detected."""
     done = stratagem("parity", config, *SMALL, "--nproc", "1", "--set", "train_dataloader.dataset.type=ChangingSamples")
     assert done.status == 1
     assert rows(done.out)["one process, again"] == "DIFFERENT"
@@ -156,7 +156,7 @@ def test_a_training_that_cannot_be_split(
 
 
 def test_the_number_of_steps_is_limited_by_the_epoch(stratagem: Command, config: str):
-    """The number of steps is limited by the epoch: twenty samples, four per step, are five steps."""
+    """The length of the epoch limits the number of steps: twenty samples with four per step give five steps."""
     done = stratagem("parity", config, "--steps", "50", "--nproc", "1", "--eval-layers")
     assert done.status == 0, done.err
     assert "5 steps of 4 samples" in done.out

@@ -54,7 +54,7 @@ def test_a_common_error_of_several_ranks_is_printed_once(shell: Shell, config: s
 
 
 def test_two_ranks_train_stop_and_resume(shell: Shell, config: str, tmp_path: Path):
-    """20 samples on 2 ranks in batches of 4 are 3 iterations per epoch; Ctrl-C stops both after the same one."""
+    """20 samples on 2 ranks in batches of 4 give 3 iterations per epoch, and Ctrl-C stops both ranks after the same one."""
     ranks = ("--work-dir", "run", "--nproc", "2", *LONG)
     status, output = shell.interrupt("train", config, *ranks)
     assert status == 130, output

@@ -140,7 +140,7 @@ def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
 
 
 def test_a_training_ends_with_the_command_to_sample(stratagem: Command, config: str) -> None:
-    """If the configuration has a tokenizer, the summary of a training contains the command to sample."""
+    """If the configuration has a tokenizer, the summary after training contains the command to generate text."""
     changes = ("--set", "train_cfg.max_epochs=1", "--set", "tokenizer.type=Letters")
     done = stratagem("train", config, "--work-dir", "run", *changes)
     rows = dict(line.strip().split(maxsplit=1) for line in done.out.splitlines() if line.startswith("  "))

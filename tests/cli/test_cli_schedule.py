@@ -10,7 +10,7 @@ Command = Callable[..., Any]
 
 
 def test_the_learning_rate_is_plotted_over_the_whole_run(stratagem: Command, config: str, tmp_path: Path):
-    """2 epochs of 20 samples in batches of 4 are 10 iterations; constant values are printed."""
+    """2 epochs of 20 samples in batches of 4 give 10 iterations; constant values are printed."""
     done = stratagem("schedule", config)
     assert done.status == 0, done.err
     lines = done.out.splitlines()

@@ -38,7 +38,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_error_of_a_rank_is_printed_once(shell: Shell, config: str, tmp_path: Path):
-    """The error is printed once with rank, iteration and batch; the other rank prints why it stops."""
+    """The error is printed once with the rank, iteration and batch; the other rank prints the reason why it stops."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *failing("raise"))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 1, output
@@ -53,7 +53,7 @@ def test_the_error_of_a_rank_is_printed_once(shell: Shell, config: str, tmp_path
 
 
 def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
-    """If rank 0 with the store is killed, the other rank reports it, and the exit code contains the signal."""
+    """If rank 0, which holds the store, is killed, the other rank reports it, and the exit code contains the signal."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *failing("SIGKILL", rank=0))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output

@@ -230,9 +230,9 @@ def test_a_saved_configuration_can_resume_its_run(secret_run: Callable[..., str]
     """A run can resume from the saved configuration if the secrets that it uses are set again."""
     secret_run("train", "source/run.py", "--work-dir", "run", "--set", "train_cfg.max_epochs=1")
     again = ("train", "run/run.py", "--work-dir", "run", "--resume", "--set", "train_cfg.max_epochs=2")
-    refused = secret_run(*again, status=2)
-    assert "run/run.py:" in refused
-    assert "the secret custom_hooks.0.login was masked" in refused
+    rejected = secret_run(*again, status=2)
+    assert "run/run.py:" in rejected
+    assert "the secret custom_hooks.0.login was masked" in rejected
     assert "Trained 2 epochs" in secret_run(*again, "--set", "custom_hooks.0.login=anything")
 
 
@@ -246,6 +246,6 @@ def test_a_configuration_in_the_run_folder_is_not_overwritten(secret_run: Callab
 
 def test_a_batch_script_with_a_secret_is_rejected(secret_run: Callable[..., str]) -> None:
     """`submit` rejects a secret on the command line, because the script would contain it."""
-    refused = secret_run("submit", "source/run.py", *OVERRIDES, "--nodes", "1", "--time", "1:00:00", status=2)
-    assert "--set vars.token=...: the value is or contains a secret" in refused
-    assert not list(found_in(refused.encode(), "error"))
+    rejected = secret_run("submit", "source/run.py", *OVERRIDES, "--nodes", "1", "--time", "1:00:00", status=2)
+    assert "--set vars.token=...: the value is or contains a secret" in rejected
+    assert not list(found_in(rejected.encode(), "error"))

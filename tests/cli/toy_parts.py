@@ -55,7 +55,7 @@ class PressCtrlC(Hook):
 
 @HOOKS.register_module()
 class FailOnce(Hook):
-    """A hook that makes one rank fail after an iteration, counted from 1, in the first start only."""
+    """A hook that makes one rank fail after an iteration, counted from 1, but not after a restart."""
 
     def __init__(self, how: str, rank: int = 1, after: int = 7) -> None:
         self.how = how

@@ -440,7 +440,7 @@ def test_an_oversized_file_is_rejected_quickly(name):
         (".toml", "[x]\na = 1\n[x]\n"),
     ],
 )
-def test_a_repeated_key_is_refused(suffix, text):
+def test_a_repeated_key_is_rejected(suffix, text):
     """A repeated key raises an error, because one of its values would be lost silently."""
     with pytest.raises(ConfigParsingError):
         Config.fromstring(text, suffix)
@@ -453,7 +453,7 @@ def test_a_data_file_must_contain_a_mapping_with_string_keys(text):
         Config.fromstring(text, ".yaml")
 
 
-def test_custom_imports_in_data_are_refused(tmp_path):
+def test_custom_imports_in_data_are_rejected(tmp_path):
     """A data file cannot request imports, even as the base of a Python file."""
     (tmp_path / "base.yaml").write_text("x: 1\ncustom_imports: {imports: [os]}\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\n")
@@ -463,7 +463,7 @@ def test_custom_imports_in_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["true", "1", "'yes'"])
-def test_remote_code_in_data_is_refused(value):
+def test_remote_code_in_data_is_rejected(value):
     """A data file cannot make a library download and run code."""
     with pytest.raises(ConfigParsingError, match="trust_remote_code"):
         Config.fromstring(
@@ -479,7 +479,7 @@ def test_remote_code_in_data_is_refused(value):
         "a: {trust_remote_code: '{{ $X:yes }}'}",
     ],
 )
-def test_remote_code_is_refused_at_any_depth(text):
+def test_remote_code_is_rejected_at_any_depth(text):
     """``trust_remote_code`` is rejected at any depth and from any source."""
     with pytest.raises(ConfigParsingError, match="trust_remote_code"):
         Config.fromstring(f"{text}\n", ".yaml")

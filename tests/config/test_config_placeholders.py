@@ -152,10 +152,10 @@ def test_a_data_file_cannot_insert_an_environment_variable_into_a_url(tmp_path, 
     (tmp_path / "base.yaml").write_text(base)
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
-    with pytest.raises(ConfigValueError, match=r"run\.\w+:\d: .* into a URL") as refusal:
+    with pytest.raises(ConfigValueError, match=r"run\.\w+:\d: .* into a URL") as error_message:
         Config.fromfile(path)
-    assert "s3cr3t" not in str(refusal.value)
-    assert "7331" not in str(refusal.value)
+    assert "s3cr3t" not in str(error_message.value)
+    assert "7331" not in str(error_message.value)
 
 
 def test_other_placeholders_of_a_data_file_are_allowed_in_urls(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Each sample is seen once per epoch over any restarts, with positions only and with real workers."""
+"""Each sample is used once per epoch across any number of restarts, tested with positions only and with real workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED, EPOCH = 5, 3
 
 @dataclass(frozen=True)
 class Piece:
-    """A start of a run: the number of ranks and workers, the batch size, and the number of batches until it stops."""
+    """A session of a run: the number of ranks and workers, the batch size, and the number of batches until it stops."""
 
     ranks: int
     batch: int
@@ -74,7 +74,7 @@ def loaded(loader: EpochLoader, first: int, count: int) -> list[Sequence[int]]:
 def train(
     length: int, pieces: list[Piece], read: Read = indices_of_batches, **options: Any
 ) -> list[list[list[Sequence[int]]]]:
-    """Train one epoch in pieces, the last one to the end; return all ranks' batches for each step of each piece."""
+    """Train one epoch in several sessions; return the batches of all ranks for each step of each session."""
     batch, taken = 0, ()
     steps = []
     for number, piece in enumerate(pieces):
@@ -109,7 +109,7 @@ restarts = st.lists(st.builds(Piece, st.integers(1, 5), st.integers(1, 7), st.in
 def test_any_restarts_give_each_sample_once_in_order(
     length: int, pieces: list[Piece], shuffle: bool, drop_last: bool
 ) -> None:
-    """The pieces form the global order of the epoch, except for padding or dropped samples at its end."""
+    """The samples of all sessions form the global order of the epoch, except for padding or dropped samples at its end."""
     order = epoch_order(length, seed=SEED, epoch=EPOCH, shuffle=shuffle)
     steps = [step for piece in train(length, pieces, shuffle=shuffle, drop_last=drop_last) for step in piece]
     seen = [index for step in steps for index in in_global_order(step)]
@@ -162,7 +162,7 @@ def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, 
 @settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 30), restarts)
 def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> None:
-    """With replacement, the pieces of an epoch give the same sequence of draws."""
+    """With replacement, an epoch that is stopped and resumed draws the same sequence of samples."""
     sampler = {"type": "WeightedSampler", "weights": [1 + index % 4 for index in range(length)], "num_samples": 40}
     (whole,) = train(length, [Piece(1, 1, 0)], sampler=sampler)
     steps = [step for piece in train(length, pieces, sampler=sampler) for step in piece]
@@ -204,7 +204,7 @@ def test_epochs_of_infinite_data_are_consecutive_after_a_new_batch_size() -> Non
 
 
 def test_a_completed_epoch_has_no_batches_left() -> None:
-    """Seven ranks pad five samples to seven, so a single rank may find more consumed samples than exist."""
+    """Seven ranks pad five samples to seven, so a resumed rank may read a number of consumed samples above five."""
     (one,) = loaders(5, Piece(1, 2, 0))
     assert one.resume_at(EPOCH, 1, [[1, 7]]) == one.length == 3
     assert list(one.batches(EPOCH, 3)) == []

@@ -1,4 +1,4 @@
-"""Random numbers of samples do not depend on who loads them, and are independent of the model."""
+"""The random numbers of a sample depend neither on the process that loads it nor on the model."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def sampler(weights: Any = (0.0, 1.0, 3.0), **options: Any) -> WeightedSampler:
 
 
 def test_sampling_with_replacement_follows_the_weights() -> None:
-    """With weights 0, 1 and 3, 10,000 of 40,000 draws are the second sample; five standard deviations are 433."""
+    """With weights 0, 1 and 3, 10,000 of 40,000 draws return the second sample, within five standard deviations (433)."""
     counts = Counter(sampler(num_samples=40_000))
     assert counts[0] == 0
     assert abs(counts[1] - 10_000) < 433
@@ -36,7 +36,7 @@ def test_sampling_with_replacement_follows_the_weights() -> None:
 
 
 def test_sampling_without_replacement_prefers_large_weights() -> None:
-    """With weights 1 and 3, the second is first in 3,000 of 4,000 epochs, +- 137, and no sample is repeated."""
+    """With weights 1 and 3, the second sample comes first in 3,000 +- 137 of 4,000 epochs, and no sample is repeated."""
     drawing = sampler((1.0, 0.0, 3.0), replacement=False)
     assert len(drawing) == 2
     orders = Counter(tuple(drawing.order(epoch)) for epoch in range(4_000))

@@ -68,15 +68,15 @@ def used_as_it_is(dataset: Any) -> EpochLoader:
 @pytest.mark.parametrize("load", [from_configuration, used_as_it_is])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_workers_leave_signals_to_the_main_process(number: signal.Signals, load: Callable[[Any], EpochLoader]) -> None:
-    """A signal to all processes does not stop the workers and does not call handlers in them."""
-    heard = []
-    before = signal.signal(number, lambda *_: heard.append(os.getpid()))
+    """A signal to all processes neither stops the workers nor calls signal handlers in them."""
+    received = []
+    before = signal.signal(number, lambda *_: received.append(os.getpid()))
     try:
         batches = list(load(Signalled(number)).batches(0))
     finally:
         signal.signal(number, before)
     assert [batch[0][0] for batch in batches] == list(range(20))
-    assert heard == []
+    assert received == []
 
 
 def test_a_loader_instance_keeps_its_worker_init_fn() -> None:
@@ -156,7 +156,7 @@ if __name__ == "__main__":
     ],
 )
 def test_a_process_exits_immediately_with_active_workers(tmp_path: Path, end: str, context: str, status: int) -> None:
-    """However the main process exits, its workers exit with it without an error message, even if they hang."""
+    """When the main process exits for any reason, its workers exit without an error message, even if they hang."""
     script = tmp_path / "exiting.py"
     script.write_text(EXITING)
     process = subprocess.Popen(

@@ -246,7 +246,7 @@ def test_group_information(ranks: Ranks) -> None:
     assert ranks.run(facts) == [((0, 2), "gloo", True), ((1, 2), "gloo", False)]
 
 
-def refused() -> str:
+def rejected() -> str:
     """Broadcast from a rank that does not exist."""
     with pytest.raises(LaunchError) as raised:
         dist.broadcast(torch.ones(1), 2)
@@ -255,7 +255,7 @@ def refused() -> str:
 
 def test_a_rank_beyond_the_last_is_rejected_on_all_ranks(ranks: Ranks) -> None:
     """A rank that does not exist raises an error on all ranks, so none of them waits."""
-    assert ranks.run(refused) == ["Rank 2 does not exist. The world size is 2, so valid ranks are 0 to 1."] * 2
+    assert ranks.run(rejected) == ["Rank 2 does not exist. The world size is 2, so valid ranks are 0 to 1."] * 2
 
 
 def within_one_rank() -> list[Any]:

@@ -63,7 +63,7 @@ def test_launcher_none_creates_no_group() -> None:
 
 
 def test_a_group_can_use_a_file_store(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file URL replaces the address and port for the rendezvous."""
+    """With a file URL, the rendezvous does not use an address and a port."""
     alone.setenv("MASTER_PORT", "1")  # a privileged port, which would fail
     init_dist("pytorch", init_method=f"file://{tmp_path / 'store'}")
     assert is_distributed()

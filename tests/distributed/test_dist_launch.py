@@ -108,7 +108,7 @@ def test_a_requeued_job_has_a_different_name() -> None:
 
 @pytest.mark.parametrize(("node", "local_size"), [("0", 2), ("1", 2), ("2", 1)])
 def test_tasks_on_each_node(node: str, local_size: int) -> None:
-    """The list "2(x2),1" means two tasks on each of two nodes, and one on the third."""
+    """SLURM's notation "2(x2),1" stands for two tasks on each of two nodes and one task on the third."""
     assert read_launch("slurm", {**SRUN, "SLURM_NODEID": node}).local_size == local_size
 
 

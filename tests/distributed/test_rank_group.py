@@ -1,4 +1,4 @@
-"""Ranks that run an operation together all receive its outcome."""
+"""If the ranks of a group run an operation together, all of them receive its result or its error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fail_on(method: str, failing: int, error: Exception) -> tuple[type, str, lis
     ("method", "failing"), [("run_all", 0), ("run_all", 1), ("run_checked", 1), ("run_on_rank0", 0)]
 )
 def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: Ranks, method: str, failing: int) -> None:
-    """The failing rank raises its own error; the others raise the same class, with the rank and the message."""
+    """The failing rank raises the original error; the others raise an error of the same class with the rank and the message."""
     errors = ranks.run(fail_on, method, failing, CheckpointDamagedError("file x is cut off"))
     assert errors[failing] == (CheckpointDamagedError, "file x is cut off", [0, 1])
     quoted = f"Rank {failing} failed: CheckpointDamagedError: file x is cut off"

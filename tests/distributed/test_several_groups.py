@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("several_groups.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("agent_serves", [True, False], ids=["store-of-torchrun", "store-of-rank-0"])
 def test_a_second_group_of_the_same_processes_does_not_hang(agent_serves: bool) -> None:
-    """Six successive groups find each other, even if a rank is late; none reads the state of an earlier one."""
+    """The ranks of six successive groups connect even if one of them is late, and no group reads the state of an earlier one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not agent_serves:
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -54,7 +54,7 @@ def miss(reason: str) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a user's shell in which the package can be imported, regardless of the test runner."""
+    """Return the environment of a user's shell, without variables of the test runner, in which the package is importable."""
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -104,8 +104,8 @@ def test_mpirun_with_mpi4py(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str
         miss("mpi4py is not installed; `make test-launch` installs it")
     jobs.run([*MPIRUN, "-np", "2", PYTHON, str(HERE / "with_mpi4py.py"), *train("run")[1:]])
     check(tmp_path / "run", "mpi", two_ranks)
-    told = [(tmp_path / "run" / f"mpi_{rank}").read_text() for rank in range(2)]
-    assert told == ["0 of 2, sum 1", "1 of 2, sum 1"]
+    reported = [(tmp_path / "run" / f"mpi_{rank}").read_text() for rank in range(2)]
+    assert reported == ["0 of 2, sum 1", "1 of 2, sum 1"]
 
 
 def test_two_mpi_jobs_at_once(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
@@ -133,7 +133,7 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "more", "told"),
+    ("environ", "more", "reported"),
     [
         ({"WORLD_SIZE": "4"}, (), "Rank 0 was started with world size 2, but rank 1 was started with world size 4."),
         (
@@ -145,7 +145,7 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
     ids=["world sizes", "configurations"],
 )
 def test_mismatched_ranks_are_rejected(
-    jobs: Jobs, free_port: int, environ: dict[str, str], more: tuple[str, ...], told: str
+    jobs: Jobs, free_port: int, environ: dict[str, str], more: tuple[str, ...], reported: str
 ) -> None:
     """Mismatched ranks exit immediately with code 2 and report the difference."""
     both = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
@@ -154,4 +154,4 @@ def test_mismatched_ranks_are_rejected(
     second = jobs.start([*words, *more], **{**both, **environ}, RANK="1")
     for rank in (first, second):
         assert rank.wait() == 2, rank.output()
-        assert told in rank.output()
+        assert reported in rank.output()

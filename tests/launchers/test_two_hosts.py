@@ -86,8 +86,8 @@ def test_a_network_failure_stops_the_run(
     assert took < TIMEOUT_S + 15, f"{took:.0f} s"
     done = len(progress.read_text().split())
     assert 6 <= done < 16
-    told = [node.output() for node in nodes]
-    assert any("stratagem (rank 0)" in text for text in told), told
+    reported = [node.output() for node in nodes]
+    assert any("stratagem (rank 0)" in text for text in reported), reported
     hosts.mend()
     again = start(jobs, hosts, *settings)
     for node in again:

@@ -21,10 +21,10 @@ from stratagem.logging.jsonlines import _plain
 def lines(path: Path) -> list[Any]:
     """Parse each line as strict JSON, which does not allow NaN."""
 
-    def refuse(name: str) -> None:
+    def reject(name: str) -> None:
         raise AssertionError(f"{name} is not valid JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text("ascii").splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in path.read_text("ascii").splitlines()]
 
 
 def written(tmp_path: Path, value: Any) -> Any:

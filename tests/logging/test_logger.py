@@ -54,7 +54,7 @@ def test_a_file_line_has_the_year(new_logger: MakeLogger, tmp_path: Path) -> Non
 def test_errors_report_their_source_location(
     new_logger: MakeLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From level ERROR, the path, function and line precede the message in the file and on the console."""
+    """At level ERROR and above, the path, function and line precede the message in the file and on the console."""
     new_logger(log_file=tmp_path / "log.log").error("broken")
     place = rf" - ERROR - {re.escape(__file__)} - test_errors_report_their_source_location - \d+ - broken\n$"
     assert re.search(place, (tmp_path / "log.log").read_text())

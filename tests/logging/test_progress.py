@@ -26,7 +26,7 @@ def written(screen: Console) -> str:
 
 
 def test_the_bar_shows_the_current_state(screen: Console) -> None:
-    """The latest label, iteration and values are drawn, at the latest when the bar stops."""
+    """The latest label, iteration and values are drawn when the bar stops, or earlier."""
     with TrainingProgress("Epoch 1/3", total=100, console=screen) as progress:
         progress.completed = 42
         progress.show({"loss": 0.123456, "lr": 0.001}, label="Epoch 2/3")

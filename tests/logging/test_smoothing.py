@@ -94,12 +94,12 @@ def test_all_tensors_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         copies += 1
         return tolist(tensor)
 
-    def refuse(tensor: Tensor) -> float:
+    def reject(tensor: Tensor) -> float:
         raise AssertionError("a single value was copied")
 
     monkeypatch.setattr(Tensor, "tolist", count)
-    monkeypatch.setattr(Tensor, "item", refuse)
-    monkeypatch.setattr(Tensor, "__float__", refuse)
+    monkeypatch.setattr(Tensor, "item", reject)
+    monkeypatch.setattr(Tensor, "__float__", reject)
     made = window(*({"loss": torch.tensor(1.0), "acc": torch.tensor(0.5)} for _ in range(5)))
     assert made.means() == {"acc": 0.5, "loss": 1.0}
     assert copies == 1

@@ -54,7 +54,7 @@ def test_an_annealed_average_starts_with_large_factors() -> None:
 
 
 def test_a_stochastic_average_is_the_mean() -> None:
-    """A stochastic weight average is the mean of all its values."""
+    """A stochastic weight average is the mean of the weights at all updates."""
     net = model()
     assert averages(StochasticWeightAverage(net), net, [3.0, 5.0, 10.0]) == pytest.approx([3.0, 4.0, 6.0])
 
@@ -138,7 +138,7 @@ def test_the_state_of_a_different_model_is_rejected() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_averages_of_low_precision_weights_are_updated(dtype: torch.dtype) -> None:
-    """Averages are float32: at 100, bfloat16 cannot represent the addition of 0.0002."""
+    """Averages are stored as float32, because bfloat16 cannot represent the change of 0.0002 to a weight of 100."""
     net = model().to(dtype)
     average = ExponentialMovingAverage(net, momentum=0.0002)
     seen = averages(average, net, [100.0, 101.0])

@@ -20,7 +20,7 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_is_built_stepped_and_scheduled(name: str) -> None:
-    """An optimizer that is built by name changes the weights, follows a schedule, and saves its state."""
+    """An optimizer that is built by name updates the weights, can be scheduled, and saves its state."""
     torch.manual_seed(0)
     sparse = name == "SparseAdam"
     model: nn.Module = nn.Embedding(4, 3, sparse=True) if sparse else nn.Linear(4, 3, bias=False)

@@ -141,7 +141,7 @@ def overflow(folder: str, **optim: Any) -> tuple[int, int, float | None, dict[st
 def test_an_overflow_on_one_rank_is_skipped_on_both_ranks(
     ranks: Ranks, tmp_path: Path, optim: dict, scale: float | None
 ):
-    """Both ranks keep their weights in this step, reduce the scale and continue with equal weights."""
+    """If the loss overflows on one rank, both ranks skip the step, reduce the scale and continue with equal weights."""
     first, second = ranks.run(overflow, str(tmp_path), **optim)
     assert first[:3] == second[:3] == (3, 2, scale)
     assert all(torch.equal(first[3][name], value) for name, value in second[3].items())

@@ -333,7 +333,7 @@ def test_the_signature_contains_all_arguments() -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("changing", 8), ("unchanged", 4), ("over", 2), ("before", 2)])
 def test_a_step_needs_few_calls(name: str, most: int) -> None:
-    """A step needs only a few calls, and even fewer outside the range."""
+    """A schedule step makes only a few Python calls, and even fewer outside its range."""
     schedules = {
         "changing": LinearLR(optimizer(), start_factor=0.1, end=1000),
         "unchanged": StepLR(optimizer(), 1000),

@@ -198,13 +198,13 @@ def test_a_torch_scheduler_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch.optim.lr_scheduler.StepLR", torch.optim.lr_scheduler.StepLR])
-def test_a_scheduler_of_torch_is_refused_with_the_name_to_use(kind: object) -> None:
+def test_a_scheduler_of_torch_is_rejected_with_the_name_to_use(kind: object) -> None:
     """The error names the scheduler of this package instead of an unknown argument ``end``."""
     with pytest.raises(ConfigTypeError, match="torch's StepLR is not supported.*Use type='StepLR'"):
         build_param_schedulers(dict(type=kind, step_size=1), wrapper(), max_epochs=2)
 
 
-def test_a_built_scheduler_of_torch_is_refused() -> None:
+def test_a_built_scheduler_of_torch_is_rejected() -> None:
     """The error names ``eta_max``, the argument that replaces ``max_lr``."""
     optim = wrapper()
     built = torch.optim.lr_scheduler.OneCycleLR(optim.optimizer, max_lr=0.1, total_steps=8)

@@ -146,7 +146,7 @@ def test_a_list_has_a_value_for_each_group(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PER_GROUP)
-def test_a_list_of_the_wrong_length_is_refused(name: str) -> None:
+def test_a_list_of_the_wrong_length_is_rejected(name: str) -> None:
     """The error contains the length of the list and the number of groups."""
     make = PER_GROUP[name][0]
     with pytest.raises(ConfigValueError, match="has 3 values, but the optimizer has 2 parameter groups"):

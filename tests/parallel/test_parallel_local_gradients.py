@@ -73,7 +73,7 @@ class LossOfEachHead(backward_passes.TwoHeads):
         return {"loss": losses[0].detach()}
 
 
-def refusal(folder: str) -> str:
+def error_message(folder: str) -> str:
     """Train with a separate loss for each head."""
     strategy = DDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"})
     try:
@@ -87,12 +87,12 @@ def refusal(folder: str) -> str:
 
 def test_passes_with_different_parameters_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
     """Passes that reach different parameters raise an error that suggests adding the losses."""
-    for told in ranks.run(refusal, str(tmp_path)):
+    for reported in ranks.run(error_message, str(tmp_path)):
         assert (
             "LossOfEachHead.train_step started a backward pass before DDP received the gradients of all parameters"
-            in told
+            in reported
         )
-        assert "optim_wrapper.update_params(loss_1 + loss_2)" in told
+        assert "optim_wrapper.update_params(loss_1 + loss_2)" in reported
 
 
 class Pair(BaseModel):

@@ -46,7 +46,7 @@ class Counting(Scale):
 
 
 class ByHand(Scale):
-    """A model that implements the whole step."""
+    """A model with its own implementation of the whole step."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Train on the mean of the product."""
@@ -148,7 +148,7 @@ def trained(kind: type[Scale]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "steps", "mine"), [(Scale, 0, None), (Counting, 1, True), (ByHand, 0, None)])
 def test_the_training_step_synchronizes_gradients(ranks: Ranks, kind: type[Scale], steps: int, mine: Any) -> None:
-    """Gradients 1 and 3 are averaged, so the weight is 2 - 2 = 0 on both ranks, while the loss is that of the rank.
+    """Gradients 1 and 3 are averaged, so the weight is 2 - 2 = 0 on both ranks, while each rank returns its own loss.
 
     In the step, ``self`` is the model: ``super()`` works, its attributes are kept, and its hooks run once.
     """
@@ -205,9 +205,9 @@ def message_about_unused() -> str:
 
 def test_unused_parameters_are_named(ranks: Ranks) -> None:
     """The error for unused parameters contains their names in the model and the option to set."""
-    for told in ranks.run(message_about_unused):
-        assert "forgotten.weight, forgotten.bias (2 of 4)" in told
-        assert "find_unused_parameters=True" in told
+    for reported in ranks.run(message_about_unused):
+        assert "forgotten.weight, forgotten.bias (2 of 4)" in reported
+        assert "find_unused_parameters=True" in reported
 
 
 def after_a_failure() -> float:
@@ -430,7 +430,7 @@ def test_a_frozen_model_is_not_wrapped() -> None:
 
 
 def test_separate_wrapping_rejects_parameters_of_the_model_itself() -> None:
-    """With separate wrapping, direct parameters of the model raise an error, because they would not be synchronized."""
+    """With ``model_wrapper="separate"``, parameters outside submodules raise an error, because they would not be synchronized."""
     with pytest.raises(PlacementError, match=r"Scale has trainable parameters outside of them \(scale\)"):
         place(Scale(), separate=True)
 

@@ -56,7 +56,7 @@ def test_a_duplicate_name_is_rejected_unless_forced(root):
 
 @pytest.mark.parametrize("arguments", [{"name": 3}, {"force": 1}, {"module": 3}, {"name": [1]}])
 def test_invalid_registrations_are_type_errors(root, arguments):
-    """Names must be strings, ``force`` must be a bool and the entry must be callable."""
+    """A name that is not a string, a ``force`` that is not a bool and an entry that is not callable raise errors."""
     with pytest.raises(TypeError):
         root.register_module(**arguments)
 

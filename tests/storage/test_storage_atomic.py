@@ -208,10 +208,10 @@ def test_a_full_disk_at_creation_reports_what_was_being_written(tmp_path: Path) 
 def test_a_temporary_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first error is raised, with a note about the remaining temporary file."""
 
-    def refuse(path: Path) -> None:
+    def reject(path: Path) -> None:
         raise PermissionError(errno.EACCES, "denied", str(path))
 
-    monkeypatch.setattr(atomic, "remove", refuse)
+    monkeypatch.setattr(atomic, "remove", reject)
     with pytest.raises(ValueError, match="first") as caught, atomic_file(tmp_path / "file"):
         raise ValueError("first")
     assert "clean_temporaries() will remove it" in caught.value.__notes__[0]

@@ -45,18 +45,18 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 ) -> None:
     """Some file systems cannot sync directories, which is accepted; every other failure raises an error."""
 
-    def refuse(code: int) -> None:
+    def reject(code: int) -> None:
         def fsync(descriptor: int) -> None:
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "fsync", fsync)
 
-    refuse(errno.EINVAL)
+    reject(errno.EINVAL)
     fsync_directory(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
         fsync_file(tmp_path / "file")
-    refuse(errno.EIO)
+    reject(errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         fsync_directory(tmp_path)
 

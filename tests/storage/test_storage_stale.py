@@ -74,7 +74,7 @@ def test_a_restarted_container_cleans_up_after_itself(tmp_path: Path, monkeypatc
 
 
 def test_start_times_are_available() -> None:
-    """This process started in the past, and after process 1."""
+    """The start time of this process is in the past and later than that of process 1."""
     started = stale._start_time(os.getpid())
     first = stale._start_time(1)
     assert started is not None

@@ -23,11 +23,11 @@ def test_rates_scale_with_the_batch_or_its_square_root(rule: dict[str, str], fac
     scale = AutoScale.parse({"enable": True, "base_batch_size": 16, **rule})
     assert scale is not None
     optim = wrapper(1.0, 0.1, accumulative_counts=2)
-    (said,) = scale.apply(optim, world_size=2, micro_batch=16)
+    (expected,) = scale.apply(optim, world_size=2, micro_batch=16)
     assert optim.get_lr() == {"lr": pytest.approx([factor, 0.1 * factor])}
-    assert f"by {factor:.4g}" in said
-    assert ("square root" in said) == (scale.rule == "sqrt")
-    assert "64 = 2 ranks x 16 samples x 2 accumulated" in said
+    assert f"by {factor:.4g}" in expected
+    assert ("square root" in expected) == (scale.rule == "sqrt")
+    assert "64 = 2 ranks x 16 samples x 2 accumulated" in expected
 
 
 def test_a_smaller_batch_reduces_the_rates_of_all_optimizers():

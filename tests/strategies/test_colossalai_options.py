@@ -60,7 +60,7 @@ def test_the_given_mappings_are_not_modified() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plugin", "precision", "error", "said"),
+    ("plugin", "precision", "error", "expected"),
     [
         ("lowlevelzero", None, ConfigValueError, "Did you mean 'lowlevel-zero'"),
         (3, "bf16", ConfigValueError, "Build the plugin with precision=..."),
@@ -107,9 +107,9 @@ def test_the_given_mappings_are_not_modified() -> None:
         ("lowlevel-zero", {"type": "fp16", "init_scal": 8.0}, ConfigKeyError, "unknown option 'init_scal'"),
     ],
 )
-def test_unsupported_options_are_rejected(plugin: Any, precision: Any, error: type[Exception], said: str) -> None:
+def test_unsupported_options_are_rejected(plugin: Any, precision: Any, error: type[Exception], expected: str) -> None:
     """The error for an unsupported option states the problem and an alternative."""
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=expected):
         parse_plugin(plugin, precision)
 
 
@@ -154,10 +154,10 @@ def test_it_is_registered() -> None:
 
 
 @without_colossalai
-def test_without_colossalai_the_error_says_how_to_install_it(tmp_path: Path, ranks: Any) -> None:
+def test_without_colossalai_the_error_explains_how_to_install_it(tmp_path: Path, ranks: Any) -> None:
     """A missing library is reported when the strategy is built, not earlier."""
-    for said in ranks.run(_missing, str(tmp_path)):
-        assert "pip install --no-deps colossalai==0.5.0" in said
+    for message in ranks.run(_missing, str(tmp_path)):
+        assert "pip install --no-deps colossalai==0.5.0" in message
 
 
 def _missing(folder: str) -> str:

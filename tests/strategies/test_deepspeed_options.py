@@ -92,7 +92,7 @@ def test_auto_counts_as_not_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "expected"),
     [
         ({"zero_optimisation": {"stage": 1}}, "zero_optimization"),
         ({"zero_optimization": {"stge": 1}}, "stage"),
@@ -100,14 +100,14 @@ def test_auto_counts_as_not_set() -> None:
         ({"fp16": {"enabled": True, "loss_scales": 0}}, "loss_scale"),
     ],
 )
-def test_an_unknown_key_is_an_error_with_the_closest_name(config: dict[str, Any], said: str) -> None:
+def test_an_unknown_key_is_an_error_with_the_closest_name(config: dict[str, Any], expected: str) -> None:
     """An unknown key raises an error with the closest name, although DeepSpeed would ignore it."""
-    with pytest.raises(ConfigKeyError, match=said):
+    with pytest.raises(ConfigKeyError, match=expected):
         parse(config)
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "expected"),
     [
         ({"scheduler": {"type": "WarmupLR"}}, "param_scheduler"),
         ({"amp": {"enabled": True}}, "bf16"),
@@ -130,9 +130,9 @@ def test_an_unknown_key_is_an_error_with_the_closest_name(config: dict[str, Any]
         ({"gradient_clipping": -1}, "maximum norm"),
     ],
 )
-def test_unsupported_options_are_rejected(config: dict[str, Any], said: str) -> None:
+def test_unsupported_options_are_rejected(config: dict[str, Any], expected: str) -> None:
     """The error for an unsupported option suggests an alternative, and no option is ignored."""
-    with pytest.raises(ConfigValueError, match=said):
+    with pytest.raises(ConfigValueError, match=expected):
         parse(config)
 
 
@@ -154,15 +154,15 @@ def test_an_option_given_twice_must_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ({"train_micro_batch_size_per_gpu": 8}, "yields 4 samples per rank"),
         ({"train_batch_size": 64}, r"4 samples x 3 accumulated x 2 ranks"),
     ],
 )
-def test_batch_sizes_must_match_the_run(given: dict[str, int], said: str) -> None:
+def test_batch_sizes_must_match_the_run(given: dict[str, int], expected: str) -> None:
     """A batch size that differs from the run's raises an error."""
-    with pytest.raises(ConfigValueError, match=said):
+    with pytest.raises(ConfigValueError, match=expected):
         parse(given).for_engine(micro_batch=4, accumulation=3, clipping=0.0, world_size=2)
 
 

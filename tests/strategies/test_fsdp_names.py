@@ -20,7 +20,7 @@ OWN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ({"type": "MMFullyShardedDataParallel", "use_orig_params": True, "backward_prefetch": "BACKWARD_PRE"}, {}),
         ({"cpu_offload": True}, {"cpu_offload": True}),
@@ -44,9 +44,9 @@ OWN: dict[str, Any] = {
         ),
     ],
 )
-def test_options_with_an_equivalent_are_accepted(given: dict[str, Any], said: dict[str, Any]) -> None:
+def test_options_with_an_equivalent_are_accepted(given: dict[str, Any], expected: dict[str, Any]) -> None:
     """An option of MMEngine has the same effect as the new option."""
-    assert from_model_wrapper(given, OWN) == {**OWN, **said}
+    assert from_model_wrapper(given, OWN) == {**OWN, **expected}
 
 
 @pytest.mark.parametrize(

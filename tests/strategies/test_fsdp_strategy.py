@@ -54,7 +54,7 @@ class Forgets(Mlp):
         self.gate = nn.Parameter(torch.empty(4))
 
 
-def refused(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> dict[str, str]:
+def rejected(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> dict[str, str]:
     """Prepare each (model, options) pair and return the errors."""
     errors = {}
     for name, (model, options) in cases.items():
@@ -161,7 +161,7 @@ def refused_all(folder: str) -> dict[str, str]:
     """Try every case of :data:`REFUSED`."""
     cases = {name: (model, dict(options)) for name, (model, options, _) in REFUSED.items()}
     env = cases["dropout"][1].pop("env_kwargs")
-    errors = refused(folder, {name: case for name, case in cases.items() if name != "dropout"})
+    errors = rejected(folder, {name: case for name, case in cases.items() if name != "dropout"})
     try:
         FSDPStrategy(work_dir=folder, env_kwargs=env, **cases["dropout"][1])
     except StratagemError as error:

@@ -32,22 +32,22 @@ def test_equal_configurations(ranks: Ranks) -> None:
 
 def test_different_configurations(ranks: Ranks) -> None:
     """All ranks get an error with the lines that differ and a suggestion."""
-    told = ranks.run(compare, ["a = 1\nlr = 0.1\n", "a = 1\nlr = 0.2\n"])
-    assert told[0] == told[1]
-    assert "The configurations of 1 of 2 ranks differ" in told[0]
-    assert "  -lr = 0.1\n  +lr = 0.2\n" in told[0]
-    assert "a = 1" not in told[0]
+    reported = ranks.run(compare, ["a = 1\nlr = 0.1\n", "a = 1\nlr = 0.2\n"])
+    assert reported[0] == reported[1]
+    assert "The configurations of 1 of 2 ranks differ" in reported[0]
+    assert "  -lr = 0.1\n  +lr = 0.2\n" in reported[0]
+    assert "a = 1" not in reported[0]
 
 
 @pytest.mark.parametrize("count", [7, 20])
 def test_many_differences_are_truncated(ranks: Ranks, count: int) -> None:
     """The error shows six lines and the total number."""
-    told = ranks.run(compare, ["\n".join(f"k{i} = {rank}" for i in range(count)) for rank in range(2)])
-    assert f"({2 * count} lines in total)" in told[0]
+    reported = ranks.run(compare, ["\n".join(f"k{i} = {rank}" for i in range(count)) for rank in range(2)])
+    assert f"({2 * count} lines in total)" in reported[0]
 
 
 def compare_hidden(texts: list[str]) -> str | None:
-    """Compare the configuration text of this rank, of which only a masked form may be shown."""
+    """Compare the configuration text of this rank; errors may show only the masked text."""
     try:
         require_one_config(texts[int(os.environ["RANK"])], "a = '{{ $SOME_VARIABLE }}'\n")
     except LaunchError as error:
@@ -57,7 +57,7 @@ def compare_hidden(texts: list[str]) -> str | None:
 
 def test_different_secrets_are_rejected_and_not_shown(ranks: Ranks) -> None:
     """Different secrets or environment variables raise an error that does not show them."""
-    told = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
-    assert told[0] == told[1]
-    assert "secrets or values from environment variables differ, which are not shown" in told[0]
-    assert "first9" not in told[0]
+    reported = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
+    assert reported[0] == reported[1]
+    assert "secrets or values from environment variables differ, which are not shown" in reported[0]
+    assert "first9" not in reported[0]

@@ -334,7 +334,7 @@ def facts_of_a_rank(folder: str) -> dict[str, Any]:
     try:
         make("single", folder)
     except PlacementError as error:
-        facts["refusal"] = str(error)
+        facts["error_message"] = str(error)
     return facts
 
 
@@ -352,7 +352,7 @@ def test_ranks_agree_on_time_and_seed(ranks: Ranks, tmp_path: Path) -> None:
     # The strategy did not create the process group, so it keeps it.
     assert one["after"] == (False, True)
     for facts in (one, other):
-        assert "used with 2 processes, each of which would train a separate model" in facts["refusal"]
+        assert "used with 2 processes, each of which would train a separate model" in facts["error_message"]
 
 
 @pytest.fixture

@@ -79,15 +79,15 @@ def accepted_on_a_rank(folder: str) -> tuple[bool, float, list[str], bool]:
     other = make("ddp", folder)
     try:
         other.prepare(Line(), compile={"target": "train_step", "backend": "eager"})
-        refused = False
+        rejected = False
     except PlacementError:
-        refused = True
+        rejected = True
     other.close()
-    return *facts, refused
+    return *facts, rejected
 
 
 def test_clipping_uses_the_norm_of_the_synchronized_gradient(ranks: Ranks, tmp_path: Path) -> None:
-    """Gradients are clipped after synchronization: 3 and -5 average to -1, but clipped separately they would cancel."""
+    """Gradients are clipped after synchronization: the mean of 3 and -5 is -1, but if clipped before, they would cancel."""
     # From 2 with a learning rate of 1: 3 and 5 average to 4, which is clipped to 1.
     assert ranks.run(clipped_on_a_rank, str(tmp_path)) == [pytest.approx([1.0, 3.0], rel=1e-5)] * 2
 

@@ -27,7 +27,7 @@ SCHEDULE = {"type": "ConstantLR", "factor": 0.5, "end": 2, "by_epoch": False}
 # ---- return values -------------------------------------------------------------------------------------------------
 
 
-def test_a_model_alone_is_returned_without_a_list(single: Make) -> None:
+def test_a_single_model_is_returned_without_a_list(single: Make) -> None:
     """With a model only, ``prepare`` returns the model itself."""
     model = Mlp()
     strategy = single()

@@ -229,13 +229,13 @@ def test_best_checkpoint_contains_the_buffers_that_scored(ranks: Ranks, tmp_path
 def test_log_names_the_buffers_once(ranks: Ranks, tmp_path: Path):
     """BatchNorm is named before training, other buffers when they first differ, and each of them once."""
     (*_, lines), _ = ranks.run(train, str(tmp_path), STRATEGIES["DDP"])
-    told = [line for line in lines if "from its own samples" in line]
-    assert len(told) == 2
-    assert "running_mean" in told[0]
-    assert "running_var" in told[0]
-    assert "buffers='rank0'" in told[0]
-    assert "body.0.1.positives" in told[1]
-    assert "body.0.1.cache" in told[1]
+    reported = [line for line in lines if "from its own samples" in line]
+    assert len(reported) == 2
+    assert "running_mean" in reported[0]
+    assert "running_var" in reported[0]
+    assert "buffers='rank0'" in reported[0]
+    assert "body.0.1.positives" in reported[1]
+    assert "body.0.1.cache" in reported[1]
 
 
 class Ragged(Model):
@@ -264,7 +264,7 @@ def shapes(work_dir: str, *, persistent: bool) -> Any:
 
 
 @pytest.mark.slow
-def test_buffers_of_different_shapes_are_refused_or_caches(ranks: Ranks, tmp_path: Path):
+def test_buffers_of_different_shapes_are_rejected_or_caches(ranks: Ranks, tmp_path: Path):
     """A persistent buffer needs one shape; a non-persistent one is a cache of the rank and is not changed."""
     for error in ranks.run(shapes, str(tmp_path), persistent=True):
         assert "'table'" in error
@@ -314,7 +314,7 @@ def test_single_process_evaluates_its_buffers(tmp_path: Path):
         strategy.close()
 
 
-def test_unknown_source_is_refused(tmp_path: Path):
+def test_unknown_source_is_rejected(tmp_path: Path):
     """Both the strategy and the check of the configuration suggest the valid value."""
     with pytest.raises(ConfigValueError, match="Unknown buffers='rank'. Did you mean 'rank0'"):
         SingleDeviceStrategy(work_dir=tmp_path, buffers="rank")

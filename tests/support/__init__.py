@@ -1,1 +1,1 @@
-"""What tests of several folders share: process groups, small runs, fault injection."""
+"""Helpers shared by tests of several folders: process groups, small runs, fault injection."""

@@ -232,5 +232,9 @@ def require_equal(
             where = f"{name} after iteration {iteration + 1}"
             assert torch.equal(one[iteration][name], other[iteration][name]), where
             torch.testing.assert_close(
-                one[iteration][name], value, rtol=0, atol=tolerance, msg=lambda told, where=where: f"{where}: {told}"
+                one[iteration][name],
+                value,
+                rtol=0,
+                atol=tolerance,
+                msg=lambda reported, where=where: f"{where}: {reported}",
             )

@@ -27,7 +27,7 @@ How = Literal["SIGTERM", "hook", "model", "validation", "stop", "SIGKILL"]
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A small run.
+    """The settings of a small run.
 
     Attributes:
         samples: number of training samples.
@@ -146,7 +146,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a run is interrupted: in or after an iteration, counted from 1 over the whole run, and on which rank."""
+    """The point at which a run is interrupted: in or after an iteration, counted from 1 over the whole run, and the rank."""
 
     iteration: int
     how: How
@@ -193,7 +193,7 @@ def weights_of(numbers: Tensor) -> Tensor:
 
 
 class Pair(Net):
-    """Trains its front in each iteration, and its back in one of three; gradients are kept in between."""
+    """Trains its first part in each iteration and its second part in every third; gradients accumulate in between."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

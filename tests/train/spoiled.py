@@ -12,7 +12,7 @@ from tests.train.toys import EPOCH, Recorder, Toy, settings
 
 
 class Spoiled(Toy):
-    """Its loss or one gradient is not finite if ``how`` says so; the model uses no random numbers."""
+    """A model without random numbers whose loss or gradient is NaN or Inf, depending on ``how``."""
 
     def __init__(self) -> None:
         super().__init__()

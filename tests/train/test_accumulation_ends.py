@@ -1,4 +1,4 @@
-"""How an accumulation window is handled when a run stops."""
+"""Tests of accumulation windows that are incomplete when a run stops."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_a_stop_by_a_hook_discards_the_unfinished_window(make_runner: MakeRunner
 def test_an_interrupted_run_finishes_its_window_and_resumes_exactly(
     make_runner: MakeRunner, tmp_path: Path, train_cfg: dict, at: int
 ):
-    """The run continues to the next multiple of 4, or to its end, so the checkpoint contains no gradients."""
+    """An interrupted run completes its window of 4, or ends before, so the checkpoint contains no gradients."""
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)
@@ -67,7 +67,7 @@ def saved_inside(make_runner: MakeRunner) -> None:
 
 
 def test_a_checkpoint_within_a_window_contains_its_gradients(make_runner: MakeRunner):
-    """The resumed run has the gradients of two of four micro-batches and does not warn."""
+    """The resumed run restores the gradients of two of four micro-batches and does not warn."""
     saved_inside(make_runner)
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **OPTIM)
     runner.prepare()
@@ -77,7 +77,7 @@ def test_a_checkpoint_within_a_window_contains_its_gradients(make_runner: MakeRu
 
 
 def test_gradients_of_a_window_of_another_length_are_discarded(make_runner: MakeRunner):
-    """They were divided by the old length, so a new window starts and a warning is issued."""
+    """Gradients that were divided by a different window length are discarded with a warning."""
     saved_inside(make_runner)
     optim_cfg = {**OPTIM["optim_wrapper"], "accumulative_counts": 5}
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **{**OPTIM, "optim_wrapper": optim_cfg})
@@ -99,5 +99,5 @@ def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
 
 
 def test_all_ranks_finish_the_same_window(ranks: Ranks, tmp_path: Path):
-    """The ranks agree on the interruption at the next iteration and continue to the next multiple of 4."""
+    """Under DDP, all ranks stop after the same iteration, at the end of the accumulation window of 4."""
     assert ranks.run(interrupted_in_nine, str(tmp_path)) == [(12, 3, 0)] * 2

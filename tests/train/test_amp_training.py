@@ -64,7 +64,7 @@ def run_of(make_runner: MakeRunner, data: Any, **changes: Any) -> Runner:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_network_learns_in_lower_precision(make_runner: MakeRunner, digits: Any, dtype: str):
+def test_a_network_trains_in_lower_precision(make_runner: MakeRunner, digits: Any, dtype: str):
     """The parameters stay in float32, the forward pass uses the lower precision, and the loss decreases."""
     seen: list[torch.dtype] = []
     losses: list[float] = []

@@ -32,20 +32,20 @@ def saved(make_runner: MakeRunner, hook: dict, *, train_cfg: dict, **changes: An
     ],
 )
 def test_checkpoints_are_saved_at_every_interval_and_at_the_end(make_runner: MakeRunner, hook: dict, epochs: list[int]):
-    """The default is every epoch; an interval of -1 saves only at the end."""
+    """By default, a checkpoint is saved after every epoch; with an interval of -1, only at the end."""
     assert saved(make_runner, hook, train_cfg={"max_epochs": 5}) == [f"epoch_{epoch}" for epoch in epochs]
 
 
 @pytest.mark.parametrize("train_cfg", [{"max_iters": 10}, {"max_epochs": 2}])
 def test_the_interval_can_count_iterations(make_runner: MakeRunner, train_cfg: dict):
-    """This works in a run by epoch too; the last iteration is always saved."""
+    """With ``by_epoch=False``, a run of either kind saves every ``interval`` iterations and after the last one."""
     last = train_cfg.get("max_iters", 2 * EPOCH)
     names = saved(make_runner, {"interval": 4, "by_epoch": False}, train_cfg=train_cfg)
     assert names == sorted(f"iter_{number}" for number in {4, 8, *range(4, last + 1, 4), last})
 
 
 def test_a_name_with_the_suffix_pth_saves_single_files(make_runner: MakeRunner, tmp_path: Path):
-    """The file has the keys that other tools expect."""
+    """A single file has the keys that other tools expect."""
     names = saved(make_runner, {"filename_tmpl": "epoch_{}.pth"}, train_cfg={"max_epochs": 1})
     assert names == ["epoch_1.pth"]
     checkpoint = CheckpointLoader.load_checkpoint(tmp_path / "run" / "epoch_1.pth")
@@ -54,14 +54,14 @@ def test_a_name_with_the_suffix_pth_saves_single_files(make_runner: MakeRunner, 
 
 
 def test_out_dir_has_a_subdirectory_for_the_run(make_runner: MakeRunner, tmp_path: Path):
-    """The subdirectory is named after the work directory, so that several runs can share ``out_dir``."""
+    """The subdirectory of ``out_dir`` is named after the work directory, so that several runs can share ``out_dir``."""
     names = saved(make_runner, {"out_dir": tmp_path / "store"}, train_cfg={"max_epochs": 1})
     assert names == []
     assert (tmp_path / "store" / "run" / "epoch_1").is_dir()
 
 
 def test_optimizer_and_schedules_can_be_omitted(make_runner: MakeRunner, tmp_path: Path):
-    """Such checkpoints are only for loading weights."""
+    """With ``save_optimizer=False`` and ``save_param_scheduler=False``, a checkpoint contains only the weights."""
     schedule = {"type": "ExponentialLR", "gamma": 0.9}
     whole = {"state_dict", "optimizer", "param_schedulers"}
     saved(make_runner, {}, train_cfg={"max_epochs": 1}, param_scheduler=schedule)
@@ -93,7 +93,7 @@ def test_hooks_can_add_data_to_a_checkpoint_and_read_it_back(make_runner: MakeRu
 
 
 def test_load_from_loads_the_weights_and_starts_a_new_run(make_runner: MakeRunner, tmp_path: Path):
-    """The epoch and iteration start at zero."""
+    """After loading weights with ``load_from``, the epoch and the iteration start at zero."""
     saved(make_runner, {}, train_cfg={"max_epochs": 1})
     recorder = Recorder()
     make_runner(load_from=tmp_path / "run" / "epoch_1", custom_hooks=[recorder], train_cfg={"max_epochs": 1}).train()
@@ -104,7 +104,7 @@ def test_load_from_loads_the_weights_and_starts_a_new_run(make_runner: MakeRunne
     ("arguments", "text"),
     [({"save_begin": -1}, "expected save_begin >= 0, got -1"), ({"filename_tmpl": "last.pth"}, "needs a {}")],
 )
-def test_wrong_arguments_are_refused(arguments: dict, text: str):
-    """For example, with a name without a number each checkpoint would overwrite the previous one."""
+def test_wrong_arguments_are_rejected(arguments: dict, text: str):
+    """Invalid arguments raise errors, such as a template without a number, whose checkpoints would overwrite each other."""
     with pytest.raises(ConfigValueError, match=text.replace("{", r"\{").replace("}", r"\}")):
         CheckpointHook(**arguments)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and which it removes."""
+"""Tests of the checkpoints that a run keeps and removes."""
 
 from __future__ import annotations
 
@@ -174,10 +174,10 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_last(make_runner: MakeRu
         ({"save_best": "acc"}, "acc", (torch.tensor(0.5), 0, 1), {3}),
     ],
 )
-def test_the_rule_decides_which_score_is_better(
+def test_the_rule_determines_which_score_is_better(
     make_runner: MakeRunner, hook: dict, name: str, scores: tuple, best: set[int]
 ):
-    """The rule is given or inferred from the metric's name; a non-finite value is never the best."""
+    """The rule is given or inferred from the metric's name; NaN and Inf are never the best value."""
     runner = train(make_runner, {**hook, "interval": -1, "save_last": False}, **scored(*scores, name=name))
     assert names(runner) == {f"best_{name.replace('/', '_')}_epoch_{number}" for number in best}
 
@@ -186,13 +186,13 @@ def test_the_rule_decides_which_score_is_better(
     ("metric", "greater"),
     [("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("loss", False), ("val_loss", False)],
 )
-def test_names_tell_the_rule(metric: str, *, greater: bool):
-    """Capitals do not matter, and part of the name is enough."""
+def test_the_rule_is_inferred_from_the_name(metric: str, *, greater: bool):
+    """The rule is inferred from a part of the name, regardless of its case."""
     assert infer_rule(metric) == ("greater" if greater else "less")
 
 
 def test_the_same_name_counts_before_a_part_of_it():
-    """'acc_loss' is a loss where the keys say so."""
+    """With custom keys, smaller values of 'acc_loss' are better."""
     assert infer_rule("acc_loss", ["acc"], ["acc_loss"]) == "less"
     assert infer_rule("acc_loss", ["acc"], ["loss"]) == "greater"
 
@@ -208,8 +208,8 @@ def test_the_best_score_is_restored_from_the_manifest(make_runner: MakeRunner, t
     """The best score is read from the manifest of the best checkpoint, even if the resumed checkpoint is older."""
     hook = {"save_best": "acc"}
     train(make_runner, hook, 2, **scored(0.5, 0.9))
-    said = read_manifest(tmp_path / "run" / "best_acc_epoch_2")["purpose"]
-    assert said == {"series": "", "number": 2, "metric": "acc", "score": 0.9, "greater": True}
+    expected = read_manifest(tmp_path / "run" / "best_acc_epoch_2")["purpose"]
+    assert expected == {"series": "", "number": 2, "metric": "acc", "score": 0.9, "greater": True}
     runner = train(make_runner, hook, 3, resume=tmp_path / "run" / "epoch_1", **scored(0.4, 0.6, 0.7))
     assert {name for name in names(runner) if name.startswith("best")} == {"best_acc_epoch_2"}
 
@@ -231,7 +231,7 @@ def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
         ({"save_best": "acc"}, "acc", [0.5], ConfigTypeError, r"a list; expected a number"),
     ],
 )
-def test_a_metric_that_cannot_be_compared_is_refused(
+def test_a_metric_that_cannot_be_compared_is_rejected(
     make_runner: MakeRunner, hook: dict, name: str, value: Any, error: type[Exception], text: str
 ):
     """An unsuitable metric is rejected at the first validation, and the message lists the metrics that exist."""
@@ -253,8 +253,8 @@ def test_a_metric_that_cannot_be_compared_is_refused(
         ({"rule": "less"}, ConfigValueError, "need save_best"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], text: str):
-    """Wrong arguments are rejected in the constructor."""
+def test_wrong_arguments_are_rejected(arguments: dict, error: type[Exception], text: str):
+    """Invalid arguments raise an error in the constructor."""
     with pytest.raises(error, match=text):
         CheckpointHook(**arguments)
 
@@ -316,7 +316,7 @@ def test_an_interrupted_run_waits_for_its_pending_save(make_runner: MakeRunner, 
     assert runner.latest_checkpoint() == tmp_path / "run" / f"iter_{EPOCH + 2}"
 
 
-def test_a_strategy_without_background_saving_is_refused(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
+def test_a_strategy_without_background_saving_is_rejected(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
     """A strategy that cannot save in the background is rejected, and the message names the missing argument."""
     runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": {"async_save": True}})
     monkeypatch.setattr(type(runner.strategy), "save_checkpoint", lambda self, filename, **kwargs: None)
@@ -352,8 +352,8 @@ def train_on_ranks(folder: str, hook: dict, validation: dict, **changes: Any) ->
 def test_all_ranks_keep_the_same_checkpoints(ranks: Ranks, tmp_path: Path, way: dict):
     """The last, best, timed and permanently kept checkpoints are the same on all ranks, for both ways of saving."""
     hook = {"max_keep_ckpts": 1, "keep_every": 2, "save_best": "acc", "every_minutes": 1e-9, **way}
-    told = ranks.run(train_on_ranks, str(tmp_path / "run"), hook, scored(0.1, 0.9, 0.3))
-    assert told == [(["best_acc_epoch_2", "epoch_2", "epoch_3"], str(tmp_path / "run" / "epoch_3"))] * 2
+    reported = ranks.run(train_on_ranks, str(tmp_path / "run"), hook, scored(0.1, 0.9, 0.3))
+    assert reported == [(["best_acc_epoch_2", "epoch_2", "epoch_3"], str(tmp_path / "run" / "epoch_3"))] * 2
     resumed = ranks.run(
         train_on_ranks, str(tmp_path / "run"), hook, scored(0.3, 0.5), resume=True, train_cfg={"max_epochs": 4}
     )

@@ -1,4 +1,4 @@
-"""Resuming the data of a run: its random number generators, a changed number of ranks, and stateful loaders."""
+"""Tests of resuming the data: random number generators, a different number of ranks, and stateful loaders."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Bare(IterableDataset):
 
 
 class Prefetching(DataLoader):
-    """Fetches a whole epoch ahead; like torchdata's, its state counts only the batches already yielded."""
+    """A loader that prefetches a whole epoch; as in torchdata, its state counts only the batches already yielded."""
 
     def __init__(self) -> None:
         super().__init__(Samples(), batch_size=2, generator=torch.Generator())
@@ -114,7 +114,7 @@ def whole_and_pieces(
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_run_with_augmentation_resumes_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
-    """The run is stopped within epochs and at their ends, with dropout and a different number of workers each time."""
+    """A run with dropout that is stopped within and between epochs, and resumed with other workers, is bit-identical."""
     counts = iter([0, workers, 0, workers, workers])
     found, whole = whole_and_pieces(
         make_runner,
@@ -162,7 +162,7 @@ def test_a_stateful_stream_resumes_without_rereading(
 def test_the_state_of_a_loader_is_that_of_the_batches_trained_on(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    """Batches fetched ahead are not part of the saved state: the run resumes with the next batch to train on."""
+    """The saved state does not include prefetched batches: the run resumes with the next batch to train on."""
     found, whole = whole_and_pieces(make_runner, tmp_path, stops, Prefetching)
     assert found == whole
     assert [row[:2] for row in found[0]] == [(epoch, batch) for epoch in range(3) for batch in range(EPOCH)]
@@ -222,8 +222,8 @@ def test_inexact_resuming_warns_once_before_training(
         assert warnings_of(make_runner, capfd, data) == ""
 
 
-def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> None:
-    """A loader state that this run's loader cannot load is rejected."""
+def test_a_checkpoint_of_another_loader_is_rejected(make_runner: MakeRunner) -> None:
+    """A state that the loader of this run cannot load raises an error."""
     train_until_signal(make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]))
     runner = make_runner(train_dataloader=loader(), resume=True)
     with pytest.raises(ValueError, match="state of a data loader, but the loader of this run has no load_state_dict"):

@@ -1,4 +1,4 @@
-"""A run stopped at any point, in any way and any number of times equals the same run without a stop."""
+"""A run that is stopped at any point, in any way and any number of times gives the same results as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def pieces_on_rank(cases: list[tuple[Drawn, list[Stop]]], folder: Path) -> None:
 
 
 def test_stopped_ranks_equal_the_uninterrupted_run(ranks: Ranks, tmp_path: Path) -> None:
-    """Each rank's losses, samples, and final state are bit-identical; each keeps its share of an open window."""
+    """The losses, samples and final state of each rank are bit-identical; each rank restores its gradients of an open window."""
     ranks.run(pieces_on_rank, ON_RANKS, tmp_path)
     for number in range(len(ON_RANKS)):
         assert differences(tmp_path / f"{number}_one", tmp_path / f"{number}_other", ranks=2) == []
@@ -172,7 +172,7 @@ def test_stopped_ranks_equal_the_uninterrupted_run(ranks: Ranks, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_run_with_one_killed_rank_equals_the_uninterrupted_run(tmp_path: Path) -> None:
-    """One rank is killed within an accumulation window and the other one exits on its own."""
+    """One rank is killed within an accumulation window, and the other one then exits."""
     drawn = Drawn(length=2, window=3, save_interval=2, average=True, launcher="pytorch")
     assert in_processes(replace(drawn, save_interval=-1), tmp_path / "one", None, size=2) == [0, 0]
     killed = in_processes(drawn, tmp_path / "other", Stop(5, "SIGKILL", rank=1), size=2)
@@ -266,10 +266,10 @@ def save_three(folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["EIO", "not there"])
 def test_all_ranks_fall_back_if_one_cannot_read_the_newest(ranks: Ranks, tmp_path: Path, fault: str) -> None:
-    """If one rank's disk fails or lacks the directory, all ranks resume from the same older checkpoint and log why."""
+    """If one rank cannot read the newest checkpoint, all ranks resume from the same older checkpoint and log the reason."""
     save_three(tmp_path)
     found = ranks.run(resume_where_one_cannot_read, tmp_path, fault)
     assert [iteration for iteration, _ in found] == [2, 2]
-    (said,) = [line for line in found[0][1] if "Skipped checkpoint" in line]
-    assert str(tmp_path / "iter_3") in said
-    assert "Rank 1 failed" in said
+    (skipped,) = [line for line in found[0][1] if "Skipped checkpoint" in line]
+    assert str(tmp_path / "iter_3") in skipped
+    assert "Rank 1 failed" in skipped

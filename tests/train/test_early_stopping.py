@@ -49,12 +49,12 @@ def epochs_trained(make_runner: MakeRunner, values: list[float], **options: Any)
 def test_training_stops_when_the_metric_no_longer_improves(
     make_runner: MakeRunner, values: list[float], options: Any, ends: int
 ):
-    """The expected epochs were counted by hand; each value is the metric of the validation after its epoch."""
+    """The run stops after the expected epoch, which was determined by hand from the metrics of all validations."""
     assert epochs_trained(make_runner, values, **options) == ends
 
 
 def test_a_resumed_run_stops_at_the_same_epoch(make_runner: MakeRunner, tmp_path: Path):
-    """The two validations without improvement before the interruption count toward the patience of three."""
+    """After a resume, the two earlier validations without improvement count toward the patience of three."""
 
     def run(values: list[float], *hooks: Any, **changes: Any) -> Runner:
         runner = make_runner(
@@ -89,11 +89,11 @@ def test_a_missing_metric(make_runner: MakeRunner, strict: bool, error: Any):
     ("name", "rule"), [("accuracy", "greater"), ("coco/bbox_mAP", "greater"), ("loss", "less"), ("val_Loss", "less")]
 )
 def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: str, rule: str):
-    """The name is matched in any case and at any position."""
-    hook, told = EarlyStoppingHook(name), EarlyStoppingHook(name, rule)
+    """The rule is inferred from the name of the metric, regardless of its case and of the position of the key."""
+    hook, reported = EarlyStoppingHook(name), EarlyStoppingHook(name, rule)
     for value in (1.0, 2.0, 3.0, 1.0):
-        assert hook._update(value) == told._update(value)
-        assert hook.state_dict() == told.state_dict()
+        assert hook._update(value) == reported._update(value)
+        assert hook.state_dict() == reported.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: st
         ({"monitor": "loss", "min_delta": -1.0}, "expected min_delta >= 0, got -1.0"),
     ],
 )
-def test_invalid_arguments_are_refused(options: dict[str, Any], text: str):
-    """Each invalid argument is rejected with one sentence."""
+def test_invalid_arguments_are_rejected(options: dict[str, Any], text: str):
+    """Invalid arguments raise an error that shows the value and the expected one."""
     with pytest.raises(ConfigValueError, match=text):
         EarlyStoppingHook(**options)

@@ -111,7 +111,7 @@ def test_only_optimizer_steps_update_the_average(make_runner: MakeRunner):
 
 
 def test_the_training_weights_are_restored_if_a_validation_fails(make_runner: MakeRunner):
-    """After the error, the model holds the training weights again."""
+    """After an error during validation, the model has the training weights again."""
 
     class Failing(Weights):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -126,7 +126,7 @@ def test_the_training_weights_are_restored_if_a_validation_fails(make_runner: Ma
 
 
 def test_a_checkpoint_has_the_weights_and_the_average_under_the_same_names(make_runner: MakeRunner, tmp_path: Path):
-    """This also holds for a checkpoint saved during a validation, when the model holds the averaged weights."""
+    """A checkpoint contains the training weights and the average, even if it is saved while the average is applied."""
 
     class SaveInside(Weights):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -159,7 +159,7 @@ def test_a_checkpoint_has_the_weights_and_the_average_under_the_same_names(make_
 def test_a_resumed_run_equals_the_uninterrupted_run(
     make_runner: MakeRunner, tmp_path: Path, hook: dict, stops: tuple[int, ...]
 ):
-    """The average, the metrics, and the weights are bit-identical, also for a stop before averaging starts."""
+    """After a resume, the average, the metrics and the weights are bit-identical, even if the run stopped before averaging."""
     whole, seen = EMAHook(**hook), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, seen], **VALIDATION).train()
     metrics = Recorder()
@@ -190,7 +190,7 @@ def test_testing_a_checkpoint_uses_its_average(make_runner: MakeRunner, tmp_path
 
 
 def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, tmp_path: Path):
-    """The checkpoint's weights are evaluated unchanged."""
+    """With a checkpoint without an average, an evaluation uses the weights in the checkpoint."""
     make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
     weights = Weights()
     runner = make_runner(
@@ -228,32 +228,32 @@ def test_a_second_call_of_train_keeps_the_average(make_runner: MakeRunner):
     ],
 )
 def test_the_start_is_given_only_once(arguments: dict, message: str):
-    """The start is given either by iteration or by epoch, not both."""
+    """Setting both ``begin_iter`` and ``begin_epoch`` raises an error."""
     with pytest.raises(ConfigValueError, match=message):
         EMAHook(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"begin_epoch": 2}, {"by_epoch": True}])
-def test_epochs_are_refused_in_a_run_by_iteration(make_runner: MakeRunner, arguments: dict):
-    """A run by iteration would never reach a second epoch."""
+def test_epochs_are_rejected_in_a_run_by_iteration(make_runner: MakeRunner, arguments: dict):
+    """Epoch-based options of EMAHook raise an error in an iteration-based run."""
     with pytest.raises(ConfigValueError, match="this run counts iterations"):
         make_runner(custom_hooks=[EMAHook(**arguments)], train_cfg={"max_iters": 3}).train()
 
 
-def test_two_averages_are_refused(make_runner: MakeRunner):
-    """Two averages are rejected, because a validation can use only one."""
+def test_two_averages_are_rejected(make_runner: MakeRunner):
+    """Two EMAHooks raise an error, because a validation can use only one average."""
     with pytest.raises(ConfigValueError, match="several EMAHooks"):
         make_runner(custom_hooks=[EMAHook(), EMAHook()]).train()
 
 
-def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunner):
+def test_a_type_that_does_not_build_an_average_is_rejected(make_runner: MakeRunner):
     """A type that builds another object, such as a ``dict``, is rejected."""
     with pytest.raises(ConfigTypeError, match="made a dict, which is not an AveragedModel"):
         make_runner(custom_hooks=[EMAHook({"type": dict})]).train()
 
 
 def test_the_average_does_not_exist_before_the_run():
-    """Before the run, the average does not exist, because the model is not placed on its device yet."""
+    """Reading the average before the run raises an error, because it is created after the model is placed."""
     with pytest.raises(StateError, match="until the run starts"):
         EMAHook().average  # noqa: B018
 

@@ -14,7 +14,7 @@ from tests.support.ranks import Ranks
 
 
 @pytest.mark.parametrize(
-    ("batch", "told"),
+    ("batch", "reported"),
     [
         (torch.zeros(4, 2), "float32[4, 2]"),
         ([torch.zeros(4), torch.zeros(4, dtype=torch.int64)], "[float32[4], int64[4]]"),
@@ -23,24 +23,24 @@ from tests.support.ranks import Ranks
         (None, "no batch was loaded"),
     ],
 )
-def test_a_batch_is_described_without_its_values(batch: Any, told: str):
+def test_a_batch_is_described_without_its_values(batch: Any, reported: str):
     """The description has keys, types, and shapes but no values, because the data may be private."""
-    assert describe_batch(batch) == told
+    assert describe_batch(batch) == reported
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "reported"),
     [
         ("raised", "Stopped after 5 iterations, because rank 3 failed: ValueError: first"),
         ("died", "Stopped after 5 iterations, because rank 3 exited: ValueError: first"),
         ("silent", "Stopped after 5 iterations, because rank 3 timed out: ValueError: first"),
     ],
 )
-def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, told: str, tmp_path: Path):
+def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, reported: str, tmp_path: Path):
     """The message is one line even if the error is long; the failed rank reports it in full."""
     guard = RankGuard(lambda: 5, str(tmp_path))
     guard.failure = Failure(rank=3, kind=kind, text="ValueError: first\nsecond")
-    assert guard.reason(0) == told
+    assert guard.reason(0) == reported
     assert guard.reason(3) == "ValueError: first\nsecond"
 
 

@@ -117,7 +117,7 @@ def test_a_sharded_run_resumes_from_a_single_process_checkpoint(ranks: Ranks, tm
     assert mean == pytest.approx(losses[-len(mean) :], abs=1e-5)
 
 
-def refused(folder: str) -> str:
+def rejected(folder: str) -> str:
     """Start a run with too few samples and return the error message."""
     try:
         run(folder, FSDP, train_dataloader=loader(1, batch_size=1))
@@ -126,8 +126,8 @@ def refused(folder: str) -> str:
     return "accepted"
 
 
-def test_fewer_samples_than_ranks_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+def test_fewer_samples_than_ranks_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
     """One rank would have no training data."""
-    for error in ranks.run(refused, str(tmp_path)):
+    for error in ranks.run(rejected, str(tmp_path)):
         assert error.startswith("The training data has 1 samples for 2 data-parallel ranks.")
     assert len(Samples(1)) == 1

@@ -79,7 +79,7 @@ def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int
         (True, ConfigTypeError, "True"),
     ],
 )
-def test_a_wrong_priority_is_refused(given: object, error: type[Exception], text: str):
+def test_a_wrong_priority_is_rejected(given: object, error: type[Exception], text: str):
     """A wrong priority is rejected, and the message shows the value and the valid names."""
     with pytest.raises(error, match=text):
         get_priority(given)
@@ -114,7 +114,7 @@ def test_another_type_for_a_default_hook_gets_only_its_own_arguments():
     assert sum(isinstance(hook, IterTimerHook) for hook in hooks) == 2
 
 
-def test_an_unknown_default_hook_is_refused_with_the_closest_name():
+def test_an_unknown_default_hook_is_rejected_with_the_closest_name():
     """A misspelled name is rejected, because the run would otherwise save no checkpoints."""
     with pytest.raises(ConfigKeyError, match=r"'checkpoints'.*'checkpoint'") as caught:
         build_events({"checkpoints": {"interval": 2}}, None)
@@ -128,7 +128,7 @@ def test_other_objects_are_not_hooks(wrong: object):
         build_events(None, [wrong])
 
 
-def test_a_type_that_does_not_build_a_hook_is_refused():
+def test_a_type_that_does_not_build_a_hook_is_rejected():
     """The ``type`` of a hook's configuration must build a hook."""
     with pytest.raises(ConfigTypeError, match="Expected a subclass of stratagem"):
         build_events(None, [{"type": dict}])

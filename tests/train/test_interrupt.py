@@ -173,16 +173,18 @@ def test_ranks_agree_on_the_maximum(ranks: Ranks) -> None:
 def when_noticed(*, now: bool) -> list[bool]:
     """Deliver a signal to rank 1 after the second of four boundaries; return the result of each boundary."""
     interrupt = Interrupt(distributed=True)
-    said = []
+    results = []
     with interrupt.listening():
         for boundary in range(4):
             if boundary == 2 and get_rank() == 1:
                 signals.first = int(signal.SIGTERM)
-            said.append(interrupt.due_now() if now else interrupt.due())
-    return said
+            results.append(interrupt.due_now() if now else interrupt.due())
+    return results
 
 
-@pytest.mark.parametrize(("now", "said"), [(False, [False, False, False, True]), (True, [False, False, True, True])])
-def test_a_boundary_returns_the_result_of_the_previous_one(ranks: Ranks, *, now: bool, said: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("now", "expected"), [(False, [False, False, False, True]), (True, [False, False, True, True])]
+)
+def test_a_boundary_returns_the_result_of_the_previous_one(ranks: Ranks, *, now: bool, expected: list[bool]) -> None:
     """A boundary returns the result of the previous one without waiting, unless the ranks must decide immediately."""
-    assert ranks.run(when_noticed, now=now) == [said] * 2
+    assert ranks.run(when_noticed, now=now) == [expected] * 2

@@ -138,7 +138,7 @@ def test_the_progress_bar_counts_every_iteration_and_ends_with_training(make_run
 
 
 @pytest.mark.parametrize("arguments", [{"interval": 0}, {"interval": -1}, {"window_size": 0}])
-def test_an_interval_or_window_below_one_is_refused(arguments: dict):
+def test_an_interval_or_window_below_one_is_rejected(arguments: dict):
     """An interval or window below one is rejected, because no line would ever be written."""
     with pytest.raises(ConfigValueError, match=r"0|-1"):
         LoggerHook(**arguments)

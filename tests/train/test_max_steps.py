@@ -81,7 +81,7 @@ def test_a_run_by_steps_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Pa
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 2, "max_iters": 5}, {"max_steps": 0}, {"by_epoch": False}])
-def test_an_invalid_length_is_refused(make_runner: MakeRunner, length: dict[str, Any]) -> None:
+def test_an_invalid_length_is_rejected(make_runner: MakeRunner, length: dict[str, Any]) -> None:
     """Two lengths, no length, and a length of zero are rejected before training."""
     with pytest.raises(ConfigValueError, match="max_steps"):
         make_runner(train_cfg=length, optim_wrapper=optim()).train()

@@ -438,7 +438,7 @@ def test_a_run_that_saves_to_another_directory_resumes_without_the_pointer(make_
         (".e_{}", "hidden names"),
     ],
 )
-def test_templates_that_could_not_be_found_again_are_refused(template: str, text: str):
+def test_templates_that_could_not_be_found_again_are_rejected(template: str, text: str):
     """A file name template that could not be found again is rejected in the constructor."""
     with pytest.raises(ConfigValueError, match=text):
         CheckpointHook(filename_tmpl=template)

@@ -71,7 +71,7 @@ def test_the_error_has_the_loss_the_samples_and_the_last_good_checkpoint(spoiled
 
 
 def test_the_error_names_the_parameters_with_nonfinite_gradients(spoiled: Make):
-    """Only the gradient of ``root`` is not finite, so only ``root`` is named."""
+    """The error names only the parameter whose gradient is NaN or Inf, here ``root``."""
     runner, _, _ = spoiled({5: "gradient"})
     with pytest.raises(TrainingError, match=r"the gradients of 1 parameter\(s\) contain NaN or Inf: root\."):
         runner.train()
@@ -93,7 +93,7 @@ def test_a_skipped_step_changes_nothing_and_schedules_wait(spoiled: Make):
 
 
 def test_the_check_does_not_change_a_finite_run(spoiled: Make):
-    """The check changes no number, whether it runs at each step or at intervals."""
+    """The check does not change any results, whether it runs at each step or at intervals."""
     weights = []
     for hook in (None, {"check": "step"}, {"check": "interval"}):
         runner, _, _ = spoiled({}, hooks={"nonfinite": hook})
@@ -192,7 +192,7 @@ def test_a_rollback_across_an_epoch_advances_schedules_by_epoch(spoiled: Make):
 
 
 def test_a_run_stops_after_max_rollbacks(spoiled: Make):
-    """After ``max_rollbacks`` the run stops, because the following batches fail too."""
+    """The run stops after ``max_rollbacks`` rollbacks if the following batches contain NaN as well."""
     hooks = {
         "nonfinite": {"policy": "rollback", "max_rollbacks": 2},
         "checkpoint": {"by_epoch": False, "interval": 2, "save_last": False},
@@ -203,14 +203,14 @@ def test_a_run_stops_after_max_rollbacks(spoiled: Make):
 
 
 def test_a_rollback_without_a_checkpoint_is_an_error(spoiled: Make):
-    """Without a checkpoint the ``rollback`` policy stops with an error that says so."""
+    """Without a checkpoint, ``policy="rollback"`` stops the run with an error."""
     runner, _, _ = spoiled({2: "nan"}, hooks={"nonfinite": {"policy": "rollback"}})
     with pytest.raises(TrainingError, match="no checkpoint to roll back to"):
         runner.train()
 
 
 def test_interval_checks_keep_the_weights_of_fused_optimizers(spoiled: Make):
-    """The check reads at iteration 10, but no step since iteration 3 has changed the weights."""
+    """The result is read only after iteration 10, but no step has changed the weights since iteration 3."""
     hooks = {"nonfinite": {"check": "interval", "interval": 10}}
     runner, recorder, spoiler = spoiled({3: "nan"}, hooks=hooks)
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_interval_checks_keep_the_weights_of_fused_optimizers(spoiled: Make):
 
 
 def test_interval_checks_report_corrupted_weights_of_other_optimizers(spoiled: Make):
-    """An optimizer without a fused kernel has already applied the step, and the error says so."""
+    """Without a fused kernel, the step was already applied, and the error states that the weights may contain NaN."""
     hooks = {"nonfinite": {"check": "interval", "interval": 4}}
     runner, _, _ = spoiled({3: "nan"}, hooks=hooks, optim_wrapper=ADAGRAD)
     with pytest.raises(TrainingError, match="Iteration 3 .*the weights may already contain NaN or Inf"):
@@ -231,7 +231,7 @@ def test_interval_checks_report_corrupted_weights_of_other_optimizers(spoiled: M
 
 
 def test_interval_checks_run_before_each_checkpoint(spoiled: Make, tmp_path: Path):
-    """The check reads the result on the device before each save and at the end of the run."""
+    """The result is read from the device before each save and at the end of the run."""
     hooks = {"nonfinite": {"check": "interval", "interval": 100}, "checkpoint": {"by_epoch": False, "interval": 5}}
     runner, _, _ = spoiled({8: "nan"}, hooks=hooks)
     with pytest.raises(TrainingError, match="Iteration 8 "):
@@ -243,7 +243,7 @@ def test_interval_checks_run_before_each_checkpoint(spoiled: Make, tmp_path: Pat
 
 
 def test_interval_checks_report_complete_accumulation_windows(spoiled: Make):
-    """The step of iterations 5 to 8 fails; the checks at 6 and 12 are within windows."""
+    """NaN in the step of iterations 5 to 8 is detected, although the checks after 6 and 12 are within accumulation windows."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 4}
     runner, recorder, _ = spoiled(
         {6: "gradient"}, hooks={"nonfinite": {"check": "interval", "interval": 6}}, optim_wrapper=optim
@@ -295,7 +295,7 @@ def test_float16_can_search_for_its_loss_scale(spoiled: Make):
         runner.train()
 
 
-def test_an_optimizer_wrapper_can_stop_by_itself(spoiled: Make):
+def test_an_optimizer_wrapper_can_raise_the_error(spoiled: Make):
     """``optim_wrapper=dict(nonfinite="error")`` raises its own error."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "nonfinite": "error"}
     runner, _, _ = spoiled({3: "nan"}, optim_wrapper=optim)
@@ -314,7 +314,7 @@ def test_clipping_does_not_hide_nonfinite_gradients(spoiled: Make, clip_grad: di
 
 
 def test_samples_of_a_custom_sampler_are_reported_as_unknown(spoiled: Make):
-    """The order of a user's batch sampler is unknown, and the error says so."""
+    """With a custom batch sampler, the error states that the samples are unknown."""
     own = loader(batch_sampler=[[0, 1], [2, 3], [4, 5]])
     del own["batch_size"]
     runner, _, _ = spoiled({2: "nan"}, train_dataloader=own)
@@ -331,7 +331,7 @@ def test_samples_of_a_custom_sampler_are_reported_as_unknown(spoiled: Make):
         ({"policy": "skip", "check": "interval"}, 'needs check="step"'),
     ],
 )
-def test_invalid_arguments_are_refused(arguments: dict[str, Any], text: str):
-    """Each invalid argument is rejected with one sentence."""
+def test_invalid_arguments_are_rejected(arguments: dict[str, Any], text: str):
+    """Invalid arguments raise an error that shows the value and the expected one."""
     with pytest.raises(ConfigValueError, match=text):
         NonFiniteHook(**arguments)

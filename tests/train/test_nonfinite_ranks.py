@@ -11,7 +11,7 @@ from tests.train.spoiled import train_spoiled
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("check", ["step", "interval"])
 def test_all_ranks_stop_when_one_has_a_nonfinite_value(ranks: Ranks, tmp_path: Path, how: str, check: str):
-    """This includes a NaN loss with finite gradients; every rank's error names the failed rank and all samples."""
+    """The error on every rank names the rank with NaN and all samples, even if the gradients are finite."""
     hooks = {"nonfinite": {"check": check, "interval": 3}}
     first, second = ranks.run(train_spoiled, str(tmp_path), {3: how}, rank=1, hooks=hooks)
     for each in (first, second):
@@ -26,7 +26,7 @@ def test_all_ranks_stop_when_one_has_a_nonfinite_value(ranks: Ranks, tmp_path: P
 
 
 def test_all_ranks_skip_together(ranks: Ranks, tmp_path: Path):
-    """The ranks continue with equal weights."""
+    """After a skipped step, all ranks continue with equal weights."""
     hooks = {"nonfinite": {"policy": "skip"}}
     bad = {2: "nan", 5: "gradient", 6: "inf"}
     first, second = ranks.run(train_spoiled, str(tmp_path), bad, rank=0, hooks=hooks)
@@ -36,7 +36,7 @@ def test_all_ranks_skip_together(ranks: Ranks, tmp_path: Path):
 
 
 def test_all_ranks_roll_back_and_give_up_together(ranks: Ranks, tmp_path: Path):
-    """Iteration 3 fails each time; the ranks roll back to iteration 2 twice and then stop."""
+    """If the data contains NaN repeatedly, the ranks roll back together until ``max_rollbacks=2`` is reached, and stop."""
     hooks = {
         "nonfinite": {"policy": "rollback", "max_rollbacks": 2},
         "checkpoint": {"by_epoch": False, "interval": 2, "save_last": False},

@@ -142,13 +142,13 @@ def test_a_model_that_reads_its_weights_is_built_on_the_cpu():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_schedules_by_epoch_in_a_run_by_iteration_are_refused():
+def test_schedules_by_epoch_in_a_run_by_iteration_are_rejected():
     """The preview refuses it with the same error as training."""
     with pytest.raises(ConfigValueError, match="counts epochs, but this run counts iterations"):
         shown(train_cfg={"max_iters": 9}, param_scheduler={"type": "StepLR", "step_size": 1, "end": 2})
 
 
-def test_a_run_of_unknown_length_is_refused():
+def test_a_run_of_unknown_length_is_rejected():
     """The length of epochs of a stream without a length is unknown."""
 
     class Stream(torch.utils.data.IterableDataset):
@@ -159,7 +159,7 @@ def test_a_run_of_unknown_length_is_refused():
         shown(train_dataloader=loader(dataset=Stream()))
 
 
-def test_a_built_optimizer_is_refused():
+def test_a_built_optimizer_is_rejected():
     """A built optimizer is rejected, because its schedules would never be stepped."""
     with pytest.raises(ConfigTypeError, match="must be a configuration, got SGD"):
         shown(optim_wrapper=torch.optim.SGD(Toy().parameters(), lr=1.0))

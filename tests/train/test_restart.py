@@ -115,7 +115,7 @@ def test_an_unreadable_record_is_ignored(folder: Path, text: str):
 
 
 @pytest.mark.parametrize(
-    ("environ", "script", "said"),
+    ("environ", "script", "expected"),
     [
         ({}, None, "does not run in a SLURM job"),
         ({"SLURM_JOB_ID": "7"}, None, "scontrol is not on the PATH"),
@@ -123,11 +123,11 @@ def test_an_unreadable_record_is_ignored(folder: Path, text: str):
     ],
 )
 def test_a_job_that_cannot_be_requeued_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, environ: dict[str, str], script: str | None, said: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, environ: dict[str, str], script: str | None, expected: str
 ):
     """The checkpoint exists, so the run still ends normally; the log says what to do."""
     if script is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "scontrol").chmod(0o755)
     assert not requeue_job(LOGGER, {**environ, "PATH": str(tmp_path)})
-    assert said in caplog.text
+    assert expected in caplog.text

@@ -140,7 +140,7 @@ def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize(("given", "kind"), [("scale", ConfigTypeError), (["("], ConfigValueError)])
-def test_invalid_patterns_are_refused(make_runner: MakeRunner, given: Any, kind: type[Exception]):
+def test_invalid_patterns_are_rejected(make_runner: MakeRunner, given: Any, kind: type[Exception]):
     """A single string and an invalid regular expression are rejected before anything is built."""
     with pytest.raises(kind, match="new_parameters"):
         make_runner(new_parameters=given)

@@ -14,14 +14,14 @@ MakeRunner = Callable[..., Runner]
 
 
 @pytest.mark.parametrize("missing", [*TRAINING, *VALIDATION, *TEST])
-def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
+def test_a_partial_section_is_rejected(make_runner: MakeRunner, missing: str):
     """A section given in part, such as data without a loop, is rejected; the message names the missing arguments."""
     group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
     with pytest.raises(ConfigValueError, match=f"was specified without {missing}. Specify all of them or none"):
         make_runner(**{**group, missing: None})
 
 
-def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
+def test_schedules_without_an_optimizer_are_rejected(make_runner: MakeRunner):
     """Parameter schedulers without an optimizer are rejected, because they would have nothing to schedule."""
     nothing = dict.fromkeys(TRAINING)
     with pytest.raises(ConfigValueError, match="param_scheduler was specified without optim_wrapper"):
@@ -35,7 +35,7 @@ def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any)
         make_runner(compile=wrong)
 
 
-def test_a_path_to_resume_and_one_to_load_from_are_refused(make_runner: MakeRunner):
+def test_a_path_to_resume_and_one_to_load_from_are_rejected(make_runner: MakeRunner):
     """Giving both ``resume`` and ``load_from`` a path is ambiguous and is rejected."""
     with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Set only one"):
         make_runner(resume="a", load_from="b")
@@ -60,7 +60,7 @@ def test_the_data_preprocessor_is_added_to_the_model_configuration(make_runner: 
     assert given == {"type": Preprocessed}
 
 
-def test_a_data_preprocessor_for_a_built_model_is_refused(make_runner: MakeRunner):
+def test_a_data_preprocessor_for_a_built_model_is_rejected(make_runner: MakeRunner):
     """A ``data_preprocessor`` next to an already built model is rejected, because it would be ignored."""
     with pytest.raises(ConfigValueError, match="is already built"):
         make_runner(model=Toy(), data_preprocessor={"type": "BaseDataPreprocessor"})
@@ -96,7 +96,7 @@ def test_user_values_are_allowed_below_vars(tmp_path: Path):
     Runner.from_cfg(cfg).close()
 
 
-def test_a_configuration_without_a_model_is_refused(tmp_path: Path):
+def test_a_configuration_without_a_model_is_rejected(tmp_path: Path):
     """A configuration without ``model`` is rejected, and the message names the file."""
     file = write(tmp_path / "empty.py", f"work_dir = {str(tmp_path)!r}\n")
     with pytest.raises(ConfigKeyError, match=r"empty\.py has no key 'model'"):
@@ -168,7 +168,7 @@ def test_ddp_is_the_default_with_a_launcher(make_runner: MakeRunner):
     assert "DDPStrategy" in "".join(caught.value.__notes__)
 
 
-def test_ddp_without_processes_is_refused(make_runner: MakeRunner):
+def test_ddp_without_processes_is_rejected(make_runner: MakeRunner):
     """DDPStrategy in a process that no launcher started is rejected, and the message shows the launch command."""
     with pytest.raises(LaunchError, match="--nproc N"):
         make_runner(strategy={"type": DDPStrategy})
@@ -190,7 +190,7 @@ def test_a_strategy_can_be_given_by_name(make_runner: MakeRunner):
     ],
     ids=lambda argument: next(iter(argument)),
 )
-def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path, argument: dict):
+def test_arguments_that_a_built_strategy_would_ignore_are_rejected(tmp_path: Path, argument: dict):
     """Arguments that belong to the strategy are rejected next to a built strategy, because they would be ignored."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
     rest = {key: value for key, value in settings().items() if key not in ("randomness", "log_level")}
@@ -201,7 +201,7 @@ def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path
     runner.close()
 
 
-def test_a_type_that_does_not_build_a_strategy_is_refused(make_runner: MakeRunner):
+def test_a_type_that_does_not_build_a_strategy_is_rejected(make_runner: MakeRunner):
     """A ``type`` that does not build a strategy is rejected, and the message names the type that it built."""
 
     def make(**arguments: Any) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_a_type_that_does_not_build_a_strategy_is_refused(make_runner: MakeRunne
 
 
 @pytest.mark.parametrize("command", ["train", "val", "test"])
-def test_a_command_without_its_section_is_refused(make_runner: MakeRunner, command: str):
+def test_a_command_without_its_section_is_rejected(make_runner: MakeRunner, command: str):
     """Running a command whose section is missing names the missing arguments."""
     runner = make_runner(**dict.fromkeys(TRAINING))
     with pytest.raises(StateError, match=f"{command}_dataloader, {command}_cfg"):
@@ -272,7 +272,7 @@ def test_testing_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp
 
 
 @pytest.mark.parametrize("how", [{"resume": True}, {"load_from": True}])
-def test_the_checkpoint_of_another_model_is_refused(make_runner: MakeRunner, tmp_path: Path, how: dict):
+def test_the_checkpoint_of_another_model_is_rejected(make_runner: MakeRunner, tmp_path: Path, how: dict):
     """Resuming it, or testing it strictly, lists the first mismatched keys and changes no parameter."""
 
     class Wider(Toy):

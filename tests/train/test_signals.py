@@ -107,9 +107,9 @@ def test_a_second_signal_ends_a_blocked_process():
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.3)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=10)
+        _, reported = process.communicate(timeout=10)
         assert process.returncode == 128 + signal.SIGTERM
-        assert "received a second signal" in told
+        assert "received a second signal" in reported
     finally:
         process.kill()
         process.communicate()

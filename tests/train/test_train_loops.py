@@ -159,7 +159,7 @@ def test_an_empty_stream_is_an_error(make_runner: MakeRunner, train_cfg: dict):
         runner.train()
 
 
-def test_data_smaller_than_a_batch_is_refused_before_training(make_runner: MakeRunner):
+def test_data_smaller_than_a_batch_is_rejected_before_training(make_runner: MakeRunner):
     """With ``drop_last``, a dataset of one sample has no batch."""
     runner = make_runner(train_dataloader=loader(1, drop_last=True))
     with pytest.raises(ConfigValueError, match="no batch"):
@@ -204,7 +204,7 @@ def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: o
 
 
 @pytest.mark.parametrize("key", ["val_interval", "val_begin"])
-def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
+def test_an_interval_of_zero_is_rejected(make_runner: MakeRunner, key: str):
     """An interval of zero, which would divide by zero during the run, is rejected."""
     runner = make_runner(train_cfg={"max_epochs": 2, key: 0})
     with pytest.raises(ConfigValueError, match=f"{key} must be a positive integer, got 0"):
@@ -212,14 +212,14 @@ def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
 
 
 @pytest.mark.parametrize(("by_epoch", "missing"), [(True, "max_epochs"), (False, "max_iters")])
-def test_a_train_cfg_without_a_length_is_refused(make_runner: MakeRunner, by_epoch: bool, missing: str):
+def test_a_train_cfg_without_a_length_is_rejected(make_runner: MakeRunner, by_epoch: bool, missing: str):
     """A ``train_cfg`` without a length is rejected, and the message names the missing key."""
     runner = make_runner(train_cfg={"by_epoch": by_epoch})
     with pytest.raises(ConfigValueError, match=f"the length is missing: set {missing}"):
         runner.train()
 
 
-def test_a_train_cfg_that_is_not_a_mapping_is_refused(make_runner: MakeRunner):
+def test_a_train_cfg_that_is_not_a_mapping_is_rejected(make_runner: MakeRunner):
     """A ``train_cfg`` that is not a mapping is rejected, and the message shows the value."""
     with pytest.raises(ConfigTypeError, match="Expected train_cfg to be a mapping, got 3"):
         make_runner(train_cfg=3).train()

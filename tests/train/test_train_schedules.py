@@ -48,7 +48,7 @@ def test_a_converted_schedule_advances_at_each_iteration(make_runner: MakeRunner
     assert rates(make_runner, scheduler, train_cfg={"max_epochs": 2}) == pytest.approx(expected)
 
 
-def test_a_schedule_by_epoch_is_refused_in_a_run_by_iteration(make_runner: MakeRunner):
+def test_a_schedule_by_epoch_is_rejected_in_a_run_by_iteration(make_runner: MakeRunner):
     """A schedule by epoch would never advance in a run by iteration."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "end": 3}
     with pytest.raises(ConfigValueError, match=r"counts epochs.*by_epoch=False"):

@@ -42,7 +42,7 @@ def held_by(folder: Path, **changes: Any) -> None:
     (folder / NAME).write_text(json.dumps({**owner, **changes}))
 
 
-def test_a_folder_that_is_held_is_refused(tmp_path: Path):
+def test_a_folder_that_is_held_is_rejected(tmp_path: Path):
     """The error names the owner and what to do; after the context, the lock file is gone."""
     with work_dir_lock(tmp_path, LOGGER):
         with pytest.raises(WorkDirError, match=r"is locked by another training: this process\..*--work-dir"):
@@ -54,7 +54,7 @@ def test_a_folder_that_is_held_is_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_second_process_is_rejected_while_the_first_lives(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A second process cannot lock the folder until the first is killed; then it takes the lock over with a warning."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         try:

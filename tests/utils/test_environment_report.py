@@ -74,10 +74,10 @@ def test_missing_packages_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the platform does not report its memory, the report contains "unknown"."""
 
-    def refuse(name: str) -> int:
+    def reject(name: str) -> int:
         raise ValueError(name)
 
-    monkeypatch.setattr(environment_report.os, "sysconf", refuse)
+    monkeypatch.setattr(environment_report.os, "sysconf", reject)
     assert collect_env()["Memory"] == "unknown"
 
 

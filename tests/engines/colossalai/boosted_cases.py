@@ -1,4 +1,4 @@
-"""ColossalAI test runs that check one behavior each; they run on every rank."""
+"""Functions for tests of ColossalAI, each for one behavior, that run on every rank."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def overflowing(folder: str) -> dict[str, Any]:
 
 
 def predicted(plugin: str, folder: str) -> bool:
-    """Run ``val_step`` once on rank 0 and once more for each higher rank."""
+    """Run ``val_step`` once on rank 0, twice on rank 1, and so on."""
     strategy = boosted_runs.prepared(plugin, folder)
     try:
         strategy.model.eval()
@@ -184,7 +184,7 @@ class OfTwoTypes(Gpt):
         self.shift = torch.nn.Parameter(self.shift.detach().double())
 
 
-def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+def error_message(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     """Return the error of a call on every rank, or an empty string if there is none."""
     try:
         function(*arguments, **options)

@@ -18,7 +18,7 @@ _CUT |= {"up": Linear1D_Col, "down": Linear1D_Row}
 
 
 class GptPolicy(Policy):
-    """Shards by rows what produces heads and features, and by columns what combines them."""
+    """Shards the layers that produce heads and features by rows, and the layers that combine them by columns."""
 
     def config_sanity_check(self) -> None:
         """Do nothing, because there is nothing to check."""

@@ -29,7 +29,7 @@ def test_a_resumed_run_is_bit_identical(two: Ranks, tmp_path: Path, plugin: str)
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 2", "zero 1 bf16", "hybrid bf16", "hybrid tp 2"])
 def test_resuming_the_colossalai_format_is_bit_identical(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """A checkpoint that the Booster wrote resumes bit-identically too."""
+    """A run that resumes from a checkpoint written by the Booster is bit-identical too."""
     _require_same_run(two, tmp_path, plugin, **NATIVE)
 
 
@@ -66,7 +66,7 @@ def test_checkpoints_can_be_resumed_by_any_strategy(two: Ranks, tmp_path: Path, 
 def test_checkpoints_can_be_resumed_on_any_number_of_ranks(
     two: Ranks, four: Ranks, tmp_path: Path, plugin: str
 ) -> None:
-    """A checkpoint of two ranks resumes on four ranks, and theirs on one process, bit for bit."""
+    """A checkpoint of two ranks can be resumed on four ranks, and one of four ranks in a single process, bit for bit."""
     saved = two.run(boosted_runs.stopped, plugin, str(tmp_path), str(tmp_path / "two"), AT)[0]["before"]
     for each in four.run(boosted_runs.resumed_and_saved, plugin, str(tmp_path), tmp_path / "two", tmp_path / "four"):
         _require_bits(each, saved)
@@ -84,7 +84,7 @@ def test_the_colossalai_format_can_be_converted(two: Ranks, tmp_path: Path, plug
 
 
 def test_a_directory_saved_by_the_booster_can_be_converted(two: Ranks, tmp_path: Path) -> None:
-    """A directory that another program saved with the Booster converts too; its optimizer state is keyed by index."""
+    """A directory that another program saved with the Booster can be converted too; its optimizer state is keyed by index."""
     saved = two.run(boosted_runs.stopped, "torch-ddp", str(tmp_path), str(tmp_path / "own"), AT, **NATIVE)[0]["before"]
     for file in (tmp_path / "own").iterdir():
         if file.is_file():
@@ -117,8 +117,10 @@ def test_the_colossalai_format_is_listed_verified_and_removed(two: Ranks, tmp_pa
 
 def test_the_colossalai_format_cannot_be_saved_in_the_background(two: Ranks, tmp_path: Path) -> None:
     """The Booster can only save synchronously, and the error names the setting to change."""
-    for refusal in two.run(boosted_cases.refusal, boosted_cases.saved_in_background, str(tmp_path), **NATIVE):
-        assert "Set async_save=False, or checkpoint_format='portable'" in refusal
+    for error_message in two.run(
+        boosted_cases.error_message, boosted_cases.saved_in_background, str(tmp_path), **NATIVE
+    ):
+        assert "Set async_save=False, or checkpoint_format='portable'" in error_message
 
 
 def test_the_portable_format_is_saved_in_the_background(two: Ranks, tmp_path: Path) -> None:
@@ -136,8 +138,8 @@ def test_a_single_file_contains_unsharded_tensors(two: Ranks, tmp_path: Path) ->
 
 def test_weights_of_a_different_model_are_rejected(two: Ranks, tmp_path: Path) -> None:
     """An unexpected parameter raises an error that names it, and nothing is loaded."""
-    for refusal in two.run(boosted_cases.refusal, boosted_cases.resumed_with_more, str(tmp_path)):
-        assert "1 unexpected in the checkpoint: extra" in refusal
+    for error_message in two.run(boosted_cases.error_message, boosted_cases.resumed_with_more, str(tmp_path)):
+        assert "1 unexpected in the checkpoint: extra" in error_message
 
 
 def _require_same_run(two: Ranks, folder: Path, plugin: str, at: int = AT, **options: Any) -> None:

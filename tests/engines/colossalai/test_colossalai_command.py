@@ -52,8 +52,8 @@ def test_a_run_is_resumed_on_two_ranks_and_in_one_process(tmp_path: Path) -> Non
     assert last.position == {"epoch": 3, "iter": 9}
     assert read_any(last.path)["optimizer"]["counts"]["attempts"] == 5
     plain = _config(tmp_path / "plain.py", strategy="", optimizer="AdamW")
-    goes_on = _stratagem(tmp_path, "train", str(plain), "--resume", str(last.path), "--set", "train_cfg.max_epochs=4")
-    assert "Epoch(train) [4]" in goes_on
+    resumed = _stratagem(tmp_path, "train", str(plain), "--resume", str(last.path), "--set", "train_cfg.max_epochs=4")
+    assert "Epoch(train) [4]" in resumed
 
 
 def test_the_colossalai_format_contains_averaged_weights(tmp_path: Path) -> None:

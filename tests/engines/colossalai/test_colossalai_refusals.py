@@ -1,4 +1,4 @@
-"""What ColossalAIStrategy refuses when it is built or prepared, and what it leaves unchanged."""
+"""Options that ColossalAIStrategy rejects when it is built or prepared, and state that it must not change."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
 def test_unsupported_options_are_rejected_before_training(
     two: Ranks, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    """Each refusal happens before training on every rank and says what to do instead."""
-    for refusal in two.run(boosted_cases.refusal, boosted_cases.only_prepared, str(tmp_path), **options):
-        assert re.search(message, refusal), refusal
+    """Unsupported options raise an error with an alternative on every rank before training."""
+    for error_message in two.run(boosted_cases.error_message, boosted_cases.only_prepared, str(tmp_path), **options):
+        assert re.search(message, error_message), error_message
 
 
 def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp_path: Path) -> None:
-    """The model and optimizer are boosted together, so the error says to give the optimizer first."""
-    for refusal in two.run(boosted_cases.refusal, boosted_cases.prepared_twice, str(tmp_path)):
-        assert "Pass optim_wrapper to the first call of prepare()" in refusal
+    """The Booster needs the model and the optimizer in one call, and the error suggests passing both to the first call."""
+    for error_message in two.run(boosted_cases.error_message, boosted_cases.prepared_twice, str(tmp_path)):
+        assert "Pass optim_wrapper to the first call of prepare()" in error_message
 
 
 def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
@@ -74,8 +74,12 @@ def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad=None))
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad={"max_norm": 0.3}))
     other = {"max_norm": 1.0}
-    for refusal in two.run(boosted_cases.refusal, boosted_cases.with_built_plugin, str(tmp_path), clip_grad=other):
-        assert "clip_grad=dict(max_norm=1) of the optimizer wrapper and max_norm=0.3 of the plugin differ" in refusal
+    for error_message in two.run(
+        boosted_cases.error_message, boosted_cases.with_built_plugin, str(tmp_path), clip_grad=other
+    ):
+        assert (
+            "clip_grad=dict(max_norm=1) of the optimizer wrapper and max_norm=0.3 of the plugin differ" in error_message
+        )
 
 
 def test_import_stubs_are_invisible_to_other_code(tmp_path: Path) -> None:

@@ -102,13 +102,13 @@ def test_lamb_under_zero_matches_ddp(two: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2", "hybrid zero 1 bf16"])
 def test_a_nonfinite_update_is_skipped_on_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """A NaN loss on one rank changes no weights on any rank and counts as an attempted step."""
+    """If the loss is NaN on one rank, no rank changes its weights, and the step counts as attempted."""
     for seen in two.run(boosted_cases.with_one_nan, plugin, str(tmp_path)):
         assert seen == {"attempts": 2, "updates": 1, "kept": True, "finite": True}
 
 
 def test_float16_overflows_skip_the_step_and_lower_the_scale(two: Ranks, tmp_path: Path) -> None:
-    """An overflow counts only as an attempted step, schedules wait, and the scale is lowered until a step succeeds."""
+    """A step that overflows counts only as attempted, schedules do not advance, and the scale decreases until a step succeeds."""
     for seen in two.run(boosted_cases.overflowing, str(tmp_path)):
         assert seen["attempts"] == 6
         assert seen["updates"] == seen["attempts"] - seen["skipped"]
@@ -126,7 +126,7 @@ def test_the_learning_rate_is_scaled_with_the_batch_size(two: Ranks, tmp_path: P
 
 
 def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Path) -> None:
-    """Predictions have the model's dtype, and no rank waits for another."""
+    """Predictions have the model's dtype, and ranks may run different numbers of evaluation steps."""
     assert all(two.run(boosted_cases.predicted, "zero 1 bf16", str(tmp_path)))
     assert all(two.run(boosted_cases.predicted, "torch-ddp", str(tmp_path)))
 
@@ -150,12 +150,12 @@ def test_unsynchronized_gradients_are_averaged_before_an_update(two: Ranks, tmp_
 
 @pytest.mark.parametrize(("way", "window"), [("by hand", 1), ("own window", 2), ("two forwards", 3)])
 def test_zero_rejects_an_update_without_reduced_gradients(two: Ranks, tmp_path: Path, way: str, window: int) -> None:
-    """With ZeRO, only the wrapper's backward reduces gradients, in the last pass of a window."""
+    """With ZeRO, gradients are reduced only by ``backward`` of the wrapper, in the last pass of a window."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
     arguments = (_strategy("zero 1"), str(tmp_path), way, optim)
-    for refusal in two.run(boosted_cases.refusal, backward_passes.trained, *arguments):
-        assert "StateError: step() was called after" in refusal
-        assert "not loss.backward()" in refusal
+    for error_message in two.run(boosted_cases.error_message, backward_passes.trained, *arguments):
+        assert "StateError: step() was called after" in error_message
+        assert "not loss.backward()" in error_message
 
 
 @pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])

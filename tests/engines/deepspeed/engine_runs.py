@@ -97,7 +97,7 @@ def go(
     save: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train from ``start`` to ``stop``; return what was seen, with losses as means over ranks.
+    """Train from ``start`` to ``stop``; return the recorded values, with losses averaged over ranks.
 
     Args:
         strategy: its configuration.

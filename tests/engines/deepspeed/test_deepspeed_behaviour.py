@@ -26,7 +26,7 @@ SOME = ["ZeRO-0", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3", "ZeRO-3 offload"]
 
 
 class Weighed(Gpt):
-    """Returns the weight of each micro-batch, which differs on each rank and in each iteration."""
+    """Returns a weight for each micro-batch that differs between ranks and iterations."""
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
         """Return the loss with its weight."""
@@ -84,7 +84,7 @@ def test_micro_batches_are_averaged_by_weight(two: Ranks, folder: Path, name: st
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2 offload", "ZeRO-3"])
 def test_a_nonfinite_update_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
-    """If one rank's loss is NaN, no rank takes the step, schedules wait, and later steps equal those of one process."""
+    """If the loss is NaN on one rank, no rank takes the step or advances schedules, and later steps match a single process."""
     changes = {"optim": {**OPTIM, "nonfinite": "skip"}, "model": {"type": Poisoned}}
     expected = go(placed("single"), folder / "a", **changes)
     seen = two.run(go, placed(name), folder / "b", **changes)[0]
@@ -232,7 +232,7 @@ def test_gradients_of_several_backward_passes_are_added(two: Ranks, folder: Path
 def test_unsupported_backward_passes_are_rejected(
     two: Ranks, folder: Path, name: str, way: str, window: int, message: str
 ) -> None:
-    """A step never uses only the last loss; the error says how to write the training step."""
+    """A second backward pass raises an error with the code to use, because the step would use only the last loss."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
     for error in two.run(_refusal, placed(name), str(folder), way, optim):
         assert re.search(message, error), error

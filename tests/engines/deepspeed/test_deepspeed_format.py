@@ -18,7 +18,7 @@ NATIVE = {"checkpoint_format": "deepspeed"}
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 kept", "ZeRO-2 offload"])
 def test_the_deepspeed_format_can_be_converted(two: Ranks, folder: Path, name: str) -> None:
-    """The result has the same parameters and optimizer states, bit for bit, as the portable format of that state."""
+    """The result has the same parameters and optimizer states, bit for bit, as a portable checkpoint of the same state."""
     two.run(go, placed(name), folder / "a", stop=6, save=folder / "portable")
     two.run(
         go, placed(name, **NATIVE), folder / "b", start=6, stop=6, resume=folder / "portable", save=folder / "native"
@@ -31,7 +31,7 @@ def test_the_deepspeed_format_can_be_converted(two: Ranks, folder: Path, name: s
 def test_the_deepspeed_format_can_be_resumed_on_other_ranks(
     two: Ranks, four: Ranks, single: dict[str, Any], folder: Path, name: str
 ) -> None:
-    """DeepSpeed itself refuses another number of ranks, but here the run resumes, also with other strategies."""
+    """The run can be resumed with another number of ranks, which DeepSpeed does not support, and with other strategies."""
     two.run(go, placed(name, **NATIVE), folder / "a", stop=6, save=folder / "iter_6")
     seen = four.run(go, placed("ZeRO-3", **NATIVE), folder / "b", start=6, resume=folder / "iter_6")[0]
     alone = go(placed("single"), folder / "c", start=6, resume=folder / "iter_6")
@@ -55,5 +55,5 @@ def test_the_deepspeed_format_contains_master_weights_and_loss_scale(
 
 def _numbers(checkpoint: Path) -> dict[str, Any]:
     state = state_in(checkpoint)
-    # Frozen parameters at the end of DeepSpeed's only group have another place in ours, and options another order.
+    # Frozen parameters are at the end of DeepSpeed's only group but not of the portable one, and options are in another order.
     return {name: value for name, value in state.items() if "/params/" not in name}

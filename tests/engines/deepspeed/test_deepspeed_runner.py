@@ -97,7 +97,7 @@ def logged_lines(folder: Path) -> list[str]:
     return [line for log in logs for line in log.read_text().splitlines()]
 
 
-def refusal(*args: Any, **kwargs: Any) -> str:
+def error_message(*args: Any, **kwargs: Any) -> str:
     """Return the type and message of the error that ends a run, so that the ranks stay alive."""
     try:
         run(*args, **kwargs)
@@ -155,7 +155,7 @@ def test_a_run_resumes_from_its_latest_checkpoint(
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_a_nonfinite_loss_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
     """Every rank stops before the step with an error that names the iteration and the samples."""
-    for message in two.run(refusal, placed(name), folder, poison=9):
+    for message in two.run(error_message, placed(name), folder, poison=9):
         assert re.match(r"TrainingError: Iteration 3 .* returned loss=nan .* 9, .* The step was not applied", message)
 
 
@@ -172,7 +172,9 @@ def test_averaging_is_rejected_without_master_weights_in_the_model(
     two: Ranks, folder: Path, options: dict[str, Any]
 ) -> None:
     """ZeRO 3 keeps no weights in the model and 16-bit weights are rounded; the error says what to use."""
-    messages = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
+    messages = two.run(
+        error_message, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}]
+    )
     assert all("EMAHook needs the master weights in the model" in message for message in messages)
 
 
@@ -215,7 +217,7 @@ def test_contradicting_options_are_rejected(
         "clip_grad": {"max_norm": 1.0},
         "accumulative_counts": changes.get("counts", 1),
     }
-    messages = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
+    messages = two.run(error_message, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
     assert all(re.search(message, each) for each in messages), messages
 
 
