@@ -105,7 +105,7 @@ def test_all_formats_of_a_time_limit(days: int, hours: int, minutes: int, second
 
 
 def test_the_time_to_save_is_limited_by_the_time_limit() -> None:
-    """The time reserved for saving must be shorter than the time limit; ten minutes fit into an hour, but not into ten minutes."""
+    """The time reserved for saving must be below the time limit; ten minutes fit into an hour, but not into ten minutes."""
     Allocation(nodes=1, gpus_per_node=0, time="1:00:00", save_before_s=600)
     with pytest.raises(ConfigValueError, match="--save-before"):
         Allocation(nodes=1, gpus_per_node=0, time="10", save_before_s=600)
