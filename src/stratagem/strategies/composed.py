@@ -25,6 +25,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
+from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
@@ -123,7 +124,6 @@ class ComposedStrategy(BaseStrategy):
         self.model = placed.model
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
-            self._synced_buffers.announce(self.unwrap_model())
 
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Connect an optimizer wrapper to the placed model: gradient policy, accumulation, learning rates."""
@@ -149,6 +149,8 @@ class ComposedStrategy(BaseStrategy):
             # A second call of prepare() must rebuild the wrapper, because its learning rates were not scaled.
             BaseStrategy.optim_wrapper.clear(self)
             raise
+        update_buffers_once(self.unwrap_model())
+        self._synced_buffers.announce(self.unwrap_model())
 
     def unwrap_model(self) -> nn.Module:
         return self._placement.unwrap(self.model)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.model.recomputation import BufferReplay, Contexts
 from stratagem.parallel.fsdp.wrap_policy import select_modules
 from stratagem.utils.names import did_you_mean, refuse_unknown
 from stratagem.utils.torch_private import checkpoint_module
@@ -31,6 +32,8 @@ _COSTLY: Final = (
 
 def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) -> list[str]:
     """Make submodules of ``model`` store only their inputs for the backward pass. Return their names.
+
+    Buffers are updated once per forward pass, and the recomputation uses the values that they had before it.
 
     Args:
         model: modified in place; the names of its parameters do not change.
@@ -54,13 +57,16 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
     chosen = select_modules(model, default_policy if policy is True else policy, _WHAT)
     if not chosen:
         raise ConfigValueError(f"{_WHAT}: no module is wrapped, so there is nothing to checkpoint. Set its policy.")
-    contexts: dict[str, Any] = {}
+    selective: Callable[[], Contexts] | None = None
     if arguments.get("save_ops") is not None:
-        contexts["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _saving(_operators(arguments["save_ops"]))
-        )
+        selective = functools.partial(create_selective_checkpoint_contexts, _saving(_operators(arguments["save_ops"])))
     for module in dict.fromkeys(chosen.values()):
-        checkpoint_module(module, preserve_rng_state=bool(arguments.get("preserve_rng_state", True)), **contexts)
+        contexts = BufferReplay(module, selective).contexts if any(True for _ in module.buffers()) else selective
+        checkpoint_module(
+            module,
+            preserve_rng_state=bool(arguments.get("preserve_rng_state", True)),
+            **({} if contexts is None else {"context_fn": contexts}),
+        )
     return list(chosen)
 
 

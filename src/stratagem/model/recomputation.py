@@ -1,0 +1,129 @@
+"""Update buffers once per forward pass if activation checkpointing repeats it in the backward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.utils.torch_private import backward_pass_id
+
+__all__ = ["BufferReplay", "Contexts", "update_buffers_once"]
+
+# The contexts of a forward pass and of its recomputation.
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+# Larger buffers are compared with a copy once, instead of being copied in each forward pass.
+_SMALL_NUMEL: Final = 1 << 16
+# Set in a thread while it runs a recomputation whose buffers are replaced.
+_thread = threading.local()
+
+
+def update_buffers_once(model: nn.Module) -> None:
+    """Make all modules of a model discard the changes of their buffers in forward passes within a backward pass.
+
+    Such a forward pass is a recomputation, whichever function started it (``torch.utils.checkpoint``, reentrant or not, or
+    that of an engine or a library). Modules that are compiled together with the checkpoint are not covered. Calling it again
+    has no effect.
+    """
+    for module in model.modules():
+        has_buffers = any(buffer is not None for buffer in module._buffers.values())
+        if has_buffers and not any(isinstance(hook, _Discard) for hook in module._forward_hooks.values()):
+            stack: list[dict[str, Tensor | None]] = []
+            module.register_forward_pre_hook(_Replace(stack))
+            module.register_forward_hook(_Discard(stack), always_call=True)
+
+
+@final
+class _Replace:
+    """Replaces the buffers of a module by copies before a recomputation."""
+
+    def __init__(self, stack: list[dict[str, Tensor | None]]) -> None:
+        self._stack = stack
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or backward_pass_id() == -1 or getattr(_thread, "replays", False):
+            return
+        self._stack.append(dict(module._buffers))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.detach().clone()
+
+
+@final
+class _Discard:
+    """Restores the buffers of a module after a recomputation."""
+
+    def __init__(self, stack: list[dict[str, Tensor | None]]) -> None:
+        self._stack = stack
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack and not torch.compiler.is_compiling():
+            module._buffers.update(self._stack.pop())
+
+
+@final
+class BufferReplay:
+    """Makes the recomputation of a module start with copies of the buffers that its forward pass started with.
+
+    The recomputed activations are therefore those of the forward pass, also if they depend on buffers that are updated, and
+    the buffers of the module are not changed.
+
+    Args:
+        module: the checkpointed module.
+        others: returns further contexts for each forward pass, entered after those of the buffers.
+    """
+
+    def __init__(self, module: nn.Module, others: Callable[[], Contexts] | None = None) -> None:
+        self._module = module
+        self._others = others
+        # Large buffers that the last forward pass did not change, with their version and the mode of their module.
+        self._constant: dict[tuple[nn.Module, str], tuple[int, bool]] = {}
+
+    def contexts(self) -> Contexts:
+        """Return the contexts of a forward pass and of its recomputation."""
+        before: dict[tuple[nn.Module, str], Tensor] = {}
+        forward, recomputation = (None, None) if self._others is None else self._others()
+        return _both(self._forward(before), forward), _both(self._recomputation(before), recomputation)
+
+    @contextmanager
+    def _forward(self, before: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+        for owner in self._module.modules():
+            for key, buffer in owner._buffers.items():
+                slot = (owner, key)
+                if buffer is not None and self._constant.get(slot) != (buffer._version, owner.training):
+                    before[slot] = buffer.detach().clone()
+        yield
+        for slot in [slot for slot, copy in before.items() if copy.numel() > _SMALL_NUMEL]:
+            owner, key = slot
+            buffer = owner._buffers[key]
+            if buffer is not None and torch.equal(buffer, before[slot]):
+                self._constant[slot] = (buffer._version, owner.training)
+                del before[slot]
+
+    @contextmanager
+    def _recomputation(self, before: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+        current = {slot: slot[0]._buffers[slot[1]] for slot in before}
+        replays = getattr(_thread, "replays", False)
+        # The buffers themselves must not be written to: autograd may have saved them for this backward pass.
+        for (owner, key), copy in before.items():
+            owner._buffers[key] = copy.clone()
+        _thread.replays = True
+        try:
+            yield
+        finally:
+            _thread.replays = replays
+            for (owner, key), buffer in current.items():
+                owner._buffers[key] = buffer
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any] | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        if second is not None:
+            stack.enter_context(second)
+        yield
