@@ -390,6 +390,8 @@ class Runner:
         loader = self._loader(self._train)
         if loader.resume_warning is not None:
             self.strategy.logger.warning("%s", loader.resume_warning)
+        if loader.resume_note is not None:
+            self.strategy.logger.info("%s", loader.resume_note)
         return loader
 
     def _loader(self, phase: _Phase[Any]) -> EpochLoader:

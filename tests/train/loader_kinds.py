@@ -290,11 +290,11 @@ def run(folder: str, strategy: str, train: Any, val: Any, *, epochs: int = 1, **
         "default_hooks": {"runtime_info": None, "logger": None, "checkpoint": None},
         "custom_hooks": [seen, *changes.pop("hooks", ())],
         "log_level": "ERROR",
+        "train_cfg": {"max_epochs": epochs, "val_interval": epochs},
         **changes,
     }
     runner = Runner(
-        Model(), folder, train_dataloader=train, train_cfg={"max_epochs": epochs, "val_interval": epochs},
-        val_dataloader=val, val_cfg={}, **settings,
+        Model(), folder, train_dataloader=train, val_dataloader=val, val_cfg={}, **settings,
     )  # fmt: skip
     try:
         runner.train()

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from stratagem import Runner
 from tests.train.toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings, train_until_signal
@@ -205,6 +206,54 @@ def warnings_of(make_runner: MakeRunner, capfd: pytest.CaptureFixture[str], data
     runner.prepare()
     runner.close()
     return capfd.readouterr().err
+
+
+def shuffled() -> Any:
+    """Return a Hugging Face stream that shuffles in a buffer of 6 of its 24 samples."""
+    rows = [dict(zip(("x", "y", "number"), each, strict=True)) for each in Samples()]
+    table = datasets.Dataset.from_list(
+        [{key: np.asarray(value).tolist() for key, value in row.items()} for row in rows]
+    )
+    return table.to_iterable_dataset(num_shards=2).shuffle(seed=4, buffer_size=6)
+
+
+def as_samples(rows: list[dict[str, Any]]) -> Any:
+    """Collate the rows of a table."""
+    return default_collate([(torch.tensor(row["x"]), torch.tensor(row["y"]), row["number"]) for row in rows])
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_stream_with_a_shuffle_buffer_resumes_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
+    """The state of such a stream does not contain the samples in its buffer, so the epoch is read again instead."""
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    pieces, whole = whole_and_pieces(
+        make_runner, tmp_path, (3, EPOCH + 2), lambda: DataLoader(shuffled(), 2, collate_fn=as_samples, **options)
+    )
+    assert pieces == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_loader_of_a_shuffle_buffer_warns(
+    make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """StatefulDataLoader relies on the state of the stream; the warning says what is lost and what to use."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    text = warnings_of(make_runner, capfd, StatefulDataLoader(shuffled(), 2, collate_fn=as_samples))
+    assert text.count("shuffles its samples in a buffer of 6, which its state_dict does not contain") == 1
+    assert "Use a plain DataLoader instead of StatefulDataLoader" in text
+
+
+def test_a_stateful_loader_is_trusted_with_a_note(make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log names the state on which an exact resume depends; a built-in sampler has no such condition."""
+    cases = {"Prefetching": Prefetching(), "Numbers": loader(dataset=Numbers()), None: loader()}
+    for name, data in cases.items():
+        runner = make_runner(train_dataloader=data, log_level="INFO")
+        runner.prepare()
+        runner.close()
+        text = capfd.readouterr().err
+        assert text.count("The position in the training data is saved with") == (name is not None)
+        assert name is None or f"saved with {name}.state_dict()" in text
 
 
 def test_inexact_resuming_warns_once_before_training(

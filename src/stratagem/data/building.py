@@ -14,16 +14,19 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    IterDataPipe,
     RandomSampler,
     SequentialSampler,
     default_collate,
 )
 
 from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatches, RankBatches
+from stratagem.data.epoch_stream import EpochStream
+from stratagem.data.epochs import follows_epoch, shares_epoch
 from stratagem.data.loader import EpochLoader
 from stratagem.data.rank_share import RankShare, declared_share
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
-from stratagem.data.stateful import ResumableStream, Stateful
+from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
 from stratagem.data.streams import StreamedDataset, stream_seed, uses_random_numbers
 from stratagem.data.workers import WorkerInit
 from stratagem.errors import ConfigTypeError, ConfigValueError
@@ -107,8 +110,11 @@ def build_dataloader(
         if streamed:
             dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed)
             cfg |= {"collate_fn": _identity} if "collate_fn" in cfg else {}
-    elif isinstance(dataset, Stateful) and not cfg.get("num_workers"):
+    elif isinstance(dataset, Stateful) and not cfg.get("num_workers") and shuffle_buffer_of(dataset) is None:
         dataset = ResumableStream(dataset)
+    elif cfg.get("persistent_workers") and not isinstance(dataset, IterDataPipe):
+        # Torch handles the shuffling and sharding of data pipes only if they are not wrapped.
+        dataset = EpochStream(dataset, seed, stream_rank)
     try:
         loader: DataLoader[Any] = DataLoader(dataset, **cfg)
     except (TypeError, ValueError) as error:
@@ -119,6 +125,7 @@ def build_dataloader(
 
 def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochLoader:
     """Return a loader that wraps a ``DataLoader`` and keeps its order."""
+    _require_reachable_epoch(loader)
     parts = (loader, loader.dataset) if isinstance(loader.dataset, IterableDataset) else (loader,)
     divided = [_is_divided(part, share) for part in parts]
     is_stateful = isinstance(loader, Stateful)
@@ -135,6 +142,23 @@ def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochL
     object.__setattr__(copied, "sampler" if single else "batch_sampler", batches)
     object.__setattr__(copied, "_iterator", None)
     return EpochLoader(copied, world_size=share.size, seed=seed)
+
+
+def _require_reachable_epoch(loader: DataLoader[Any]) -> None:
+    """Check that ``set_epoch`` of the dataset reaches the workers.
+
+    Raises:
+        ConfigValueError: if the workers keep a copy of the dataset from the first epoch.
+    """
+    dataset = loader.dataset
+    if loader.num_workers and loader.persistent_workers and follows_epoch(dataset) and not shares_epoch(dataset):
+        kind, own = type(loader).__name__, type(dataset).__name__
+        raise ConfigValueError(
+            f"{own} has set_epoch, but with persistent_workers=True the {loader.num_workers} workers of this {kind} keep a copy "
+            f"of the dataset from the first epoch, so they would never receive another epoch. Set persistent_workers=False, or "
+            "pass the arguments of the loader as a mapping (dataset, batch_size, num_workers ...); then the epoch is passed to "
+            "persistent workers. The loader was not rebuilt because of its type, its sampler or its generator."
+        )
 
 
 def _iterates_its_sampler(loader: DataLoader[Any]) -> bool:

@@ -18,9 +18,11 @@ from stratagem.data.batches import (
     RankBatches,
     advanced,
 )
+from stratagem.data.epoch_stream import EpochStream
+from stratagem.data.epochs import set_epoch_of
 from stratagem.data.rank_share import IsolatedIterator, RankShare, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
-from stratagem.data.stateful import ResumableStream, Stateful
+from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
 from stratagem.data.streams import StreamedDataset, isolate_cpu_rng, seed_stream
 from stratagem.data.workers import WorkerInit, report_dead_workers, start_workers
 from stratagem.distributed import get_rank
@@ -88,7 +90,7 @@ class EpochLoader:
     def dataset(self) -> Any:
         """The dataset of the loader."""
         dataset = self.loader.dataset
-        return dataset.dataset if isinstance(dataset, StreamedDataset | ResumableStream) else dataset
+        return dataset.dataset if isinstance(dataset, StreamedDataset | ResumableStream | EpochStream) else dataset
 
     @property
     def collate(self) -> Callable[[Any], Any] | None:
@@ -120,6 +122,14 @@ class EpochLoader:
             return 0
         most = total + max(0, loader.num_workers - 1)
         return most - total if self.share is None else self.share.count(most) - self.share.count(total)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every rank is known to have the same number of batches in each epoch of training."""
+        if self._source is not None:
+            return True
+        order = self._order
+        return isinstance(order, OpaqueBatches) and order.share is not None and length_of(order.sampler) is not None
 
     @property
     def by_batch(self) -> bool:
@@ -172,9 +182,16 @@ class EpochLoader:
     @property
     def resume_warning(self) -> str | None:
         """The reason that a run stopped within an epoch may not resume exactly; None if it resumes exactly."""
+        dataset = self.dataset
+        buffer = shuffle_buffer_of(dataset) if isinstance(dataset, Stateful) else None
+        if self._stateful is not None and buffer is not None:
+            return (
+                f"{type(dataset).__name__} shuffles its samples in a buffer of {buffer:,}, which its state_dict does not "
+                "contain: a run that resumes within an epoch skips some samples and repeats others. To resume exactly, use a "
+                f"plain DataLoader instead of {type(self.loader).__name__}; it reads the samples of that epoch again."
+            )
         if self._source is not None or self._stateful is not None:
             return None
-        dataset = self.dataset
         if not isinstance(dataset, IterableDataset):
             return (
                 "The training data has a custom loader or sampler: a run that resumes within an epoch iterates over the "
@@ -182,6 +199,11 @@ class EpochLoader:
                 "sampler, or a loader with state_dict and load_state_dict, to resume without that."
             )
         name = type(dataset).__name__
+        if buffer is not None:
+            return (
+                f"{name} shuffles its samples in a buffer of {buffer:,}, which its state_dict does not contain: a run that "
+                "resumes within an epoch reads the samples that it has already seen, and is exact if the shuffling has a seed."
+            )
         if isinstance(dataset, Stateful) and self.loader.num_workers:
             return (
                 f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates over a copy of "
@@ -193,6 +215,17 @@ class EpochLoader:
             "samples that it has already seen, and is exact only if the stream is the same each time."
         )
 
+    @property
+    def resume_note(self) -> str | None:
+        """The condition for an exact resume that only the user can know; None if there is none."""
+        if self._source is not None or self._stateful is None or self.resume_warning is not None:
+            return None
+        kind = type(self.dataset if isinstance(self._stateful, ResumableStream) else self.loader).__name__
+        return (
+            f"The position in the training data is saved with {kind}.state_dict(). A run that resumes within an epoch is exact "
+            "if that state includes everything that determines the next samples: order, buffers and random numbers."
+        )
+
     def batches(self, epoch: int, done: int = 0) -> Iterator[Any]:
         """Iterate over an epoch, starting after its first ``done`` batches.
 
@@ -201,6 +234,9 @@ class EpochLoader:
         """
         if isinstance(self.loader.worker_init_fn, WorkerInit):
             self.loader.worker_init_fn.prepare(epoch)
+        if isinstance(self.loader.dataset, EpochStream):
+            self.loader.dataset.set_epoch(epoch)
+        set_epoch_of(self.dataset, epoch)
         if self._source is not None and self._batches is not None:
             self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
             return self._with_worker_errors(start_workers(self.loader))
@@ -287,6 +323,13 @@ class EpochLoader:
         Raises:
             CheckpointMismatchError: if neither the loader nor its dataset is stateful.
         """
+        if (
+            self._stateful is None
+            and isinstance(self.dataset, Stateful)
+            and shuffle_buffer_of(self.dataset) is not None
+        ):
+            # The state of a stream without the samples in its buffer, from an earlier version. The position is sufficient.
+            return
         if self._stateful is None:
             raise CheckpointMismatchError(
                 "The checkpoint contains the state of a data loader, but the loader of this run has no load_state_dict. "
@@ -304,11 +347,10 @@ class EpochLoader:
         return self.loader.dataset if isinstance(self.loader.dataset, ResumableStream) else None
 
     def _set_epoch_of_parts(self, epoch: int) -> None:
-        """Call ``set_epoch`` on the iterable dataset, the batch sampler and the sampler, if they have that method."""
+        """Call ``set_epoch`` on the batch sampler and the sampler, if they have that method."""
         batch_sampler = self.loader.batch_sampler
         sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
-        stream = self.dataset if isinstance(self.dataset, IterableDataset) else None
-        for part in (stream, batch_sampler, sampler):
+        for part in (batch_sampler, sampler):
             setter = getattr(part, "set_epoch", None)
             if callable(setter):
                 setter(epoch)

@@ -7,7 +7,19 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from torch.utils.data import IterableDataset
 
-__all__ = ["Stateful", "StatefulStream", "ResumableStream"]
+__all__ = ["Stateful", "StatefulStream", "ResumableStream", "shuffle_buffer_of"]
+
+# Attributes under which streams keep the streams that they read: of Hugging Face datasets, torch and torchdata.
+_SOURCES = (
+    "_ex_iterable",
+    "ex_iterable",
+    "ex_iterables",
+    "dataset",
+    "datasets",
+    "datapipe",
+    "source_datapipe",
+    "source",
+)
 
 
 @runtime_checkable
@@ -26,6 +38,27 @@ class StatefulStream(Stateful, Protocol):
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate from the current position."""
+
+
+def shuffle_buffer_of(dataset: Any) -> int | None:
+    """Return the size of the buffer in which a stream shuffles its samples; None if it has no such buffer.
+
+    A state dict contains the position in the source but not the samples in the buffer, so a stream that continues from its
+    state skips these samples and repeats others.
+    """
+    waiting, seen = [dataset], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        size = getattr(part, "buffer_size", None)
+        if "shuffl" in type(part).__name__.lower() and isinstance(size, int):
+            return size
+        for name in _SOURCES:
+            source = getattr(part, name, None)
+            waiting += source if isinstance(source, list | tuple) else [] if source is None else [source]
+    return None
 
 
 @final

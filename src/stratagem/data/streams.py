@@ -29,6 +29,7 @@ from torch.utils.data import (
 )
 
 from stratagem.data.collate import pseudo_collate
+from stratagem.data.epochs import set_epoch_of
 
 __all__ = ["BatchRequest", "StreamedDataset", "uses_random_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
 
@@ -78,8 +79,8 @@ class BatchRequest:
 class StreamedDataset(Dataset[Any]):
     """Load and collate the batch of a :class:`BatchRequest`, with a random stream for each sample.
 
-    A dataset with ``__getitems__`` loads the whole batch in one call with one stream, which depends on the samples in the
-    batch.
+    The epoch is passed to ``set_epoch`` of the dataset, if it has that method. A dataset with ``__getitems__`` loads the whole
+    batch in one call with one stream, which depends on the samples in the batch.
 
     Args:
         dataset: a map-style dataset.
@@ -92,15 +93,18 @@ class StreamedDataset(Dataset[Any]):
         self.collate = collate
         self._seed = seed
         self._at_once = _loads_batches(dataset)
+        self._epoch: int | None = None
 
     def __getitem__(self, request: BatchRequest) -> Any:
         """Load a single sample, for data loaders without batching."""
+        self._set_epoch(request.epoch)
         with isolate_cpu_rng():
             sample = self._sample(request.epoch, request.stream_keys[0], request.indices[0])
             return sample if self.collate is None else self.collate(sample)
 
     def __getitems__(self, request: BatchRequest) -> Any:
         """Load a batch; called by the fetcher of torch's ``DataLoader``."""
+        self._set_epoch(request.epoch)
         with isolate_cpu_rng():
             samples = self._samples(request)
             seed_stream(self._seed, request.epoch, _BATCH, request.stream_keys[0])
@@ -108,6 +112,12 @@ class StreamedDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Pass the epoch to the dataset; a worker has a copy of the dataset."""
+        if epoch != self._epoch:
+            set_epoch_of(self.dataset, epoch)
+            self._epoch = epoch
 
     def _samples(self, request: BatchRequest) -> Any:
         if self._at_once:

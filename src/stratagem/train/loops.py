@@ -19,6 +19,7 @@ from stratagem.train.evaluation.evaluator import Evaluator
 from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
 from stratagem.train.run.context import Run
 from stratagem.train.run.rank_guard import describe_batch
+from stratagem.train.run.uneven_data import TrainBatches, UnevenData
 from stratagem.utils import generator_state, restore_generator_state
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
@@ -69,6 +70,7 @@ class EpochBasedTrainLoop:
         val_begin: the first epoch that is followed by a validation, counted from 1.
         val_interval: the number of epochs between validations; the last epoch is always validated.
         dynamic_intervals: pairs (epoch, interval) that change the interval from that epoch on, counted from 1.
+        uneven_data: what to do if a rank has fewer batches than others; see :class:`TrainBatches`.
         val_loop: the validation loop; None if the run has no validation.
     """
 
@@ -81,6 +83,7 @@ class EpochBasedTrainLoop:
         val_interval: int = 1,
         dynamic_intervals: Sequence[tuple[int, int]] | None = None,
         *,
+        uneven_data: UnevenData = "error",
         val_loop: ValLoop | None = None,
     ) -> None:
         self._run = run
@@ -89,7 +92,8 @@ class EpochBasedTrainLoop:
         self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)
         run.progress.max_epochs = _positive("max_epochs", max_epochs)
-        run.progress.epoch_length = length = dataloader.length
+        self._batches = TrainBatches(run, dataloader, uneven_data)
+        run.progress.epoch_length = length = self._batches.length
         if length == 0:
             raise ConfigValueError(
                 "The training data yields no batch. Is the dataset smaller than a batch, with drop_last=True?"
@@ -108,8 +112,8 @@ class EpochBasedTrainLoop:
             events.call("before_train_epoch", run)
             # The configured length ends the epoch, since an infinite sampler does not.
             length = progress.epoch_length
-            left = None if length is None else max(0, length + self.dataloader.slack - progress.batch)
-            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
+            left = None if length is None else max(0, length + self._batches.slack - progress.batch)
+            train_iterations(run, self._batches.epoch(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
             if progress.batch == 0:
@@ -147,6 +151,7 @@ class IterBasedTrainLoop:
         val_begin: the first iteration that is followed by a validation, counted from 1.
         val_interval: the number of iterations between validations; the last iteration is always validated.
         dynamic_intervals: pairs (iteration, interval) that change the interval from that iteration on.
+        uneven_data: what to do if a rank has fewer batches than others; see :class:`TrainBatches`.
         max_steps: the number of optimizer updates of the whole run, instead of ``max_iters``.
         accumulative_counts: the number of iterations per update; set by the runner.
         val_loop: the validation loop; None if the run has no validation.
@@ -161,6 +166,7 @@ class IterBasedTrainLoop:
         val_interval: int = 1000,
         dynamic_intervals: Sequence[tuple[int, int]] | None = None,
         *,
+        uneven_data: UnevenData = "error",
         max_steps: int | None = None,
         accumulative_counts: int = 1,
         val_loop: ValLoop | None = None,
@@ -177,7 +183,8 @@ class IterBasedTrainLoop:
         self._accumulative_counts = accumulative_counts
         run.progress.max_iters = _positive("max_iters", max_iters)
         run.progress.max_steps = max_steps
-        run.progress.epoch_length = dataloader.length
+        self._batches = TrainBatches(run, dataloader, uneven_data)
+        run.progress.epoch_length = self._batches.length
 
     def run(self) -> None:
         """Train from the current position to the end of the run."""
@@ -186,7 +193,7 @@ class IterBasedTrainLoop:
         events.call("before_train_epoch", run)
         # A checkpoint after an iteration is saved before its validation.
         self._validate_if_due()
-        batches = self.dataloader.batches(progress.epoch, done=progress.batch)
+        batches = self._batches.epoch(progress.epoch, done=progress.batch)
         while (end := self._end()) > progress.iter and not progress.stop_training:
             due = min(self._next_validation(progress.iter), end)
             wanted = due - progress.iter
@@ -195,7 +202,7 @@ class IterBasedTrainLoop:
                 if progress.batch == 0:
                     raise TrainingError("The training data yields no batch.")
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-                batches = self.dataloader.batches(progress.epoch)
+                batches = self._batches.epoch(progress.epoch)
             else:
                 self._validate_if_due()
         run.optim_wrapper.discard_accumulation()
