@@ -1,4 +1,4 @@
-"""Compare training at a git revision with training at the working tree, bit for bit.
+"""Compare training with the sources of a Git revision and with those of the working tree, bit for bit.
 
     python benchmarks/bits.py [--base REVISION] [--only PATTERN] [--folder FOLDER]
 
@@ -43,9 +43,9 @@ from torch import Tensor
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 JOB: Final = ROOT / "benchmarks" / "bits_job.py"
-# Both are generous: they end a launch that hangs, for example because one rank failed.
+# Both timeouts are long; they end a launch that hangs, for example because one rank failed.
 STARTUP_S, CASE_S = 180.0, 120.0
-# Keys of a checkpoint whose values differ between any two runs. That they exist is compared nevertheless.
+# Keys of a checkpoint whose values differ between any two runs. Only their presence is compared.
 VOLATILE: Final = frozenset(
     {"digest", "experiment_name", "files", "lineage", "run_id", "saved_at", "stratagem", "time"}
 )
@@ -96,7 +96,7 @@ class Comparison:
     Attributes:
         counts: number of values compared, by category.
         different: number of values that differ or that only one revision has, by category.
-        problems: sentences for people; empty if everything is equal.
+        problems: descriptions of all problems; empty if everything is equal.
     """
 
     counts: Mapping[str, int]
@@ -158,7 +158,7 @@ def _shown(value: Value | None) -> str:
 
 
 def read_records(folder: Path, case: Case) -> dict[Key, Value]:
-    """Read what the ranks of a job recorded, and the checkpoints that they saved."""
+    """Read the records of a job's ranks, and the checkpoints that they saved."""
     values: dict[Key, Value] = {}
     for rank in range(case.processes):
         seen: Counter[tuple[str, int, str, str]] = Counter()
@@ -235,7 +235,7 @@ class Launcher:
             pending = unfinished[1:]
 
     def _launch(self, python: str, processes: int, names: Sequence[str], log: Path) -> str:
-        """Run jobs in one launch; return how it ended."""
+        """Run jobs in one launch; return a description of its outcome."""
         start = [python]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -286,7 +286,7 @@ class Launcher:
         return left
 
     def _is_complete(self, name: str) -> bool:
-        """Return whether every rank recorded a job and none failed."""
+        """Return whether all ranks completed and recorded a job."""
         folder, ranks = self.folder / name, range(CASES[name].processes)
         recorded = all((folder / f"rank_{rank}.pt").exists() for rank in ranks)
         return recorded and not any(folder.glob("error_*.txt"))

@@ -17,8 +17,8 @@ CATEGORIES: Final = (
     "samples",  # sample ids and the augmented inputs of each batch
     "losses",  # everything that train_step returns
     "options",  # learning rate, momentum, betas and weight decay of each group
-    "gradients",  # as the optimizer receives them, after synchronization and clipping
-    "parameters",  # as the optimizer leaves them, and those of the model after each iteration
+    "gradients",  # gradients that the optimizer receives, after synchronization and clipping
+    "parameters",  # parameters of the optimizer after each step, and of the model after each iteration
     "moments",  # the optimizer's state after each step
     "buffers",  # of the model after each iteration, such as BatchNorm's running statistics
     "generators",  # state of the random number generators after each iteration

@@ -2,7 +2,7 @@
 
     to device -> forward -> backward -> synchronize the rest -> unscale -> guard -> clip -> optimizer -> zero
 
-These three functions are the reference: any other way to run a step must produce the same bits. There are three functions
+These three functions are the reference: other implementations of a step must produce the same bits. There are three functions
 because each is an entry point. :func:`train_step` is the method of ``BaseModel`` that a model may override.
 :func:`update_params` and :func:`apply_gradients` are the methods ``update_params`` and ``step`` of the optimizer wrappers; a
 model with several optimizers calls ``backward`` and ``step`` itself, and an engine replaces them.

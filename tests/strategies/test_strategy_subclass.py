@@ -1,4 +1,4 @@
-"""Writing a custom strategy requires four methods and an entry in the registry."""
+"""A custom strategy requires only four methods and an entry in the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is reported of a failure, and how a rank reacts to a failure on another rank."""
+"""Tests of the report of a failure, and of the reaction of the other ranks."""
 
 from collections import OrderedDict
 from pathlib import Path

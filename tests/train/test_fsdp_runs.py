@@ -105,7 +105,7 @@ def resume_after(folder: str, strategy: Any) -> Any:
 
 
 def test_a_sharded_run_resumes_from_a_single_process_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    """The averaged weights, the optimizer state, and the schedule resume too."""
+    """A run can resume under FSDP from a single-process checkpoint, including averaged weights, optimizer and schedule."""
     folder = str(tmp_path / "single")
     validations, losses, state = run(folder, None)
     both = ranks.run(resume_after, folder, FSDP)
@@ -127,7 +127,7 @@ def rejected(folder: str) -> str:
 
 
 def test_fewer_samples_than_ranks_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """One rank would have no training data."""
+    """Fewer samples than ranks raise an error, because one rank would have no training data."""
     for error in ranks.run(rejected, str(tmp_path)):
         assert error.startswith("The training data has 1 samples for 2 data-parallel ranks.")
     assert len(Samples(1)) == 1

@@ -58,7 +58,7 @@ def test_a_hand_written_loop_trains_saves_and_resumes(tmp_path: Path):
 
 
 def test_plain_pytorch_can_drive_the_components(tmp_path: Path):
-    """``prepare`` returns a module and a wrapper around a torch optimizer; nothing else is needed."""
+    """A custom loop needs only the module and the optimizer wrapper that ``prepare`` returns."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
     network = nn.Linear(4, 3)
     model, optim = strategy.prepare(network, optim_wrapper=torch.optim.SGD(network.parameters(), lr=0.5))

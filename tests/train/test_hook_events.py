@@ -65,7 +65,7 @@ def test_a_hook_can_choose_its_events():
 
 @pytest.mark.parametrize(("given", "number"), [("HIGH", 30), ("lowest", 100), (Priority.LOW, 70), (0, 0), (100, 100)])
 def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int):
-    """The names map to the standard numbers."""
+    """The names of priorities map to MMEngine's numbers."""
     assert get_priority(given) == number
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_priority_is_rejected(given: object, error: type[Exception], tex
 
 
 def test_the_default_hooks_are_ordered_by_priority():
-    """Runtime information comes first and saving comes last."""
+    """Of the default hooks, ``runtime_info`` is called first and ``checkpoint`` last."""
     names = [type(hook).__name__ for hook in build_events(None, None).hooks]
     assert names == [
         "RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "NonFiniteHook",
@@ -123,7 +123,7 @@ def test_an_unknown_default_hook_is_rejected_with_the_closest_name():
 
 @pytest.mark.parametrize("wrong", ["Recorder", 3, Recorder, object()])
 def test_other_objects_are_not_hooks(wrong: object):
-    """A class or a name alone is not a hook."""
+    """A class or a name raises an error, because it is not a hook."""
     with pytest.raises(ConfigTypeError, match="Expected a subclass of stratagem"):
         build_events(None, [wrong])
 

@@ -166,7 +166,7 @@ def agreed() -> list[int]:
 
 
 def test_ranks_agree_on_the_maximum(ranks: Ranks) -> None:
-    """All ranks get the maximum of the same reduction; without one, there is nothing to wait for."""
+    """All ranks get the maximum of the same reduction; without a reduction in progress, ``wait`` returns immediately."""
     assert ranks.run(agreed) == [[0, 0, 15, 0]] * 2
 
 

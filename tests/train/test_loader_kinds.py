@@ -60,7 +60,7 @@ def test_one_process_sees_each_sample_once_with_every_kind_of_loader(tmp_path: P
 
 
 def test_a_stream_that_differs_between_ranks_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """Whether ranks split or shuffle the data differently cannot be detected; the error says what to declare."""
+    """A stream that differs between ranks raises an error that names the attributes to set."""
     with pytest.raises(RankError, match=r"UndeclaredStream yields different data on different ranks.*`num_replicas`"):
         ranks.run(run_undeclared, str(tmp_path))
 

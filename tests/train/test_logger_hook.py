@@ -17,7 +17,7 @@ MakeRunner = Callable[..., Runner]
 
 
 class Counting(Toy):
-    """Logs the 1-based iteration number as the loss and learns nothing."""
+    """A model whose loss is the number of the iteration, counted from 1, and whose weights do not change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def run(make_runner: MakeRunner, logger: dict | None = None, **changes: Any) -> 
 
 
 def test_a_line_holds_the_means_since_the_previous_line(make_runner: MakeRunner):
-    """Iterations 1 to 4 have mean 2.5 and 5 to 8 have mean 6.5; the incomplete rest has no line."""
+    """Iterations 1 to 4 have a mean of 2.5 and 5 to 8 one of 6.5; the remaining iterations are not logged."""
     messages, records = run(make_runner)
     assert [re.sub(r"  eta.*data_time: [0-9.]+", "", message) for message in messages if "loss" in message] == [
         "Iter(train) [ 4/10]  lr: 1.0000e-01  loss: 2.5000",
@@ -75,7 +75,7 @@ def test_a_record_holds_the_data_for_plots(make_runner: MakeRunner):
 
 
 def test_an_evaluation_has_a_line_and_a_record(make_runner: MakeRunner):
-    """Both contain the metrics and the position."""
+    """The log line and the record of a validation contain the metrics and the position."""
     messages, records = run(make_runner, train_cfg={"max_epochs": 1}, **VALIDATION)
     assert re.fullmatch(r"Epoch\(val\) \[1\]\[3/3\]    accuracy: [01]\.\d{4}", messages[-1])
     assert {**records[-1], "accuracy": None} == {"accuracy": None, "mode": "val", "epoch": 1, "iter": 7, "step": 7}
@@ -94,7 +94,7 @@ def test_gradient_clipping_logs_the_gradient_norm(make_runner: MakeRunner):
 
 
 def test_values_are_copied_from_the_device_only_for_a_line(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
-    """The values are fetched once per line, all together; no other iteration waits for the device."""
+    """All values are copied from the device at once for each log line; no other iteration synchronizes with the device."""
     fetches: list[int] = []
     iteration = [0]
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
@@ -124,7 +124,7 @@ def test_values_are_copied_from_the_device_only_for_a_line(make_runner: MakeRunn
 
 
 def test_the_progress_bar_counts_every_iteration_and_ends_with_training(make_runner: MakeRunner):
-    """It advances between two lines too; a later validation does not show it again."""
+    """The progress bar advances between two log lines too; a later validation does not show it again."""
     seen = []
     hooks = {**QUIET_HOOKS, "logger": {"interval": 4}}
     look = At(6, lambda run: seen.append(run.bar.completed))

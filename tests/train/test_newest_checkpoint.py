@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the one saved last, regardless of its name, its iteration, and the clock."""
+"""A run resumes from the checkpoint saved last, regardless of its name, its iteration and the clock."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_run_that_rolled_back_resumes_after_the_rollback(
 def test_of_two_sessions_from_one_checkpoint_the_second_is_newer(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
 ):
-    """The second is the newer one, even if the first trained further and its checkpoints have a later timestamp."""
+    """Checkpoints of the second of two sessions are newer, even if the first trained further and has later timestamps."""
     train(make_runner, At(5, kill), hook=form)
     train(make_runner, At(13, kill), hook=form, resume=tmp_path / "run" / name(4))
     set_clock_back(tmp_path / "run")
@@ -180,7 +180,7 @@ def test_of_two_sessions_from_one_checkpoint_the_second_is_newer(
 
 
 def test_two_calls_of_train_are_two_sessions(make_runner: MakeRunner, tmp_path: Path):
-    """Another process may have trained in the directory between them, so each call of ``train()`` is a new session."""
+    """Each call of ``train()`` is a new session, because another process may have trained in the directory in between."""
     first = train(make_runner, At(4, stop), hook={"interval": 1})
     train(make_runner, At(6, stop), hook={"interval": 1}, resume=True)
     first.run.progress.stop_training = False
@@ -193,7 +193,7 @@ def test_two_calls_of_train_are_two_sessions(make_runner: MakeRunner, tmp_path: 
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one(make_runner: MakeRunner, tmp_path: Path):
-    """The fallback is the previous checkpoint in the order of saving, not by timestamp."""
+    """If the newest checkpoint is damaged, the run resumes from the one saved before it, regardless of timestamps."""
     train(make_runner, At(5, kill))
     set_clock_back(tmp_path / "run")
     train(make_runner, At(9, kill), resume=True)
@@ -313,7 +313,7 @@ def test_a_rollback_does_not_use_the_checkpoint_of_another_run(make_runner: Make
 
 
 def test_a_rollback_returns_to_the_checkpoint_that_the_session_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """It does not use the newer checkpoints that the session abandoned."""
+    """A rollback does not use newer checkpoints that the session abandoned."""
     train(make_runner, At(13, kill))
     seen: list[int] = []
     hooks = {**QUIET_HOOKS, "nonfinite": {"policy": "rollback"}, "checkpoint": {"interval": -1, "save_last": False}}
@@ -386,7 +386,7 @@ def test_files_that_the_run_did_not_save_are_not_resumed_from(make_runner: MakeR
 
 
 def test_published_files_of_older_versions_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """Such files hold the run's id but only some of the parts, and their names end in eight digits of a hash."""
+    """Files written by ``published_keys`` are not resumed from, although they contain the ID of the run."""
     train(make_runner, iterations=4, hook={"filename_tmpl": "e_{}.pth"})
     saved = read_any(tmp_path / "run" / "e_4.pth")
     torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, tmp_path / "run" / "e_4-0123abcd.pth")

@@ -108,14 +108,14 @@ def test_a_long_run_is_sampled_and_includes_the_ends_of_schedules():
 
 
 def test_a_schedule_that_depends_on_metrics_is_listed():
-    """Such a schedule is listed but shows no change."""
+    """A schedule that depends on metrics is listed, and its values are constant."""
     preview = shown(param_scheduler={"type": "ReduceOnPlateauLR"})
     assert preview.on_metrics == (("", "lr", "ReduceOnPlateauLR"),)
     assert set(values(preview)) == {1.0}
 
 
 def test_nothing_is_allocated_and_no_random_number_is_drawn():
-    """The model is built on the meta device."""
+    """The model is built on the meta device, which takes no memory."""
     devices = []
 
     class Watched(Toy):
@@ -143,13 +143,13 @@ def test_a_model_that_reads_its_weights_is_built_on_the_cpu():
 
 
 def test_schedules_by_epoch_in_a_run_by_iteration_are_rejected():
-    """The preview refuses it with the same error as training."""
+    """An epoch-based schedule in an iteration-based run raises the same error as in training."""
     with pytest.raises(ConfigValueError, match="counts epochs, but this run counts iterations"):
         shown(train_cfg={"max_iters": 9}, param_scheduler={"type": "StepLR", "step_size": 1, "end": 2})
 
 
 def test_a_run_of_unknown_length_is_rejected():
-    """The length of epochs of a stream without a length is unknown."""
+    """A run in epochs over a stream without a length raises an error, because its number of iterations is unknown."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:

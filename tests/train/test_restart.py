@@ -1,4 +1,4 @@
-"""Which checkpoint a restarted run resumes from, decided from plain values."""
+"""Tests of the checkpoint that a restarted run resumes from, with simulated launches."""
 
 import logging
 from dataclasses import replace
@@ -109,7 +109,7 @@ def test_a_process_without_a_launcher_leaves_no_record(folder: Path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"launch": {"color": 1}, "before": null}', '{"launch": {}}'])
 def test_an_unreadable_record_is_ignored(folder: Path, text: str):
-    """The run then starts as its configuration says."""
+    """If the launch record is invalid, the run starts as configured."""
     (folder / ".launch.json").write_text(text)
     assert find_restart_checkpoint(folder, FIRST, LOGGER) is None
 
@@ -125,7 +125,7 @@ def test_an_unreadable_record_is_ignored(folder: Path, text: str):
 def test_a_job_that_cannot_be_requeued_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, environ: dict[str, str], script: str | None, expected: str
 ):
-    """The checkpoint exists, so the run still ends normally; the log says what to do."""
+    """If requeuing fails, the run still ends normally, because the checkpoint is saved; the log suggests what to do."""
     if script is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "scontrol").chmod(0o755)

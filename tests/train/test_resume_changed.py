@@ -1,4 +1,4 @@
-"""A run that resumes with a changed configuration logs what is kept from the checkpoint and what is not."""
+"""A run that resumes with a changed configuration logs which settings are restored from the checkpoint."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def cosine(position: int, span: int, rate: float = 0.1) -> Any:
 
 
 def test_a_longer_run_keeps_the_saved_schedule_and_logs_it(make_runner: MakeRunner):
-    """A cosine over one epoch stays at its end in the second one; the log says how to extend it."""
+    """A cosine over one epoch keeps its final value in the second epoch, and the log explains how to extend it."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
     rates, log = train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 2}, resume=True)
     assert rates == [cosine(EPOCH - 1, EPOCH)] * EPOCH

@@ -1,4 +1,4 @@
-"""The history of a run: which session resumed from which."""
+"""Tests of the history of a run: its sessions and the checkpoints that they resumed from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_checkpoint_without_a_history_starts_one(meta: dict[str, object]) -> N
 
 
 def test_a_record_keeps_the_outcome_of_a_session(tmp_path: Path) -> None:
-    """A record has no outcome until the end of the session and then says how and where it ended."""
+    """The record of a session gets an outcome, with the position, only when the session ends."""
     history = RunHistory([FIRST])
     history.write(tmp_path)
     assert read_record(tmp_path)[1] is None

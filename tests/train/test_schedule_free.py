@@ -76,7 +76,7 @@ def interrupt(run: Any) -> None:
 
 
 def test_validations_and_checkpoints_use_the_evaluation_weights(make_runner: MakeRunner, tmp_path: Path):
-    """Both use the mean of all ``z`` and not the training weights."""
+    """Validation and testing use the mean of all ``z`` instead of the training weights."""
     means = Means()
     make_runner(
         custom_hooks=[means],
@@ -91,7 +91,7 @@ def test_validations_and_checkpoints_use_the_evaluation_weights(make_runner: Mak
 
 
 def test_validating_and_saving_do_not_affect_training(make_runner: MakeRunner, tmp_path: Path):
-    """The training weights are restored bit for bit, even if one kind is computed from the other."""
+    """Validating and saving restore the training weights bit for bit, so they do not affect training."""
     plain, disturbed = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "plain", custom_hooks=[plain], **OPTIM).train()
     make_runner(custom_hooks=[disturbed], default_hooks=SAVING, **OPTIM, **VALIDATION).train()
@@ -103,7 +103,7 @@ def test_validating_and_saving_do_not_affect_training(make_runner: MakeRunner, t
 def test_a_resumed_run_equals_the_uninterrupted_run(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...], hooks: tuple
 ):
-    """The runs are bit-identical, also with an exponential moving average on top."""
+    """A resumed run is bit-identical to an uninterrupted one, also with an exponential moving average."""
     whole = Recorder()
     first = make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, *hooks], **OPTIM, **VALIDATION)
     first.train()

@@ -23,7 +23,7 @@ class Stream(IterableDataset):
 
 
 class Shortened(Stream):
-    """A stream that is shorter than its length says."""
+    """A stream that is shorter than its ``__len__``."""
 
     def __len__(self) -> int:
         return 2 * self.batches + 4
@@ -95,7 +95,7 @@ def test_an_epoch_loop_validates_on_schedule(make_runner: MakeRunner, train_cfg:
     ],
 )
 def test_an_iteration_loop_validates_on_schedule(make_runner: MakeRunner, train_cfg: dict, expected: list[int]):
-    """The same schedule is counted in iterations."""
+    """In an iteration-based run, validation runs every ``val_interval`` iterations from ``val_begin``."""
     assert validated_after(make_runner, **train_cfg) == expected
 
 
@@ -186,7 +186,7 @@ def test_an_epoch_that_is_stopped_midway_does_not_end(make_runner: MakeRunner):
 
 
 def test_a_stop_at_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: MakeRunner):
-    """The epoch is complete, so it is counted and validated."""
+    """If a hook stops the run in the last iteration of an epoch, the epoch is counted and validated."""
     log = EventLog()
     runner = make_runner(custom_hooks=[At(EPOCH, stop), log], **VALIDATION)
     runner.train()

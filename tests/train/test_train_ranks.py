@@ -1,4 +1,4 @@
-"""What two ranks must agree on: logged values, metrics, and when to stop."""
+"""Tests of everything that must be the same on two ranks: logged values, metrics, and when to stop."""
 
 import json
 import os

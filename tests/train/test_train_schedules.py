@@ -49,7 +49,7 @@ def test_a_converted_schedule_advances_at_each_iteration(make_runner: MakeRunner
 
 
 def test_a_schedule_by_epoch_is_rejected_in_a_run_by_iteration(make_runner: MakeRunner):
-    """A schedule by epoch would never advance in a run by iteration."""
+    """An epoch-based schedule raises an error in an iteration-based run, because it would never advance."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "end": 3}
     with pytest.raises(ConfigValueError, match=r"counts epochs.*by_epoch=False"):
         rates(make_runner, scheduler, train_cfg={"max_iters": 3})
@@ -88,7 +88,7 @@ class Poison(Hook):
 
 @pytest.mark.parametrize("unit", [{"by_epoch": False}, {"by": "step"}])
 def test_a_skipped_step_advances_no_schedule(make_runner: MakeRunner, unit: dict):
-    """The third of five steps is skipped, so the fourth uses the same rate."""
+    """If the third of five steps is skipped, the fourth uses the same rate."""
     recorder = Recorder()
     runner = make_runner(
         optim_wrapper={"optimizer": SGD, "nonfinite": "skip"},

@@ -45,7 +45,7 @@ def held_by(folder: Path, **changes: Any) -> None:
 def test_a_folder_that_is_held_is_rejected(tmp_path: Path):
     """The error names the owner and what to do; after the context, the lock file is gone."""
     with work_dir_lock(tmp_path, LOGGER):
-        with pytest.raises(WorkDirError, match=r"is locked by another training: this process\..*--work-dir"):
+        with pytest.raises(WorkDirError, match=r"is locked by another training run: this process\..*--work-dir"):
             work_dir_lock(tmp_path, LOGGER).__enter__()
         assert (tmp_path / NAME).is_file()
     assert list(tmp_path.iterdir()) == []
@@ -70,7 +70,7 @@ def test_a_second_process_is_rejected_while_the_first_lives(tmp_path: Path, capl
 
 
 def test_a_reused_pid_is_not_the_owner(tmp_path: Path):
-    """In a container, a restarted run often has the same PID as the killed one; the start time differs."""
+    """The lock of a killed process is taken over even if the new process has the same PID, as is common in containers."""
     held_by(tmp_path, started="1")
     with work_dir_lock(tmp_path, LOGGER):
         pass
@@ -78,7 +78,7 @@ def test_a_reused_pid_is_not_the_owner(tmp_path: Path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
 def test_an_invalid_lock_file_is_ignored(tmp_path: Path, text: str):
-    """A process that is killed right after creating the file leaves it empty."""
+    """An invalid lock file is taken over, such as an empty one left by a process that was killed right after creating it."""
     (tmp_path / NAME).write_text(text)
     with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
@@ -87,7 +87,7 @@ def test_an_invalid_lock_file_is_ignored(tmp_path: Path, text: str):
 def test_an_owner_on_another_machine_without_heartbeats_is_considered_dead(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """After the loss of a node, a run restarted on another node waits some heartbeat intervals and takes the lock over."""
+    """If the owner was on another host and its heartbeat has stopped, the lock is taken over after a few intervals."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S):
         pass
@@ -95,7 +95,7 @@ def test_an_owner_on_another_machine_without_heartbeats_is_considered_dead(
 
 
 def test_an_owner_on_another_machine_with_heartbeats_keeps_the_lock(tmp_path: Path):
-    """A changing modification time shows that the owner is alive."""
+    """A lock whose modification time changes is held by a running process on another host and is not taken over."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
     stop = threading.Event()
 
@@ -114,7 +114,7 @@ def test_an_owner_on_another_machine_with_heartbeats_keeps_the_lock(tmp_path: Pa
 
 
 def test_the_owner_sends_heartbeats(tmp_path: Path):
-    """The modification time of the lock file is updated."""
+    """The owner updates the modification time of the lock file regularly."""
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=0.01):
         os.utime(tmp_path / NAME, (0, 0))
         deadline = threading.Event()
@@ -134,7 +134,7 @@ class Inside(Hook):
 
 def test_a_training_locks_its_work_dir(make_runner: MakeRunner, tmp_path: Path):
     """A second training fails; once the first has ended, even with an error, the lock is released."""
-    with pytest.raises(WorkDirError, match="is locked by another training"):
+    with pytest.raises(WorkDirError, match="is locked by another training run"):
         make_runner(custom_hooks=[Inside(make_runner)], train_cfg={"max_epochs": 1}).train()
     make_runner(train_cfg={"max_epochs": 1}).train()
     assert not (tmp_path / "run" / NAME).exists()

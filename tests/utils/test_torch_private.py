@@ -1,4 +1,4 @@
-"""Each private name of torch that the package uses still does what the package expects of it.
+"""Each private name of torch that the package uses behaves as the package expects.
 
 If one of these tests fails on a new torch, the name was changed there: adapt ``stratagem/utils/torch_private.py``.
 """
@@ -35,7 +35,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_call_attribute_redirects_before_the_forward_hooks() -> None:
-    """A function in the attribute gets the call and no hook of the module runs; None restores the usual call."""
+    """If the attribute is a function, it is called instead of the module and its hooks; None restores the usual call."""
     module, hooks = nn.Linear(1, 1), []
     module.register_forward_pre_hook(lambda *_: hooks.append("pre"))
     module.__dict__[torch_private.CALL_ATTRIBUTE] = lambda *args: ("redirected", *args)
@@ -47,14 +47,14 @@ def test_the_call_attribute_redirects_before_the_forward_hooks() -> None:
 
 
 def test_tensors_in_finds_tensors_in_containers() -> None:
-    """DDP finds tensors in lists, tuples and dicts, and nothing else."""
+    """DDP finds tensors in lists, tuples and dicts, but not in other objects."""
     first, second = torch.ones(1), torch.zeros(2)
     found = list(torch_private.tensors_in({"a": [first, 3], "b": (second, "text")}))
     assert [id(each) for each in found] == [id(first), id(second)]
 
 
 def test_backward_pass_id_distinguishes_backward_passes() -> None:
-    """All hooks of one backward pass see the same number, another pass has another, and outside it is -1."""
+    """The ID is the same in all hooks of a backward pass, differs between passes, and is -1 outside of a pass."""
     seen: list[int] = []
     weight = torch.ones(1, requires_grad=True)
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_backward_pass_id_distinguishes_backward_passes() -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_fused_optimizers_read_found_inf(optimizer: Any) -> None:
-    """An optimizer that is said to read ``found_inf`` makes no update if it is 1."""
+    """An optimizer for which the function returns True skips the update if ``found_inf`` is 1."""
     parameter = nn.Parameter(torch.ones(2))
     made = optimizer([parameter], lr=0.1, fused=True)
     assert torch_private.fused_step_reads_found_inf(made)
@@ -79,13 +79,13 @@ def test_fused_optimizers_read_found_inf(optimizer: Any) -> None:
 
 
 def test_unfused_optimizers_do_not_claim_to_read_found_inf() -> None:
-    """An optimizer without fused kernels is not said to read ``found_inf``."""
+    """The function returns False for an optimizer without fused kernels, which ignores ``found_inf``."""
     assert not torch_private.fused_step_reads_found_inf(torch.optim.RMSprop([nn.Parameter(torch.ones(1))], lr=0.1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_mark_nonfinite_sets_the_flag_and_scales(value: float) -> None:
-    """The flag becomes 1 for a NaN or Inf only, and finite values are multiplied by the scale."""
+    """The flag is set to 1 only if there is a NaN or Inf, and finite values are multiplied by the scale."""
     found, finite = torch.zeros(()), torch.tensor([2.0, 4.0])
     torch_private.mark_nonfinite([finite], found, torch.tensor(0.5))
     assert (finite.tolist(), found.item()) == ([1.0, 2.0], 0.0)
@@ -94,13 +94,13 @@ def test_mark_nonfinite_sets_the_flag_and_scales(value: float) -> None:
 
 
 def test_stored_values_do_not_coalesce() -> None:
-    """Both values that are stored for one index are returned, not their sum."""
+    """For a repeated index, both stored values are returned instead of their sum."""
     sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True)
     assert torch_private.stored_values(sparse).tolist() == [1.0, 2.0]
 
 
 def test_operator_schema_names_the_operator_and_its_written_arguments() -> None:
-    """The schema has the operator's name, and marks the argument that an in-place operator writes."""
+    """The schema contains the name of the operator, and marks the argument that an in-place operator modifies."""
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,7 +120,7 @@ def test_operator_schema_names_the_operator_and_its_written_arguments() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_storage_id_is_shared_by_views_only(device: str) -> None:
-    """A view has the number of its base, another tensor has a different one, also on the meta device."""
+    """A view has the same storage ID as its base, and other tensors have different ones, also on the meta device."""
     base, other = torch.empty(4, device=device), torch.empty(4, device=device)
     assert torch_private.storage_id(base[1:]) == torch_private.storage_id(base)
     assert torch_private.storage_id(other) != torch_private.storage_id(base)
@@ -135,7 +135,7 @@ def test_load_hook_modules_finds_hooks_of_submodules() -> None:
 
 
 def test_initialize_fsdp_root_makes_the_whole_model_the_root(one_rank: None) -> None:
-    """A submodule that is called first does not become the root of a model that was initialized."""
+    """After initialization of the model, a submodule that is called first does not become the FSDP root."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     fully_shard(model[0])
     fully_shard(model)
@@ -146,7 +146,7 @@ def test_initialize_fsdp_root_makes_the_whole_model_the_root(one_rank: None) -> 
 
 
 def test_reduce_held_gradients_reduces_what_no_sync_left(one_rank: None) -> None:
-    """Gradients of a backward pass without reduction are in ``grad`` afterwards."""
+    """Gradients of a backward pass without reduction are stored in ``grad`` afterwards."""
     model = nn.Linear(2, 1, bias=False)
     fully_shard(model)
     model.set_requires_gradient_sync(False)
@@ -203,7 +203,7 @@ def test_checkpoint_module_recomputes_and_keeps_names() -> None:
 
 
 def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None:
-    """A value that is set in the store can be read back."""
+    """A value that was set in the store can be read."""
     store = torch_private.default_store()
     store.set("key", "value")
     assert store.get("key") == b"value"
@@ -233,7 +233,7 @@ def test_private_names_of_torch_are_used_in_one_module() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
         and node.attr in wrapped
-        # Attributes of our own objects.
+        # Attributes of Stratagem's own objects.
         and not (isinstance(node.value, ast.Name) and node.value.id == "self")
     ]
     assert found == []

@@ -1,4 +1,4 @@
-"""End data workers when their parent process exits or is killed."""
+"""Terminate data workers when their parent process exits or is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write records as JSON Lines, one object per line, always valid JSON regardless of the values."""
+"""Write records as JSON Lines, one object per line. Every line is valid JSON, regardless of the values."""
 
 from __future__ import annotations
 

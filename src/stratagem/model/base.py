@@ -18,20 +18,20 @@ __all__ = ["BaseModel", "Trainable"]
 
 @runtime_checkable
 class Trainable(Protocol):
-    """The three methods that the loops call."""
+    """The three methods of a model that the training and evaluation loops call."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Train on one micro-batch; return the values to log."""
 
     def val_step(self, data: Any) -> Any:
-        """Return the predictions for one batch, in the form that the evaluator expects."""
+        """Return the predictions for one validation batch, in the form that the evaluator expects."""
 
     def test_step(self, data: Any) -> Any:
         """Return the predictions for one batch, in the form that the evaluator expects."""
 
 
 class BaseModel(nn.Module, ABC):
-    """A model that computes its own losses and predictions.
+    """Base class of models that compute their own losses and predictions.
 
     Subclasses implement :meth:`forward`. A model with several optimizers, or with several phases in a step, also
     overrides :meth:`train_step`; it must then reach its parameters by calling ``self(...)``, since strategies wrap that

@@ -27,7 +27,7 @@ _IMPORTABLE = (type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class TargetImportError(ConfigError, RuntimeError):
-    """The module of a dotted path exists, but importing it failed."""
+    """Importing an existing module of a dotted path failed."""
 
 
 def allow_packages(*names: str) -> None:

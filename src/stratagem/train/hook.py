@@ -47,10 +47,10 @@ class Hook:
     priority: int | str | Priority = Priority.NORMAL
 
     def before_run(self, run: Run) -> None:
-        """Called first, after all components are built and a checkpoint is loaded."""
+        """Called at the start of a run, after all components are built and a checkpoint is loaded."""
 
     def after_run(self, run: Run) -> None:
-        """Called last."""
+        """Called at the end of a run, after all other events."""
 
     def before_train(self, run: Run) -> None:
         """Called before the first epoch."""

@@ -1,4 +1,4 @@
-"""The loops that train and evaluate, and call the hooks."""
+"""The training and evaluation loops, which call the hooks."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _create_actors(ray: Any, nproc: int) -> list[Any]:
 
 
 def _wait_for_ranks(ray: Any, running: dict[Any, int], actors: Sequence[Any]) -> tuple[int, str]:
-    """Wait for all ranks. Return the first nonzero exit status, or 0, and the output of rank 0.
+    """Wait for all ranks. Return the first nonzero exit status (or 0) and the output of rank 0.
 
     If a rank fails, the others receive SIGTERM.
     """

@@ -68,7 +68,7 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
     os.environ[NPROC_VARIABLE] = str(nproc)
     if max_restarts:
         os.environ[RESTARTS_VARIABLE] = str(max_restarts)
-    # If rank 0 dies, the others lose its store, and torch would print C++ stack traces above our message.
+    # If rank 0 dies, the others lose its store, and torch would print C++ stack traces above the error message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch would report the errors and signals of the ranks a second time.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -156,7 +156,7 @@ class EMAHook(Hook):
 
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         average = self.average
-        # An average without updates has no meaning.
+        # An average without updates is empty.
         averages = weights_to_cpu(average.averages) if average.steps else {}
         checkpoint[AVERAGE_PART] = {"steps": average.steps, "averages": averages, "updates": self._updates}
         if average.is_applied:

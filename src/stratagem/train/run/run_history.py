@@ -27,7 +27,7 @@ class Session:
     """One session of a run.
 
     Attributes:
-        name: ``<work directory>/<timestamp>``, which is also the location of its log.
+        name: ``<work directory>/<timestamp>``, which is also the folder of its log.
         epoch: completed epochs at its start.
         iter: completed iterations at its start.
         checkpoint: the checkpoint that it resumed from; None if it started from scratch.

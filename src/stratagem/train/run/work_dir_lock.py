@@ -137,7 +137,7 @@ def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
         operations.close(descriptor)
         if time.monotonic() > deadline:
             raise WorkDirError(
-                f"{file.parent}: a child process of an earlier training still holds {file.name}. Terminate it (`fuser "
+                f"{file.parent}: a child process of an earlier run still holds {file.name}. Terminate it (`fuser "
                 f"{file}` prints its PID), or choose another --work-dir."
             )
         time.sleep(_POLL_S)
@@ -233,7 +233,7 @@ def _in_use(file: Path, owner: Mapping[str, Any]) -> WorkDirError:
     is_own = _process(owner) == ProcessIdentity.here()
     who = "this process" if is_own else _describe(owner)
     return WorkDirError(
-        f"{file.parent} is locked by another training: {who}. Wait until it finishes, terminate it, or choose another "
+        f"{file.parent} is locked by another training run: {who}. Wait until it finishes, terminate it, or choose another "
         f"--work-dir. If no such process exists, remove {file}."
     )
 
