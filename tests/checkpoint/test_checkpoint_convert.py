@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +47,63 @@ def test_conversion_back_and_forth_changes_nothing(source: Path, tmp_path: Path,
         assert list(compare(found, tree())) == []
     convert_checkpoint(there, tmp_path / "back")
     assert list(compare(CheckpointLoader.load_checkpoint(tmp_path / "back"), tree())) == []
+
+
+def every_kind() -> dict[str, Any]:
+    """Return a tree with every kind of value and container that a checkpoint can hold."""
+    return {
+        "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "empty": torch.empty(0, 2), "half": torch.tensor([1.5]).bfloat16()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["w"], "foreach": None}]},
+        "accelerator": {},
+        "empty": {"list": [], "tuple": (), "dict": {"inner": {}}, "set": set(), "none": None, "text": ""},
+        "numbers": {"infinity": math.inf, "float": 1.5, "bool": True, "large": 2**70, "set": {1, 2}},
+        "mixed": [torch.tensor(1.0), (torch.tensor(2.0), {"x": torch.tensor(3)}), [], {}, None, [1, [2, (3,)]]],
+        "keys": {1: torch.tensor(1), "1": torch.tensor(2), 2.5: 3, "$x": 5, "a": {"b": torch.tensor(7)}, "a.b": torch.tensor(8)},
+        "a.b": torch.tensor(9),
+        "a": {"b": torch.tensor(10)},
+        "prefixes": {1: 5, "1": {"x": torch.tensor(1), "y": 6}},
+        "arrays": {"int16": np.arange(4, dtype=np.int16).reshape(2, 2), "complex": np.array([1 + 2j], dtype=np.complex64)},
+        "complex": torch.tensor([1 + 2j]).conj(),
+        "scalar": 3,
+        "stratagem_tree": torch.tensor(11),
+        "meta": {"iter": 3, "cfg": "a = 1"},
+    }  # fmt: skip
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two trees are equal, including types, the order of keys, and dtypes."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return same(list(one), list(other)) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("formats", list(itertools.permutations(["stratagem", "pth", "dcp"])), ids="-".join)
+def test_the_whole_tree_survives_every_chain_of_conversions(tmp_path: Path, formats: tuple[str, ...]) -> None:
+    """Empty containers, None, tuples, keys of any type, NumPy arrays and tensors are the same in every format, in any order."""
+    source = tmp_path / "source"
+    save_checkpoint(every_kind(), source)
+    for number, form in enumerate([*formats, formats[0]]):
+        target = tmp_path / f"{number}{'.pth' if form == 'pth' else ''}"
+        convert_checkpoint(source, target, form)
+        with open_checkpoint(target) as found:
+            assert {part for part, value in every_kind().items() if not same(found.get(part), value)} == set()
+            assert list(found) == list(every_kind())
+        source = target
+
+
+def test_numpy_scalars_become_plain_numbers(tmp_path: Path) -> None:
+    """NumPy scalars, such as a score kept by a hook, are stored as the numbers that they represent."""
+    save_checkpoint({"score": {"a": np.float32(0.5), "b": np.int64(4), "c": np.bool_(True)}}, tmp_path / "c")
+    found = CheckpointLoader.load_checkpoint(tmp_path / "c")["score"]
+    assert same(found, {"a": 0.5, "b": 4, "c": True})
 
 
 def test_the_name_selects_the_target_format(source: Path, tmp_path: Path) -> None:

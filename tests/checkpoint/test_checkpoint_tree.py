@@ -135,7 +135,7 @@ def test_versions_of_modules_are_kept() -> None:
     [
         ({"a": [0, {"b": {1.5, 2.5}}]}, "a/1/b", "set"),
         ({"a": (b"x",)}, "a/0", "bytes"),
-        ({"a": np.float32(1)}, "a", "float32"),
+        ({"a": np.datetime64("2026-01-01")}, "a", "datetime64"),
         ({"a": {"f": print}}, "a/f", "builtin_function_or_method"),
         (object(), "root", "object"),
     ],

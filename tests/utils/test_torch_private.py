@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
@@ -207,6 +208,14 @@ def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None
     store = torch_private.default_store()
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_the_wrappers_inside_a_model_hold_the_module_in_an_attribute() -> None:
+    """A compiled module and one with activation checkpointing have it as ``_orig_mod`` and ``_checkpoint_wrapped_module``."""
+    linear = nn.Linear(1, 1)
+    for wrapper in (torch.compile(linear, backend="eager"), checkpoint_wrapper(linear)):
+        (attribute,) = (name for cls, name in torch_private.inner_wrappers().items() if isinstance(wrapper, cls))
+        assert wrapper._modules == {attribute: linear}
 
 
 def test_every_name_has_a_test() -> None:

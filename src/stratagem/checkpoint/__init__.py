@@ -33,6 +33,7 @@ from stratagem.checkpoint.tree.names import (
     optimizer_by_name,
     parameter_names,
     unwrapped_name,
+    with_known_names,
 )
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState, take_box, take_range
 
@@ -56,6 +57,7 @@ __all__ = [
     "SingleFileFormat",
     "StateTree",
     "unwrapped_name",
+    "with_known_names",
     "boxes_of_range",
     "digest_of_tensor",
     "find_latest_checkpoint",

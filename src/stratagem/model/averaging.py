@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.tensors.dtensor import copy_into, to_local
+from stratagem.utils import canonical_names
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -53,9 +54,11 @@ class AveragedModel(ABC):
             raise ConfigValueError(f"interval must be a positive integer, got {interval!r}.")
         self.interval = interval
         self.steps = 0
-        weights: dict[str, Tensor] = dict(model.named_parameters())
+        canonical = canonical_names(model)
+        weights: dict[str, Tensor] = {canonical(name): parameter for name, parameter in model.named_parameters()}
         if update_buffers:
-            weights.update((name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point())
+            floating = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+            weights.update((canonical(name), buffer) for name, buffer in floating.items())
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
         self._whole = list(weights.values())
         # The foreach kernels do not support DTensors, so each rank averages its local shards.

@@ -42,7 +42,7 @@ from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, require_buffer_source
-from stratagem.utils import absolute, collect_env, refuse_unknown
+from stratagem.utils import absolute, collect_env, refuse_unknown, with_canonical_keys
 from stratagem.utils.torch_private import storage_id
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
@@ -443,7 +443,8 @@ class BaseStrategy(ABC):
 
     def _model_state(self) -> StateTree:
         """Return the state of the unwrapped model on its device."""
-        return self.unwrap_model().state_dict()
+        model = self.unwrap_model()
+        return with_canonical_keys(model.state_dict(), model)
 
     def _load_model_state(
         self,

@@ -34,7 +34,7 @@ from stratagem.strategies.state.accumulation_state import gather_accumulation_st
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
 from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
-from stratagem.utils import generator_state, mask_text, restore_generator_state
+from stratagem.utils import generator_state, mask_text, restore_generator_state, with_canonical_keys
 
 __all__ = ["ComposedStrategy"]
 
@@ -156,7 +156,8 @@ class ComposedStrategy(BaseStrategy):
         return self._placement.unwrap(self.model)
 
     def _model_state(self) -> StateTree:
-        return self._access.model_state(self.unwrap_model())
+        model = self.unwrap_model()
+        return with_canonical_keys(self._access.model_state(model), model)
 
     def _load_model_state(
         self,

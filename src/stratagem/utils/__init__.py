@@ -12,18 +12,22 @@ from stratagem.utils.versions import digit_version
 
 _LAZY_NAMES = {
     "AppliedSettings": "stratagem.utils.multiprocess:AppliedSettings",
+    "canonical_names": "stratagem.utils.module_names:canonical_names",
     "collect_env": "stratagem.utils.environment_report:collect_env",
     "generator_state": "stratagem.utils.seeding:generator_state",
     "mask_secrets": "stratagem.utils.secrets.masking:mask_secrets",
     "mask_text": "stratagem.utils.secrets.masking:mask_text",
+    "named_parameters": "stratagem.utils.module_names:named_parameters",
     "restore_generator_state": "stratagem.utils.seeding:restore_generator_state",
     "set_multi_processing": "stratagem.utils.multiprocess:set_multi_processing",
     "set_random_seed": "stratagem.utils.seeding:set_random_seed",
+    "with_canonical_keys": "stratagem.utils.module_names:with_canonical_keys",
 }
 
 __all__ = [
     "AppliedSettings",
     "absolute",
+    "canonical_names",
     "collect_env",
     "did_you_mean",
     "digit_version",
@@ -33,11 +37,13 @@ __all__ = [
     "is_url",
     "mask_secrets",
     "mask_text",
+    "named_parameters",
     "nearest_names",
     "refuse_unknown",
     "restore_generator_state",
     "set_multi_processing",
     "set_random_seed",
+    "with_canonical_keys",
 ]
 
 

@@ -7,6 +7,7 @@ to avoid an additional call.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ __all__ = [
     "flatten_mesh",
     "fused_step_reads_found_inf",
     "initialize_fsdp_root",
+    "inner_wrappers",
     "load_hook_modules",
     "local_shape_and_offset",
     "mark_nonfinite",
@@ -36,6 +38,10 @@ __all__ = [
     "unsharded_class",
 ]
 
+_INNER_WRAPPERS: Final = {
+    "torch._dynamo.eval_frame": ("OptimizedModule", "_orig_mod"),
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper": ("ActivationWrapper", "_checkpoint_wrapped_module"),
+}
 
 # The instance attribute that replaces what ``module(...)`` calls, and that ``Module.compile`` sets; None or absent by default.
 # It is the only place where a call can be redirected before the forward hooks of the module.
@@ -138,6 +144,20 @@ def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Sequence
     """
     compute = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")
     return compute(shape, mesh, placements)  # type: ignore[no-any-return]  # imported by name
+
+
+def inner_wrappers() -> dict[type[nn.Module], str]:
+    """Return the classes of torch that wrap a part of a model, and the attribute of each that holds the wrapped module.
+
+    Private: ``torch._dynamo.OptimizedModule``, which ``torch.compile(module)`` returns, and the wrapper of activation
+    checkpointing. A class is only returned once its module has been imported, since no instances exist before.
+    """
+    found = {}
+    for module, (name, attribute) in _INNER_WRAPPERS.items():
+        cls = getattr(sys.modules.get(module), name, None)
+        if cls is not None:
+            found[cls] = attribute
+    return found
 
 
 def checkpoint_module(module: nn.Module, **options: Any) -> None:

@@ -2,14 +2,19 @@
 
 Their metadata file ``.metadata`` is a pickle. It is read by an unpickler that allows only the classes that torch writes
 there; tensors and values are read with ``weights_only=True``.
+
+DCP stores only leaves: it drops empty containers, turns all keys into strings, and rejects trees in which two paths look
+the same once they are joined by dots. A directory written by this module therefore also contains the tree's JSON
+description (:mod:`~stratagem.checkpoint.tree.flatten`) under the key ``stratagem_tree``. Torch and other tools ignore it.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +23,14 @@ from torch import Tensor
 
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.tree.boxes import TensorBox
-from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.checkpoint.tree.flatten import (
+    StateTree,
+    TreePath,
+    flatten_tree,
+    plain_leaves,
+    tensor_paths,
+    unflatten_tree,
+)
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from stratagem.storage import atomic_directory
 from stratagem.utils import import_module
@@ -26,6 +38,8 @@ from stratagem.utils import import_module
 __all__ = ["DcpDirectory", "is_dcp_directory", "save_dcp"]
 
 _METADATA = ".metadata"
+# The keys of the tree's JSON description, and of tensors whose path is ambiguous once it is joined by dots.
+_TREE, _OTHER_TENSORS = "stratagem_tree", "stratagem_tensors"
 # All names that torch's metadata of format version 1 refers to.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -85,6 +99,8 @@ class DcpDirectory:
             CheckpointDamagedError: if a file is missing or unreadable.
         """
         make = allocate or _allocate_on_cpu
+        if _TREE in self._metadata.state_dict_metadata:
+            return self._load_described(parts, make)
         tree: StateTree = {}
         for name, described in self._metadata.state_dict_metadata.items():
             path = (self._metadata.planner_data or {}).get(name, (name,))
@@ -92,6 +108,29 @@ class DcpDirectory:
                 value = self._tensor(name, described, make) if hasattr(described, "chunks") else self._value(name)
                 _put(tree, path, value)
         return {name: _with_lists(part) for name, part in tree.items()}
+
+    def _load_described(self, parts: Collection[str] | None, allocate: Allocate) -> StateTree:
+        """Restore the tree that :func:`save_dcp` wrote from its description."""
+        try:
+            skeleton = json.loads(self._value(_TREE))
+        except (TypeError, ValueError) as error:
+            raise CheckpointDamagedError(
+                f"{self._path}: the description of the tree cannot be read: {error}"
+            ) from error
+        if not isinstance(skeleton, dict):
+            raise CheckpointDamagedError(f"{self._path}: the description of the tree is not an object.")
+        described = self._metadata.state_dict_metadata
+        # Compute the paths from the whole description: they depend on all parts.
+        paths = _dcp_paths(skeleton)
+        wanted = skeleton if parts is None else {name: part for name, part in skeleton.items() if name in parts}
+        tensors = {}
+        for name in tensor_paths(wanted):
+            key = _joined(paths[name])
+            if not hasattr(described.get(key), "chunks"):
+                raise CheckpointDamagedError(f"{self._path}: the tensor {key} is missing.")
+            tensors[name] = self._tensor(key, described[key], allocate)
+        tree: StateTree = unflatten_tree(tensors, wanted)
+        return tree
 
     def _tensor(self, name: str, described: Any, allocate: Allocate) -> Tensor:
         tensor = allocate(described.size, described.properties.dtype)
@@ -145,16 +184,61 @@ def save_dcp(tree: StateTree, path: Path) -> None:
     """Write a tree as a directory of ``torch.distributed.checkpoint``, published as ``path`` with a single rename.
 
     Raises:
-        CheckpointError: if the file system reports an error.
+        CheckpointError: if a value cannot be stored, or the file system reports an error.
     """
     dcp = import_module("torch.distributed.checkpoint")
+    leaves, paths = _flat_state(tree)
     try:
         with atomic_directory(path) as temporary, warnings.catch_warnings():
             # Suppress torch's warning that only this process saves, which is intended.
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save(tree, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
+            dcp.save(leaves, storage_writer=dcp.FileSystemWriter(temporary), planner=_planner(paths), no_dist=True)
     except (OSError, RuntimeError) as error:
         raise save_error(path, error) from error
+
+
+def _flat_state(tree: StateTree) -> tuple[dict[str, Any], dict[str, TreePath]]:
+    """Return the leaves to save by their names, and the path of each name in the nested state dict of other tools."""
+    tensors, skeleton = flatten_tree(tree)
+    paths = _dcp_paths(skeleton)
+    leaves: dict[str, Any] = {_joined(paths[name]): tensor for name, tensor in tensors.items()}
+    mapping = {_joined(path): path for path in paths.values()}
+    inner = {path[:end] for path in paths.values() for end in range(1, len(path))}
+    for path, value in plain_leaves(skeleton):
+        name = _joined(path)
+        # An ambiguous value is stored in the description alone.
+        if name not in leaves and name != _TREE and path not in inner:
+            leaves[name], mapping[name] = value, path
+    return {**leaves, _TREE: json.dumps(skeleton)}, {**mapping, _TREE: (_TREE,)}
+
+
+def _planner(paths: Mapping[str, TreePath]) -> Any:
+    """Return a planner that saves flat leaves and records their paths in the nested state dict."""
+    planner = import_module("torch.distributed.checkpoint").DefaultSavePlanner()
+    set_up = planner.set_up_planner
+
+    def set_up_with_paths(*args: Any, **kwargs: Any) -> None:
+        set_up(*args, **kwargs)
+        planner.mappings = dict(paths)
+
+    planner.set_up_planner = set_up_with_paths
+    return planner
+
+
+def _dcp_paths(skeleton: Any) -> dict[str, TreePath]:
+    """Return the path in the saved state dict for the name of each tensor."""
+    paths: dict[str, TreePath] = {}
+    used = {_TREE}
+    for number, (name, path) in enumerate(tensor_paths(skeleton).items()):
+        if _joined(path) in used or path[0] in {_TREE, _OTHER_TENSORS}:
+            path = (_OTHER_TENSORS, str(number))  # noqa: PLW2901
+        used.add(_joined(path))
+        paths[name] = path
+    return paths
+
+
+def _joined(path: Sequence[object]) -> str:
+    return ".".join(str(key) for key in path)
 
 
 @final

@@ -6,7 +6,7 @@ and, if present, optimizer state and position; see :mod:`stratagem.checkpoint.fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -51,7 +51,7 @@ class SingleFileFormat:
         gathered = [gather_tensor(tensor, rank_group) for tensor in tensors.values()]
 
         def write(tensors: Sequence[Tensor], path: Path, rank_group: RankGroup) -> None:
-            on_cpu = (tensor.to("cpu") for tensor in tensors)
+            on_cpu = _with_own_memory(tensor.to("cpu") for tensor in tensors)
             rank_group.run_on_rank0(
                 lambda: _write(unflatten_tree(dict(zip(names, on_cpu, strict=True)), skeleton), path)
             )
@@ -105,6 +105,20 @@ def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
     with open_torch_file(path, device) as checkpoint:
         return read_parts(checkpoint, parts)
+
+
+def _with_own_memory(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Copy the tensors that start at the same address as one with another dtype, since torch does not save such tensors.
+
+    An empty tensor of a file-backed checkpoint starts where the next tensor does.
+    """
+    dtypes: dict[int, torch.dtype] = {}
+    for tensor in tensors:
+        address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        if address and dtypes.setdefault(address, tensor.dtype) != tensor.dtype:
+            yield tensor.clone()
+        else:
+            yield tensor
 
 
 def _write(tree: Any, path: Path) -> None:

@@ -1,17 +1,19 @@
 """Flatten a state tree of nested dicts and lists to tensors and JSON, and restore it.
 
-A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, and sets of integers or strings. Other
-types are rejected, because they could not be loaded without executing code from the file. Instances of subclasses are
-restored as the plain types.
+A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, sets of integers or strings, and NumPy
+arrays. Other types are rejected, because they could not be loaded without executing code from the file. Instances of subclasses and
+NumPy scalars are restored as the plain types.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
@@ -20,19 +22,24 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError
 __all__ = [
     "StateTree",
     "StoredTensor",
+    "TreePath",
     "unflatten_tree",
     "flatten_state",
     "flatten_tree",
     "module_versions",
+    "plain_leaves",
+    "tensor_paths",
     "with_versions",
 ]
 
 StateTree = dict[str, Any]
 StoredTensor = Tensor | ShardedTensorState
+# The keys of dicts as strings, and the indices of lists and tuples.
+TreePath = tuple[str | int, ...]
 
 # A dict with one of these as its only key represents a value that JSON does not support.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
-_VERSIONED = "$versioned"
+_VERSIONED, _ARRAY = "$versioned", "$array"
 # safetensors stores metadata under this key.
 _RESERVED = "__metadata__"
 
@@ -76,6 +83,8 @@ def _flatten(node: Any, path: str, tensors: dict[str, StoredTensor], where: str)
         # Lazy conjugation and negation are flags on the memory; store the actual values.
         tensors[name] = node.detach().resolve_conj().resolve_neg() if isinstance(node, Tensor) else node
         return {_TENSOR: name}
+    if isinstance(node, np.generic | np.ndarray):
+        return _flatten_numpy(node, path, tensors, where)
     if node is None or isinstance(node, int | str):
         return _plain(node)
     if isinstance(node, float):
@@ -88,10 +97,32 @@ def _flatten(node: Any, path: str, tensors: dict[str, StoredTensor], where: str)
         return {_SET: sorted(node, key=repr)}
     if isinstance(node, Mapping):
         return _flatten_mapping(node, path, tensors, where)
-    raise CheckpointError(
+    raise _cannot_store(node, path, where)
+
+
+def _cannot_store(node: Any, path: str, where: str) -> CheckpointError:
+    return CheckpointError(
         f"The checkpoint's {_below(where, path)} is {type(node).__name__} {_shorten(node)}, which cannot be stored "
         "without pickle. Convert it to tensors, numbers, strings, lists and dicts first, as a state_dict does."
     )
+
+
+def _flatten_numpy(
+    node: np.generic[Any] | np.ndarray[Any, Any], path: str, tensors: dict[str, StoredTensor], where: str
+) -> Any:
+    """Flatten a scalar as a plain number or string, and an array as a tensor."""
+    if isinstance(node, np.generic):
+        plain = node.item()
+        if isinstance(plain, bool | int | float | str):
+            return _flatten(plain, path, tensors, where)
+        raise _cannot_store(node, path, where)
+    try:
+        values = torch.from_numpy(np.array(node, dtype=node.dtype.newbyteorder("="), order="C"))
+    except (TypeError, ValueError):  # Torch has no such dtype.
+        raise _cannot_store(node, path, where) from None
+    name = _free_name(path, tensors)
+    tensors[name] = values
+    return {_ARRAY: name}
 
 
 def _flatten_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
@@ -129,10 +160,10 @@ def _unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         return skeleton
     if len(skeleton) == 1:
         (key, value), *_ = skeleton.items()
-        if key == _TENSOR:
+        if key in (_TENSOR, _ARRAY):
             if value not in tensors:
                 raise CheckpointDamagedError(f"The tensor {value!r} is missing.")
-            return tensors[value]
+            return tensors[value] if key == _TENSOR else tensors[value].numpy(force=True)
         if key == _FLOAT:
             return float(value)
         if key == _SET:
@@ -145,6 +176,49 @@ def _unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
             inner, versions = value
             return with_versions(_unflatten(tensors, inner), _unflatten(tensors, versions))
     return {key: _unflatten(tensors, value) for key, value in skeleton.items()}
+
+
+def tensor_paths(skeleton: Any) -> dict[str, TreePath]:
+    """Return the path in the tree for the name of each tensor, for the result of :func:`flatten_tree`."""
+    return {node[key]: path for path, node, key in _leaves(skeleton, ()) if key is not None}
+
+
+def plain_leaves(skeleton: Any) -> Iterator[tuple[TreePath, Any]]:
+    """Yield the path and value of each value without tensors and dicts, for the result of :func:`flatten_tree`."""
+    for path, node, key in _leaves(skeleton, ()):
+        if key is None:
+            yield path, unflatten_tree({}, node)
+
+
+def _leaves(node: Any, path: TreePath) -> Iterator[tuple[TreePath, Any, str | None]]:
+    """Yield path, JSON, and the marker of a tensor or None for each leaf. Lists are leaves if they hold only plain values."""
+    if not isinstance(node, dict | list):
+        yield path, node, None
+        return
+    key: str | None
+    value: Any
+    key, value = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else (None, None)
+    if key in (_TENSOR, _ARRAY):
+        yield path, node, key
+    elif key == _VERSIONED:
+        yield from _leaves(value[0], path)
+    elif key in (_FLOAT, _SET) or ((isinstance(node, list) or key == _TUPLE) and _is_plain_list(node)):
+        yield path, node, None
+    elif isinstance(node, list) or key == _TUPLE:
+        for index, item in enumerate(node if isinstance(node, list) else value):
+            yield from _leaves(item, (*path, index))
+    else:
+        for name, item in value if key == _ITEMS else node.items():
+            yield from _leaves(item, (*path, str(name)))
+
+
+def _is_plain_list(node: Any) -> bool:
+    """Return whether JSON describes a list or tuple that contains neither tensors nor dicts, at any depth."""
+    if isinstance(node, list):
+        return all(_is_plain_list(item) for item in node)
+    if isinstance(node, dict):
+        return len(node) == 1 and (node.keys() <= {_FLOAT, _SET} or (_TUPLE in node and _is_plain_list(node[_TUPLE])))
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from stratagem.checkpoint.tree.names import matches_any, possible_names, revise_
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
 from stratagem.tensors.dtensor import shard_like
+from stratagem.utils import canonical_names, with_canonical_keys
 from stratagem.utils.torch_private import load_hook_modules
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict", "weights_to_cpu"]
@@ -78,14 +79,20 @@ def load_state_dict(
         CheckpointMismatchError: if no key matches, two keys are mapped to the same name, a value should be a tensor but
             is not, or, with ``strict``, there is any difference. In that case the model is unchanged.
     """
-    own = model.state_dict()
+    canonical = canonical_names(model)
+    own_state = model.state_dict()
+    # Match by canonical names, and load by the names in the model, which include wrappers inside it.
+    own_names = {canonical(key): key for key in own_state}
+    own = with_canonical_keys(own_state, model)
     matched, shape_mismatches = _match(state, own, revise_keys)
     incoming = with_versions(
-        {name: _as_placed(value, own.get(name)) for name, value in matched.items()},
-        _model_versions(state, own, revise_keys),
+        {own_names.get(name, name): _as_placed(value, own.get(name)) for name, value in matched.items()},
+        _own_versions(own_state, _model_versions(state, own, revise_keys), canonical),
     )
     if _may_rename_keys(model):
-        return _load_or_restore(model, incoming, own, shape_mismatches, strict=strict, allow_missing=allow_missing)
+        return _load_or_restore(
+            model, incoming, own_state, shape_mismatches, canonical, strict=strict, allow_missing=allow_missing
+        )
     report = _report(matched, own, shape_mismatches)
     _check_report(report, strict=strict, allow_missing=allow_missing)
     model.load_state_dict(incoming, strict=False)
@@ -120,10 +127,13 @@ def match_state(
             "strategy loads weights without calling these hooks. Rewrite the keys with revise_keys, or convert the "
             "checkpoint with another strategy."
         )
-    matched, shape_mismatches = _match(state, own, revise_keys, types=(Tensor, ShardedTensorState))
-    report = _report(matched, own, shape_mismatches)
+    canonical = canonical_names(model)
+    own_names = {canonical(key): key for key in own}
+    by_name = {canonical(key): value for key, value in own.items()}
+    matched, shape_mismatches = _match(state, by_name, revise_keys, types=(Tensor, ShardedTensorState))
+    report = _report(matched, by_name, shape_mismatches)
     _check_report(report, strict=strict, allow_missing=allow_missing)
-    return report, matched
+    return report, {own_names.get(name, name): value for name, value in matched.items()}
 
 
 def _match(
@@ -160,6 +170,7 @@ def _load_or_restore(
     incoming: Mapping[str, Any],
     own: Mapping[str, Any],
     shape_mismatches: ShapeMismatches,
+    canonical: Callable[[str], str],
     *,
     strict: bool,
     allow_missing: Sequence[str],
@@ -170,12 +181,12 @@ def _load_or_restore(
     mismatched = {name for name, _, _ in shape_mismatches}
     try:
         missing, unexpected = model.load_state_dict(incoming, strict=False)
-        missing = [key for key in missing if key not in mismatched]
+        missing = [canonical(key) for key in missing if canonical(key) not in mismatched]
         report = LoadReport(
             matched=len(own) - len(missing) - len(mismatched),
             total=len(own),
             missing=_without_counters(missing),
-            unexpected=tuple(unexpected),
+            unexpected=tuple(map(canonical, unexpected)),
             shape_mismatches=shape_mismatches,
         )
         _check_report(report, strict=strict, allow_missing=allow_missing)
@@ -238,6 +249,17 @@ def _model_versions(
     revised = revise_names((_key_inside(name) for name in versions), revise_keys)
     names = {key.rpartition(".")[0]: _find_name(key, name, known).rpartition(".")[0] for key, name in revised.items()}
     return {names[name]: version for name, version in versions.items()}
+
+
+def _own_versions(
+    own: Mapping[str, Any], versions: Mapping[str, Any] | None, canonical: Callable[[str], str]
+) -> dict[str, Any] | None:
+    """Return the module versions keyed by the module names that a wrapped model has; a wrapper has its module's version."""
+    if versions is None:
+        return None
+    own_names = {module: canonical(module) for module in module_versions(own) or {}}
+    known = {module: versions[name] for module, name in own_names.items() if name in versions}
+    return {**versions, **known}
 
 
 def _key_inside(module: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim.implementation import IMPLEMENTATION_KEYS
+from stratagem.utils import named_parameters
 
 __all__ = [
     "AVERAGE_PART",
@@ -21,6 +22,7 @@ __all__ = [
     "parameter_names",
     "revise_names",
     "possible_names",
+    "with_known_names",
 ]
 
 # The part of a checkpoint that holds the averaged weights.
@@ -46,6 +48,20 @@ def possible_names(name: str) -> Iterator[str]:
         yield ".".join(parts)
 
 
+def with_known_names(state: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return ``state`` with each unknown key replaced by the known name that remains without wrappers, if there is one.
+
+    Earlier versions saved the names of compiled parts of a model with ``_orig_mod``.
+    """
+    return {_known_name(key, known): value for key, value in state.items()}
+
+
+def _known_name(name: Any, known: Collection[str]) -> Any:
+    if not isinstance(name, str) or name in known:
+        return name
+    return next((each for each in possible_names(name) if each in known), name)
+
+
 def revise_names(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return each name with every (pattern, replacement) applied in turn."""
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in revise_keys]
@@ -68,7 +84,7 @@ def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
 
     Parameters that do not belong to the model are named by position: ``unnamed.<group>.<position>``.
     """
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {id(parameter): name for name, parameter in named_parameters(model).items()}
     return [
         [known.get(id(p), f"unnamed.{index}.{position}") for position, p in enumerate(group["params"])]
         for index, group in enumerate(optimizer.param_groups)
@@ -108,6 +124,10 @@ def optimizer_by_index(
     saved_groups = list(state["param_groups"])
     kept = [{key: now[key] for key in IMPLEMENTATION_KEYS if key in now} for now in current]
     by_name = _is_by_name(state)
+    if by_name:
+        own_names = {name for group in names for name in group}
+        saved_groups = [{**g, "params": [_known_name(name, own_names) for name in g["params"]]} for g in saved_groups]
+        state = {**state, "state": with_known_names(state["state"], own_names)}
     known = {name for group in saved_groups for name in group["params"]} if by_name else set()
     new = {
         name for group in names for name in group if by_name and name not in known and matches_any(name, allow_missing)

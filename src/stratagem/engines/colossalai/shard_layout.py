@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stratagem.checkpoint import ShardedTensorState, TensorBox, boxes_of_range, take_box
 from stratagem.errors import PlacementError
+from stratagem.utils import named_parameters
 
 __all__ = ["ParamShard", "gradients_of", "param_shards"]
 
@@ -96,7 +97,7 @@ def param_shards(model: nn.Module, engine: OptimizerWrapper | None) -> dict[nn.P
     Raises:
         PlacementError: if a policy has sharded a parameter into parts that are not boxes.
     """
-    return {parameter: _param_shard(name, parameter, engine) for name, parameter in model.named_parameters()}
+    return {parameter: _param_shard(name, parameter, engine) for name, parameter in named_parameters(model).items()}
 
 
 def _param_shard(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | None) -> ParamShard:

@@ -26,6 +26,7 @@ from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.state.optim_state import require_one_optimizer
 from stratagem.strategies.state.state_io import StateAccess
+from stratagem.utils import named_parameters
 
 __all__ = ["DeepSpeedState"]
 
@@ -190,7 +191,7 @@ def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
 
 
 def _names(optim: DeepSpeedEngineOptimWrapper, model: nn.Module) -> list[list[str]]:
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {id(parameter): name for name, parameter in named_parameters(model).items()}
     return [
         [known.get(id(each), f"unnamed.{index}.{place}") for place, each in enumerate(group.parameters)]
         for index, group in enumerate(optim.groups)

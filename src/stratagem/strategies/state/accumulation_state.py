@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stratagem.checkpoint import with_known_names
 from stratagem.distributed import World, all_gather_object
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.tensors.dtensor import stack_over_ranks
+from stratagem.utils import named_parameters
 
 __all__ = ["gather_accumulation_state", "restore_accumulation_state"]
 
@@ -23,7 +25,8 @@ def gather_accumulation_state(optim: AnyOptim, model: nn.Module, world: World) -
     row per rank, which that rank writes. With several optimizers all gradients are saved, since a backward pass may leave
     gradients for another optimizer.
     """
-    held = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    parameters = named_parameters(model)
+    held = {name: each.grad for name, each in parameters.items() if each.grad is not None}
     if not (optim.pending_micro_batches or isinstance(optim, OptimWrapperDict)):
         held = {}
     sparse = [name for name, gradient in held.items() if gradient.is_sparse]
@@ -31,7 +34,6 @@ def gather_accumulation_state(optim: AnyOptim, model: nn.Module, world: World) -
     names = {name for theirs in states for name in theirs["gradients"]}
     if not names:
         return None
-    parameters = dict(model.named_parameters())
     rows = {name: _as_row(held.get(name), parameters[name]) for name in sorted(names)}
     return {
         "gradients": {name: stack_over_ranks(row, world.size, world.device) for name, row in rows.items()},
@@ -56,9 +58,10 @@ def restore_accumulation_state(
         model: the unwrapped model.
         world: this process in the run.
     """
+    parameters = named_parameters(model)
+    window = _with_known_names(window, parameters)
     ranks = window["ranks"]
     own = ranks.get(str(world.rank), ranks["0"])
-    parameters = dict(model.named_parameters())
     weighted: dict[nn.Parameter, bool] = {}
     rescaled: dict[nn.Parameter, float] = {}
     for name, wrapper in optim.each().items():
@@ -94,6 +97,19 @@ def restore_accumulation_state(
         # A copy with the dtype and strides that a backward pass would produce.
         gradient = torch.empty_like(parameter).detach().copy_(gradient)
         parameter.grad = gradient.to_sparse(1) if name in own["sparse"] else gradient
+
+
+def _with_known_names(window: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Replace names that contain wrappers inside the model, which earlier versions saved."""
+
+    def renamed(names: Sequence[str]) -> list[str]:
+        return list(with_known_names(dict.fromkeys(names), known))
+
+    ranks = {
+        rank: {**theirs, "gradients": renamed(theirs["gradients"]), "sparse": renamed(theirs["sparse"])}
+        for rank, theirs in window["ranks"].items()
+    }
+    return {**window, "gradients": with_known_names(window["gradients"], known), "ranks": ranks}
 
 
 def _incomplete_windows(optim: AnyOptim) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from stratagem.checkpoint import with_known_names
 from stratagem.distributed import World
 from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.tensors.dtensor import is_sharded, stack_over_ranks
@@ -23,6 +24,6 @@ def stack_per_rank_buffers(own: Mapping[str, Tensor], world: World) -> dict[str,
 def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
     """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep the buffers of the model state."""
     buffers = {each.name: each.tensor for each in iter_buffers(model) if each.is_persistent}
-    for name, rows in saved.items():
+    for name, rows in with_known_names(saved, buffers).items():
         if len(rows) == world.size and not is_sharded(buffers[name]):
             buffers[name].copy_(rows[world.rank])

@@ -17,7 +17,7 @@ from stratagem.checkpoint import digest_of_tensor
 from stratagem.distributed import World, all_gather_object, all_reduce, broadcast
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.tensors.dtensor import is_sharded, to_local
-from stratagem.utils import did_you_mean
+from stratagem.utils import canonical_names, did_you_mean
 
 __all__ = ["BUFFER_SOURCES", "Buffer", "BufferSource", "SyncedBuffers", "iter_buffers", "require_buffer_source"]
 
@@ -71,9 +71,10 @@ def iter_buffers(model: nn.Module) -> Iterator[Buffer]:
 
     They are not read from the state dict, for which tensor-parallel layers of engines gather their parameters.
     """
+    canonical = canonical_names(model)
     for prefix, module in model.named_modules():
         for key, tensor in module.named_buffers(recurse=False):
-            yield Buffer(f"{prefix}.{key}" if prefix else key, module, key, tensor)
+            yield Buffer(canonical(f"{prefix}.{key}" if prefix else key), module, key, tensor)
 
 
 @final

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu
+from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu, with_known_names
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, PlacementError, StateError
 from stratagem.model import AveragedModel
 from stratagem.optim import OptimWrapperDict
@@ -172,7 +172,8 @@ class EMAHook(Hook):
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         if saved["steps"]:
-            averages = saved["averages"]
+            # Earlier versions saved names with the wrappers inside the model.
+            averages = with_known_names(saved["averages"], self.average.averages)
             if not self._strict_load:
                 # Weights missing from the saved average are new to the model; their average starts at their current values.
                 averages = {**self.average.averages, **averages}
