@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stratagem import Runner
+from stratagem.checkpoint.convert.convert import convert_checkpoint
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 from tests.train.toys import EPOCH, QUIET_HOOKS, Recorder, Toy
 
@@ -144,3 +145,21 @@ def test_invalid_patterns_are_rejected(make_runner: MakeRunner, given: Any, kind
     """A single string and an invalid regular expression are rejected before anything is built."""
     with pytest.raises(kind, match="new_parameters"):
         make_runner(new_parameters=given)
+
+
+@pytest.mark.parametrize("chain", [["dcp"], ["pth"], ["dcp", "stratagem"], ["pth", "dcp", "stratagem"]], ids="-".join)
+def test_a_converted_checkpoint_resumes(make_runner: MakeRunner, tmp_path: Path, chain: list[str]):
+    """A run continues bit-equal from a checkpoint that was converted to other formats."""
+    saving = {**QUIET_HOOKS, "checkpoint": {"interval": 1}}
+    straight = make_runner(default_hooks=saving, train_cfg={"max_epochs": 2})
+    straight.train()
+    source = tmp_path / "run" / "epoch_1"
+    for number, form in enumerate(chain):
+        target = tmp_path / f"{number}{'.pth' if form == 'pth' else ''}"
+        convert_checkpoint(source, target, form)
+        source = target
+    resumed = make_runner(default_hooks=saving, train_cfg={"max_epochs": 2}, work_dir=tmp_path / "other", resume=str(source))
+    resumed.train()
+    assert resumed.run.iter == 2 * EPOCH
+    expected = straight.strategy.model_state_dict()
+    torch.testing.assert_close(resumed.strategy.model_state_dict(), expected, rtol=0, atol=0)
