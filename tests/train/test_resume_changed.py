@@ -158,7 +158,9 @@ def test_a_converted_checkpoint_resumes(make_runner: MakeRunner, tmp_path: Path,
         target = tmp_path / f"{number}{'.pth' if form == 'pth' else ''}"
         convert_checkpoint(source, target, form)
         source = target
-    resumed = make_runner(default_hooks=saving, train_cfg={"max_epochs": 2}, work_dir=tmp_path / "other", resume=str(source))
+    resumed = make_runner(
+        default_hooks=saving, train_cfg={"max_epochs": 2}, work_dir=tmp_path / "other", resume=str(source)
+    )
     resumed.train()
     assert resumed.run.iter == 2 * EPOCH
     expected = straight.strategy.model_state_dict()

@@ -1,8 +1,8 @@
 """Flatten a state tree of nested dicts and lists to tensors and JSON, and restore it.
 
 A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, sets of integers or strings, and NumPy
-arrays. Other types are rejected, because they could not be loaded without executing code from the file. Instances of subclasses and
-NumPy scalars are restored as the plain types.
+arrays. Other types are rejected, because they could not be loaded without executing code from the file. Instances of
+subclasses and NumPy scalars are restored as the plain types.
 """
 
 from __future__ import annotations
