@@ -42,7 +42,8 @@ def train_step(model: Any, data: Any, optim_wrapper: AccumulatingOptim) -> dict[
     # The context enables autocast, and determines whether the backward pass synchronizes gradients across ranks.
     with optim_wrapper.optim_context(model):
         batch = model.data_preprocessor(data, True)  # to the device
-        losses = call_forward(model, batch, "loss")  # under DDP and engines, redirected to the wrapper of the model
+        # Under DDP and engines, this call is redirected to the wrapper of the model.
+        losses = call_forward(model, batch, "loss")
     loss, weight, log_vars = parse_losses(losses)
     optim_wrapper.update_params(loss, weight=weight)
     return log_vars
@@ -70,7 +71,7 @@ def update_params(
     optim.backward(optim.scale_loss(loss) if weight is None else optim.weigh_loss(loss, weight))
     if optim.should_update():
         optim.step(**(step_kwargs or _NO_OPTIONS))  # apply_gradients
-        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # also if the guard prevented the update
+        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # Clear the gradients even if the guard prevented the update.
 
 
 def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
@@ -85,7 +86,7 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     """
     policy, clipping, scaler = optim.gradient_policy, optim.clipping, optim.grad_scaler
     if policy.complete is not None:
-        policy.complete()  # average the gradients that a backward pass left on this rank
+        policy.complete()  # Average gradients that are not synchronized yet.
     micro_batches = optim.inner_count - optim.window_start
     optim.window_start = optim.inner_count
     optim.num_steps_attempted += 1

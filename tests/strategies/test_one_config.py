@@ -59,5 +59,5 @@ def test_different_secrets_are_rejected_and_not_shown(ranks: Ranks) -> None:
     """Different secrets or environment variables raise an error that does not show them."""
     reported = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
     assert reported[0] == reported[1]
-    assert "secrets or values from environment variables differ, which are not shown" in reported[0]
+    assert "secrets or values from environment variables differ. They are not shown" in reported[0]
     assert "first9" not in reported[0]

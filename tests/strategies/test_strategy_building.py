@@ -243,7 +243,7 @@ def test_wrapper_instances_by_name_become_a_dict(single: Make) -> None:
         ({"a": OptimWrapper(sgd()), "b": 3}, ValueError, "each item must be a built optimizer wrapper, but b=int 3"),
         ({"a": {"type": "OptimWrapper"}}, ValueError, "but a=dict"),
         ({}, ValueError, "empty mapping. Specify an optimizer"),
-        ({"optimizer": {"type": "SGD", "lr": 1.0}}, ValueError, "needs the model whose parameters"),
+        ({"optimizer": {"type": "SGD", "lr": 1.0}}, ValueError, "requires the model whose parameters"),
         ({"type": "Linear", "optimizer": sgd()}, KeyError, "Linear"),
         (3, TypeError, "got int 3"),
         ([sgd()], TypeError, "got list"),

@@ -1,4 +1,4 @@
-"""A model that trains with its own ``train_step``, through an engine."""
+"""A model that trains through an engine, with the ``train_step`` of the model."""
 
 from __future__ import annotations
 

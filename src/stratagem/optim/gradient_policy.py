@@ -34,7 +34,7 @@ def _nothing_pending() -> None:
 class GradientPolicy:
     """The policy for synchronizing and checking the gradients of one optimizer.
 
-    The strategy hands it to the optimizer wrapper when the model is placed; a run adds the guard with
+    The strategy passes it to the optimizer wrapper when the model is placed. A run adds the guard with
     ``dataclasses.replace``.
 
     Attributes:

@@ -65,7 +65,8 @@ def implementation_options(
         return {"foreach": True} if shards and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
-            f"implementation={implementation!r} conflicts with the optimizer's {', '.join(decided)}. Set only one of them."
+            f"implementation={implementation!r} conflicts with {', '.join(decided)} of the optimizer. Set only one of "
+            "them."
         )
     if implementation == "loop":
         return {key: False for key in IMPLEMENTATION_KEYS if key in offered}

@@ -203,7 +203,7 @@ class _Flag:
     def _check_in_one_pass(self, gradients: list[Tensor]) -> bool:
         """Check all gradients with one kernel; return whether that was possible."""
         try:
-            # Multiplying by 1 keeps the bits.
+            # Multiplying by 1 does not change any bits.
             mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
             # Either the gradients are sparse, which does not depend on the parameters, or a group on another device was

@@ -1,4 +1,4 @@
-"""Several optimizers in one run, each in its own wrapper, such as the optimizers for a generator and a discriminator."""
+"""Several optimizers with separate wrappers, such as the optimizers of a generator and a discriminator."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class OptimWrapperDict:
         self.optim_wrappers = dict(optim_wrappers)
 
     def update_params(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: a loss belongs to one of the optimizers."""
+        """Raise an error, because a loss belongs to one of the optimizers."""
         raise self._ambiguous("update_params")
 
     def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: a loss belongs to one of the optimizers."""
+        """Raise an error, because a loss belongs to one of the optimizers."""
         raise self._ambiguous("backward")
 
     def step(self, *args: Any, **kwargs: Any) -> NoReturn:

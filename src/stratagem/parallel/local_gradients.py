@@ -20,8 +20,8 @@ __all__ = ["LocalGradients", "average_gradients"]
 class LocalGradients:
     """Detects backward passes whose gradients DDP does not average, and averages those gradients before the update.
 
-    DDP averages once after each forward pass: in the next backward pass. Gradients of any further pass, for example when a step
-    calls ``backward`` for each of two losses, are only added on each rank.
+    DDP averages once after each forward pass: in the next backward pass. Gradients of additional passes, for example
+    when a step calls ``backward`` for each of two losses, are only accumulated on each rank.
 
     Args:
         replica: the ``DistributedDataParallel`` whose parameters have the gradients.
@@ -42,7 +42,7 @@ class LocalGradients:
 
     @classmethod
     def of(cls, replica: DistributedDataParallel) -> LocalGradients:
-        """Return the local-gradient tracker of a replica, which observes its forward passes from now on."""
+        """Return the :class:`LocalGradients` of a replica, and start to observe its forward passes."""
         found = cls(replica)
 
         def follow(module: nn.Module, _: Any, output: Any) -> None:
@@ -96,9 +96,10 @@ class LocalGradients:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
-    """Average gradients over a group. A missing gradient counts as zero, but stays missing if no rank has one.
+    """Average gradients over a group.
 
-    Collective, with the same parameters on every rank.
+    A missing gradient is treated as zero, but remains missing if no rank has a gradient. Collective, with the same
+    parameters on every rank.
     """
     some = list(parameters)
     if not some:

@@ -66,9 +66,9 @@ class BaseStrategy(ABC):
         auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
             actual batch size to ``base_batch_size`` (``"linear"``, the default) or by the square root of this ratio
             (``"sqrt"``).
-        buffers: which buffers an evaluation and the weights in a checkpoint use if ranks update them from their own samples,
-            as BatchNorm does: those of rank 0 (``"rank0"``), or, for running means and variances of BatchNorm, the mean over
-            the ranks (``"mean"``). Training continues with the buffers of each rank.
+        buffers: the buffers for evaluation and for the weights in a checkpoint if each rank updates them from its own
+            samples, as in BatchNorm: ``"rank0"`` uses the buffers of rank 0, and ``"mean"`` averages the running means
+            and variances of BatchNorm over the ranks. Training continues with the buffers of each rank.
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.

@@ -235,12 +235,12 @@ class ComposedStrategy(BaseStrategy):
         # Check for missing parts before changing anything.
         state = get_model_state(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
-        # Strict, since the optimizer state of another model must not be applied to these parameters.
+        # Load strictly, because the optimizer state of a different model must not be applied to these parameters.
         report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:
             self.logger.warning(
                 "New parameters keep their initial values and have no optimizer state: %s. All other parameters were "
-                "restored, but the loss is not comparable to that of the saved model.", ", ".join(report.missing),
+                "restored, but the loss is not comparable to the loss of the saved model.", ", ".join(report.missing),
             )  # fmt: skip
         write_per_rank_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
@@ -357,7 +357,7 @@ class ComposedStrategy(BaseStrategy):
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        # A sharded model needs only its shards, which are copied from the memory-mapped file.
+        # A sharded model only reads its shards, which are copied from the memory-mapped file.
         own = torch.device("cpu") if self._placement.sharded else self.world.device
         device = own if map_location == "default" else map_location
         rank_group = RankGroup.of()

@@ -1,4 +1,4 @@
-"""Report the hardware and software of a run, which is logged at the start."""
+"""Collect information about hardware and software, which is logged at the start of a run."""
 
 from __future__ import annotations
 

@@ -47,12 +47,12 @@ _INNER_WRAPPERS: Final = {
 # It is the only place where a call can be redirected before the forward hooks of the module.
 CALL_ATTRIBUTE: Final = "_compiled_call_impl"
 
-# tensors_in(output) returns the tensors in the output of a forward pass, as DistributedDataParallel finds them: only these
-# are part of its reduction.
+# tensors_in(output) returns the tensors in the output of a forward pass, as DistributedDataParallel finds them: only
+# these tensors take part in its reduction.
 tensors_in: Callable[[Any], Iterable[Tensor]] = _ddp._find_tensors
 
-# backward_pass_id() returns the number of the backward pass that calls it from a hook, -1 outside one. No public function
-# distinguishes two backward passes.
+# backward_pass_id() returns the number of the current backward pass if called from a hook, and -1 outside of a backward
+# pass. No public function distinguishes two backward passes.
 backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
 
 # mark_nonfinite(tensors, found, scale) sets ``found`` to 1 if a value is NaN or Inf, and multiplies the tensors by ``scale``,

@@ -217,9 +217,9 @@ def test_gradients_of_several_backward_passes_are_added(two: Ranks, folder: Path
 @pytest.mark.parametrize(
     ("name", "way", "window", "message"),
     [
-        ("ZeRO-1", "two forwards", 1, "keeps only the gradients of the last one. Add the losses"),
-        ("ZeRO-2", "in turn", 1, "keeps only the gradients of the last one. Add the losses"),
-        ("ZeRO-2 offload", "one forward", 1, "keeps only the gradients of the last one. Add the losses"),
+        ("ZeRO-1", "two forwards", 1, "only keeps the gradients of the last backward pass. Add the losses"),
+        ("ZeRO-2", "in turn", 1, "only keeps the gradients of the last backward pass. Add the losses"),
+        ("ZeRO-2 offload", "one forward", 1, "only keeps the gradients of the last backward pass. Add the losses"),
         ("ZeRO-3", "two forwards", 1, "without another forward pass"),
         ("ZeRO-3", "two forwards", 2, "without another forward pass"),
         ("ZeRO-3", "one forward", 1, "without another forward pass"),

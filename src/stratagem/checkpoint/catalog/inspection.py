@@ -1,4 +1,4 @@
-"""Read what a checkpoint records about itself, without reading its tensors."""
+"""Read the metadata of a checkpoint without reading its tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_FINITE = "its weights contain NaN or Inf."
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """The recorded facts about one checkpoint.
+    """The metadata of a checkpoint.
 
     Attributes:
         path: the path of the checkpoint.
@@ -54,7 +54,7 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
-    """Return the facts that a file or directory records; None if it is not a checkpoint saved by a run or a strategy.
+    """Return the metadata of a file or directory; None if it is not a checkpoint that a run or a strategy saved.
 
     A checkpoint is recognized by its contents: a manifest, or the ``meta`` of a single file or of a directory in
     DeepSpeed's format. In addition, everything named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts as

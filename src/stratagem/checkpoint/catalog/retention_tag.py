@@ -1,4 +1,4 @@
-"""The reason for saving a checkpoint, which determines how long it is kept."""
+"""The reason for saving a checkpoint, which determines how long the checkpoint is kept."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class DirectoryFormat:
         """Read the state tree, or only some of its top-level parts.
 
         CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file.
-        Collective over ``rank_group``; each rank verifies a share of the data.
+        Collective over ``rank_group``; each rank verifies a part of the data.
 
         Args:
             path: the checkpoint directory.

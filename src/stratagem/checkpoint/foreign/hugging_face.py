@@ -58,7 +58,7 @@ class HuggingFaceFormat:
 
         Raises:
             CheckpointNotFoundError: if the file does not exist, or the folder has no weights.
-            CheckpointError: if the file contains something else.
+            CheckpointError: if the file has unexpected contents.
             CheckpointDamagedError: if a file cannot be read, or a shard is missing.
         """
         folder = path if path.is_dir() else path.parent

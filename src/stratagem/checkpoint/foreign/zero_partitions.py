@@ -22,7 +22,7 @@ class ZeroPartition(ABC):
     """The partitioning of a group's parameters across ranks.
 
     Attributes:
-        shapes: parameter name -> shape, in order.
+        shapes: a mapping from parameter names to shapes, in order.
     """
 
     shapes: Shapes
@@ -42,7 +42,7 @@ class FlatPartition(ZeroPartition):
     """ZeRO stages 1 and 2: the parameters are concatenated, and each rank has a consecutive range of the result.
 
     Attributes:
-        shapes: parameter name -> shape, in order.
+        shapes: a mapping from parameter names to shapes, in order.
         paddings: the number of padding elements after each parameter.
     """
 
@@ -66,7 +66,7 @@ class PerParameterPartition(ZeroPartition):
     """ZeRO stage 3: each parameter is split into equal parts, one for each rank.
 
     Attributes:
-        shapes: parameter name -> shape, in order.
+        shapes: a mapping from parameter names to shapes, in order.
     """
 
     shapes: Shapes

@@ -71,7 +71,7 @@ class TorchArchive:
         return read_pickle(self._bytes(info))
 
     def storage(self, key: str, length: int) -> torch.UntypedStorage:
-        """Return the storage of a tensor, ``length`` bytes, on the CPU."""
+        """Return the tensor storage ``key``, which has ``length`` bytes, on the CPU."""
         info = self._record(f"data/{key}")
         if info.file_size != length:
             raise CheckpointDamagedError(f"its tensor storage {key!r} has {info.file_size} bytes; expected {length}.")

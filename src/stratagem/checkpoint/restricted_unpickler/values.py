@@ -46,7 +46,7 @@ class StorageReader(Protocol):
     size: int
 
     def storage(self, key: str, length: int) -> torch.UntypedStorage:
-        """Return the storage of ``key``, ``length`` bytes, on the CPU."""
+        """Return the tensor storage ``key``, which has ``length`` bytes, on the CPU."""
 
 
 @final

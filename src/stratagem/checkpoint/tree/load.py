@@ -43,7 +43,7 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.shape_mismatches)
 
     def describe(self) -> str:
-        """Return the differences as lines of text, with the first few keys of each kind."""
+        """Return the differences as lines of text, with the first keys of each kind of difference."""
         lines = ["The model and loaded state dict do not match exactly:"]
         lines.append(f"  {self.matched} of the model's {self.total} keys were found.")
         if self.missing:

@@ -17,9 +17,9 @@ __all__ = ["ShardedTensorState", "take_box", "take_range"]
 
 @final
 class ShardedTensorState:
-    """The boxes of a tensor that this rank holds, as a leaf in a state tree.
+    """The boxes of a tensor that this rank holds, used as a leaf of a state tree.
 
-    Every rank in the saving group passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
+    Each rank that takes part in a save passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
     ranks together cover the tensor. If several ranks hold the same box, the lowest rank writes it.
 
     Args:

@@ -19,7 +19,7 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_incomplete_launch_env", "infer_launcher", "read_launch"]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
-# Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets no variables for ranks.
+# Set by `stratagem train --launcher ray`, with torchrun's variables, since Ray does not set any variables for ranks.
 RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 
 # The variables that each launcher sets for every process. A launcher is detected only if all of them are set: container
@@ -133,7 +133,7 @@ def _read_pytorch(environ: Mapping[str, str]) -> Launch:
         rank=_integer(environ, "RANK"),
         local_rank=local_rank,
         size=size,
-        # Set by torchrun. Without it, the number of ranks on this machine is not known.
+        # Set by torchrun. Without this variable, the number of ranks on this machine is unknown.
         local_size=_integer(environ, "LOCAL_WORLD_SIZE", default=1 if size == 1 else local_rank + 1),
         master_addr=environ["MASTER_ADDR"],
         master_port=_integer(environ, "MASTER_PORT"),

@@ -84,7 +84,7 @@ class ColossalAIPlacement(Placement):
             )
         self._boosted_model: BoostedModel | None = None
         self._param_shards: dict[nn.Parameter, ParamShard] | None = None
-        # The names of the configured parameter groups, since the booster may have removed frozen parameters.
+        # The parameter names of the configured groups. The booster may remove frozen parameters from the groups.
         self.group_names: list[list[str]] = []
         self._dp_group: ProcessGroup | None = None
         self._no_sync: Callable[[], AbstractContextManager[object]] = nullcontext

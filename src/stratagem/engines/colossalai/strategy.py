@@ -94,7 +94,7 @@ def _load(target: str) -> Any:
             return import_object(f"{_HERE}.{target}")
     except MissingDependencyError as error:
         raise MissingDependencyError(
-            f"ColossalAIStrategy needs ColossalAI 0.5.0 ({error}). Install it in a separate environment, without its pinned "
-            "dependencies: pip install --no-deps colossalai==0.5.0, and pip install einops packaging psutil setuptools tqdm. "
-            "See docs/strategies/colossalai.md."
+            f"ColossalAIStrategy requires ColossalAI 0.5.0 ({error}). Install it in a separate environment, without "
+            "its pinned dependencies: pip install --no-deps colossalai==0.5.0, and pip install einops packaging "
+            "psutil setuptools tqdm. See docs/strategies/colossalai.md."
         ) from error

@@ -32,7 +32,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
         engine: the optimizer, wrapped by the booster.
         param_shards: this rank's shard of each parameter.
         settings: the configured wrapper, whose accumulation and ``nonfinite`` options are adopted.
-        no_sync: returns the context manager for a micro-batch whose gradients are not reduced yet.
+        no_sync: a function that returns the context manager for a micro-batch whose gradients are not reduced.
         clipping: the gradient clipping to apply if the plugin does not clip gradients.
         norm_is_logged: whether to compute the gradient norm only for the log, because the plugin clips the gradients.
         reduces_in_backward: whether gradients are only reduced if the backward pass is run by the engine, as with ZeRO.

@@ -1,4 +1,4 @@
-"""The strategy for DeepSpeed. The library itself is imported when the strategy is built."""
+"""The strategy for DeepSpeed. DeepSpeed is imported when the strategy is built."""
 
 from stratagem.engines.deepspeed.strategy import DeepSpeedStrategy
 

@@ -210,7 +210,8 @@ class Stage12MasterWeights(MasterWeights):
         if optimizer.cpu_offload:
             optimizer._offload_accumulated_param_ids = set()
             optimizer.reset_cpu_buffers()
-            # These buffers must be zeroed: every gradient is accumulated into them, including the first one of each parameter.
+            # Zero these buffers, because all gradients are accumulated into them, including the first gradient of each
+            # parameter.
             for accumulated in optimizer.accumulated_grads_in_cpu.values():
                 accumulated.zero_()
             for flat in optimizer.single_partition_of_fp32_groups:

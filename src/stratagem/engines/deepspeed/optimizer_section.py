@@ -13,7 +13,7 @@ from stratagem.optim.gradients import parse_clipping
 
 __all__ = ["as_optimizer", "explain_kernel_errors", "with_accumulation", "with_clipping", "with_optimizer"]
 
-# DeepSpeed's case-insensitive names of optimizers that it creates itself.
+# The case-insensitive names of optimizers that DeepSpeed creates.
 _NAMES: Final = {
     "lion": "FusedLion",
     "lamb": "FusedLamb",

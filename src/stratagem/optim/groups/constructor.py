@@ -96,7 +96,7 @@ class DefaultOptimWrapperConstructor:
         kind = options.get("type")
         target = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
         if not callable(target):
-            return OPTIMIZERS.build(options)  # raises an error
+            return OPTIMIZERS.build(options)  # Raises an error.
         signature = inspect.signature(target).parameters
         infos = self._freeze(iter_parameters(model))
         groups = group_parameters(infos, self._rules, options, signature)

@@ -137,7 +137,7 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
         _refuse_unknown("paramwise_cfg.layer_decay", decay, LayerDecay)
         missing = [key for key in ("rate", "layers") if key not in decay]
         if missing:
-            raise ConfigValueError(f"paramwise_cfg.layer_decay needs {' and '.join(missing)}, got {dict(decay)!r}.")
+            raise ConfigValueError(f"paramwise_cfg.layer_decay requires {' and '.join(missing)}, got {dict(decay)!r}.")
         rules["layer_decay"] = LayerDecay(**decay)
     return ParamwiseRules(**rules)
 

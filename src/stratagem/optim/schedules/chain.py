@@ -88,7 +88,7 @@ class Chain:
             self._choose_reference()
 
     def follow_loaded_values(self) -> None:
-        """Adapt the reference to initial values that were loaded, such that the ratio of the anchor group is unchanged."""
+        """Adapt the reference to loaded initial values, so that the ratio of the anchor group is unchanged."""
         if self._anchor is not None:
             number, ratio = self._anchor
             self._reference = self._optimizer.param_groups[number][self.initial_key] / ratio
@@ -103,7 +103,7 @@ class Chain:
         for number, group in enumerate(self._optimizer.param_groups):
             try:
                 value = initial = group[self.initial_key]
-            except KeyError:  # the group was added later
+            except KeyError:  # The group was added later.
                 value = initial = self._record_initial(group)
             ratio = initial / reference if reference else 1.0
             for link in self.links:
@@ -134,7 +134,7 @@ class Chain:
 
 
 def record_references(optimizer: Optimizer) -> None:
-    """Record the defaults of an optimizer that was built from a configuration: its groups are multiples of them."""
+    """Record the defaults of an optimizer that was built from a configuration, since the values of its groups are multiples of the defaults."""
     vars(optimizer)[_REFERENCES] = {key: value for key, value in optimizer.defaults.items() if _is_number(value)}
 
 
@@ -147,11 +147,7 @@ def scale_option(optimizer: Optimizer, key: str, factor: float) -> None:
 
 
 def _reference(optimizer: Optimizer, key: str, initial: Sequence[float]) -> float:
-    """Return the optimizer's own value of an option, relative to which a setting such as ``eta_max`` applies to each group.
-
-    That is the recorded value, or the default if one of the groups has it, or the largest initial value. It is 0 if neither
-    the optimizer nor a group has a value.
-    """
+    """Return the reference value of an option, to which the initial values of the groups are compared when a setting such as ``eta_max`` is applied to each group. This is the recorded value, the default if one of the groups has this value, or the largest initial value. It is 0 if neither the optimizer nor a group has a value."""
     recorded = vars(optimizer).get(_REFERENCES, {})
     default: Any = recorded.get(key, getattr(optimizer, "defaults", {}).get(key))
     if key == "betas" and default is not None:

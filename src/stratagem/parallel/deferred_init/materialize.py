@@ -20,7 +20,7 @@ __all__ = ["INIT_SOURCES", "InitSource", "InitialWeights", "move_to_meta", "name
 InitSource = Literal["rank0", "per_rank", "whole"]
 INIT_SOURCES: Final[tuple[InitSource, ...]] = ("rank0", "per_rank", "whole")
 
-# The size of one broadcast: large enough to be efficient, small compared with a model that needs sharding.
+# The size of a broadcast: large enough to be efficient, but small compared to a model that requires sharding.
 _CHUNK_BYTES: Final = 32 * 2**20
 
 

@@ -198,8 +198,9 @@ class FSDPPlacement(Placement):
             ties = tied_outside(model, block)
             if ties:
                 raise PlacementError(
-                    f"wrap_policy selects {name!r}, which shares a weight with {ties[0]!r} outside it: the weight would be "
-                    "sharded twice and no longer be tied. Exclude one of them, or select the module that contains both."
+                    f"wrap_policy selects {name!r}, which shares a weight with {ties[0]!r} outside of it. The weight "
+                    "would be sharded twice and would no longer be tied. Exclude one of them, or select the module "
+                    "that contains both."
                 )
         return blocks
 

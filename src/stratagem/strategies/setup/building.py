@@ -133,7 +133,9 @@ def build_optim_wrapper(
         return _wrapper(OPTIM_WRAPPERS.build(optim, default_args={"type": "OptimWrapper"}))
     if "optimizer" in optim or "constructor" in optim:
         if model is None:
-            raise ConfigValueError("build_optim_wrapper needs the model whose parameters are optimized. Pass model=...")
+            raise ConfigValueError(
+                "build_optim_wrapper requires the model whose parameters are optimized. Pass model=..."
+            )
         return construct_optim_wrapper(model, optim)
     if not optim:
         raise ConfigValueError(

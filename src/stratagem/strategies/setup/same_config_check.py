@@ -37,7 +37,7 @@ def require_one_config(text: str, shown: str | None = None) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     texts = all_gather_object(_ADDRESS.sub("", shown))
     differences = _difference(texts[0], texts[others[0]]) or (
-        "  Only secrets or values from environment variables differ, which are not shown."
+        "  Only secrets or values from environment variables differ. They are not shown."
     )
     raise LaunchError(
         f"The configurations of {len(others)} of {len(digests)} ranks differ from the configuration of rank 0. Rank 0 "

@@ -46,9 +46,9 @@ def restore_accumulation_state(
 ) -> None:
     """Restore the incomplete windows that :func:`gather_accumulation_state` saved, with the gradients of this rank.
 
-    If the number of ranks has changed, each rank gets a share of the gradients such that synchronization yields the same
-    result. An optimizer starts a new window without these gradients if the length of its windows has changed, or if float16
-    overflowed in the window and it now trains without a loss scale.
+    If the number of ranks has changed, the gradients are divided among the ranks so that synchronization yields the
+    same result. An optimizer starts a new window without these gradients if the length of its windows has changed, or
+    if float16 overflowed in the window and it now trains without a loss scale.
 
     Args:
         optim: the optimizer wrapper, or an ``OptimWrapperDict`` for several optimizers.

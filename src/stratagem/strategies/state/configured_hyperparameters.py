@@ -1,4 +1,4 @@
-"""Compare the configured options of optimizers and schedules with those in a checkpoint, and restore the configured ones."""
+"""Compare the configured options of optimizers and schedules with a checkpoint, and restore the configured options."""
 
 from __future__ import annotations
 

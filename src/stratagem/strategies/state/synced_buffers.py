@@ -1,4 +1,4 @@
-"""Use the same buffers on all ranks in an evaluation and in the model part of a checkpoint."""
+"""Use the same buffers on all ranks during evaluation and in the model state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def require_buffer_source(source: Any) -> BufferSource:
 def iter_buffers(model: nn.Module) -> Iterator[Buffer]:
     """Yield the buffers of all modules; a shared module is visited once.
 
-    They are not read from the state dict, for which tensor-parallel layers of engines gather their parameters.
+    The state dict is not used, because tensor-parallel layers of engines would gather their parameters for it.
     """
     canonical = canonical_names(model)
     for prefix, module in model.named_modules():
@@ -86,9 +86,9 @@ class SyncedBuffers:
 
     Args:
         world: this process in the run.
-        logger: logs once which buffers differ between ranks.
-        source: ``"rank0"`` uses the buffers of rank 0. ``"mean"`` uses the mean over the ranks for the running means and
-            variances of torch's BatchNorm classes, and the buffers of rank 0 for all others.
+        logger: the logger for the names of buffers that differ between ranks, which are logged once.
+        source: ``"rank0"`` uses the buffers of rank 0. ``"mean"`` averages the running means and variances of torch's
+            BatchNorm classes over the ranks, and uses the other buffers of rank 0.
     """
 
     def __init__(self, world: World, logger: logging.Logger, source: BufferSource) -> None:
@@ -96,11 +96,11 @@ class SyncedBuffers:
         self._world = world
         self._logger = logger
         self._named: set[str] = set()
-        # The buffers that are currently replaced, with this rank's values; None outside an evaluation.
+        # The buffers that are currently replaced, with this rank's values; None outside of an evaluation.
         self._own: list[tuple[Buffer, Tensor]] | None = None
 
     def announce(self, model: nn.Module) -> None:
-        """Log which buffers of the model are known to be updated from the samples of each rank."""
+        """Log the names of buffers that each rank updates from its own samples."""
         if self._world.size > 1:
             layers = (each for each in iter_buffers(model) if isinstance(each.owner, _BatchNorm))
             self._log_names([each.name for each in layers if not isinstance(each.owner, nn.SyncBatchNorm)])
@@ -108,7 +108,7 @@ class SyncedBuffers:
     def local_values(self, model: nn.Module, group: ProcessGroup | None) -> dict[str, Tensor]:
         """Return this rank's values of the persistent buffers that differ between ranks. Collective.
 
-        Also in an evaluation, these are the values with which training continues. They are not copied.
+        These are the values with which training continues, also during an evaluation. They are not copied.
 
         Args:
             model: the unwrapped model.
@@ -119,17 +119,19 @@ class SyncedBuffers:
 
     @property
     def changes_rank0(self) -> bool:
-        """Whether the synchronized buffers can differ from those of rank 0."""
+        """Whether the synchronized buffers can differ from the buffers of rank 0."""
         return self.source == "mean" and self._world.size > 1
 
     @contextmanager
     def applied(self, model: nn.Module, group: ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
-        """Use the synchronized buffers within a block; yield those that are replaced. Collective, except the end of the block.
+        """Use the synchronized buffers inside the ``with`` block; yield the replaced buffers.
+
+        Collective, except the end of the block.
 
         Args:
             model: the unwrapped model.
-            group: the ranks that together process all data, if others process the same samples with other shards of the
-                layers; None for all ranks.
+            group: the ranks that together process all data, if there are other ranks that process the same samples, as
+                in tensor parallelism; None for all ranks.
 
         Raises:
             StateError: if a persistent buffer has different shapes or dtypes on the ranks.
@@ -163,7 +165,7 @@ class SyncedBuffers:
         """Return synchronized copies of tensors, which have the same names, shapes and dtypes on all ranks. Collective.
 
         Args:
-            tensors: the tensors of this rank. Of a ``DTensor``, the local shard is synchronized.
+            tensors: the tensors of this rank. For a ``DTensor``, the local shard is synchronized.
             statistics: the names of running means and variances of BatchNorm layers.
             group: see :meth:`applied`.
         """
@@ -214,14 +216,14 @@ class SyncedBuffers:
                 "the mean over the ranks for running means and variances of BatchNorm, and rank 0's values for the rest"
             )
         self._logger.info(
-            "Each rank updates %d buffers from its own samples: %s. Training continues with the values of each rank. "
-            "Evaluations and the weights in checkpoints use %s (strategy option buffers=%r).",
+            "Each rank updates %d buffers from its own samples: %s. Training uses the values of each rank. Evaluation "
+            "and the weights in checkpoints use %s (strategy option buffers=%r).",
             len(new), listed, used, self.source,
         )  # fmt: skip
 
 
 def _digest_of_all(described: Mapping[str, Any]) -> str:
-    """Return one digest for the descriptions of all buffers."""
+    """Return a single digest of the descriptions of all buffers."""
     return digest_of_tensor(torch.frombuffer(bytearray(repr(sorted(described.items())), "utf-8"), dtype=torch.uint8))
 
 

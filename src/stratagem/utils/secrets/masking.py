@@ -37,7 +37,7 @@ _HEADER = re.compile(
     r"|\bbearer[ ])(?P<value>(?=[^\s\"',;\\]*[\d=])[^\s\"',;\\]{8,})",
     re.IGNORECASE,
 )
-# Every secret's name matches this pattern, so strings without a match need no further search.
+# The names of all secrets match this pattern, so strings without a match are not searched further.
 _HINT = re.compile("pass|secret|cred|token|auth|key|cookie|bearer|dsn|jwt|pw|connection|uid", re.IGNORECASE)
 # Tokens with a well-known prefix.
 _TOKEN = re.compile(
