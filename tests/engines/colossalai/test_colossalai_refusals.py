@@ -33,7 +33,7 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
             {**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}},
             "The plugin sets the precision: use OptimWrapper and",
         ),
-        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars needs whole parameters"),
+        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars requires whole parameters"),
         (
             {**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "colossalai.FusedAdam"}}},
             "requires CUDA",

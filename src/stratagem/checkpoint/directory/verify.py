@@ -72,7 +72,7 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _check_digest(file: Path, entry: Mapping[str, Any]) -> bytes:
-    """Check the digest of the first ``entry["bytes"]`` bytes of a file, and return them."""
+    """Return the first ``entry["bytes"]`` bytes of a file after comparing their digest with ``entry``."""
     if entry["bytes"] > MAX_JSON_BYTES:
         raise CheckpointDamagedError(f"{file} cannot be read: the manifest lists {entry['bytes']} bytes of JSON.")
     try:

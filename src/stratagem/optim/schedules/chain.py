@@ -134,7 +134,10 @@ class Chain:
 
 
 def record_references(optimizer: Optimizer) -> None:
-    """Record the defaults of an optimizer that was built from a configuration, since the values of its groups are multiples of the defaults."""
+    """Record the defaults of an optimizer that was built from a configuration.
+
+    The values of its groups are multiples of the defaults.
+    """
     vars(optimizer)[_REFERENCES] = {key: value for key, value in optimizer.defaults.items() if _is_number(value)}
 
 
@@ -147,7 +150,12 @@ def scale_option(optimizer: Optimizer, key: str, factor: float) -> None:
 
 
 def _reference(optimizer: Optimizer, key: str, initial: Sequence[float]) -> float:
-    """Return the reference value of an option, to which the initial values of the groups are compared when a setting such as ``eta_max`` is applied to each group. This is the recorded value, the default if one of the groups has this value, or the largest initial value. It is 0 if neither the optimizer nor a group has a value."""
+    """Return the reference value of an option, from which the ratio of each group is computed.
+
+    A setting such as ``eta_max`` is multiplied by the ratio of a group. The reference value is the recorded value, the
+    default if one of the groups has this value, or the largest initial value. It is 0 if neither the optimizer nor a
+    group has a value.
+    """
     recorded = vars(optimizer).get(_REFERENCES, {})
     default: Any = recorded.get(key, getattr(optimizer, "defaults", {}).get(key))
     if key == "betas" and default is not None:
