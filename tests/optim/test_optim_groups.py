@@ -231,7 +231,7 @@ def test_the_default_rate_is_that_of_the_optimizer() -> None:
         (dict(match="glob"), ConfigValueError, "Unknown match"),
         (dict(layer_decay=dict(rate=0.5, layer="x")), ConfigKeyError, "'layers'"),
         (dict(layer_decay=dict(rate=0.5, layers=r"blocks\.(\d+)")), ConfigValueError, "no parameter matches"),
-        (dict(layer_decay=dict(rate=0.5)), ConfigValueError, "needs layers"),
+        (dict(layer_decay=dict(rate=0.5)), ConfigValueError, "requires layers"),
         (dict(freeze=[""]), ConfigValueError, "no parameters to train"),
     ],
 )

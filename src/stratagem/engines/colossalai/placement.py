@@ -267,6 +267,6 @@ def _refuse_optimizer(settings: OptimWrapper) -> None:
     name = type(settings.optimizer).__name__
     if name in WHOLE_PARAMETERS:
         raise PlacementError(
-            f"{name} requires whole parameters, but under ZeRO each rank updates only a range of each. Use plugin='torch-ddp', or "
-            "an elementwise optimizer such as AdamW."
+            f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
+            "plugin='torch-ddp', or an elementwise optimizer such as AdamW."
         )
