@@ -306,7 +306,7 @@ def test_a_run_that_keeps_one_always_has_one(tmp_path: Path, *, background: bool
     results = json.loads(done.stdout)
     assert results["killed"] > 40
     assert results["status"] == [-signal.SIGKILL]
-    # There were two checkpoints before; the one that is found is complete and not older.
+    # There were two checkpoints before the kill. The one that is found is complete and not older than they are.
     assert results["lost"] == []
     # The killed one, and one more that was not removed in time.
     assert results["most"] == 2

@@ -306,7 +306,7 @@ def test_server_errors_are_reported(site: Site, cache: Path, name: str, kind: ty
     "address", ["http://127.0.0.1:9/x.pth", "http:///x.pth", "http://127.0.0.1:port/x.pth", "http://[/x.pth"]
 )
 def test_no_response_is_a_checkpoint_error(address: str, cache: Path) -> None:
-    """A refused connection and an invalid address are errors with the address."""
+    """A refused connection and an invalid address raise errors with the address."""
     with pytest.raises(CheckpointError, match=r"/x\.pth") as caught:
         CheckpointLoader.fetch(address)
     assert type(caught.value) is CheckpointError

@@ -141,7 +141,7 @@ def test_a_truncated_safetensors_file_is_damaged(tmp_path: Path, length: int) ->
 
 
 def test_other_folders_are_reported(tmp_path: Path) -> None:
-    """A folder without weights, a missing file and pickled objects are errors."""
+    """A folder without weights, a missing file and pickled objects raise errors."""
     with pytest.raises(CheckpointError, match="is not a Stratagem checkpoint"):
         read_any(tmp_path)
     with pytest.raises(CheckpointNotFoundError):

@@ -81,7 +81,7 @@ def test_a_shard_of_another_shape_is_rejected() -> None:
 
 
 def test_one_process_stores_complete_shards_as_a_tensor(tmp_path) -> None:
-    """Shards that cover the tensor are stored as a tensor."""
+    """Shards that together cover a tensor are stored as one full tensor."""
     whole = torch.randn(3, 4)
     halves = [
         ShardedTensorState.from_flat_range(whole.flatten()[:5], 0, (3, 4)),

@@ -67,7 +67,7 @@ def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, session_fol
 
 
 def test_a_missing_history_is_an_error(stratagem: Command, tmp_path: Path) -> None:
-    """A checkpoint without a history and a folder without runs are errors."""
+    """A checkpoint without a history and a folder without runs raise errors."""
     save_checkpoint({"state_dict": {}}, tmp_path / "c")
     assert "has no history of sessions" in stratagem("runs", "show", tmp_path / "c").err
     assert "No run found in" in stratagem("runs", "ls", tmp_path).err

@@ -128,7 +128,7 @@ def test_a_model_that_cannot_generate_is_rejected(
 def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
     stratagem: Command, written: tuple[str, str], tmp_path: Path
 ) -> None:
-    """A prompt without tokens and a missing checkpoint are errors."""
+    """A prompt without tokens and a missing checkpoint raise errors."""
     config, run = written
     empty = stratagem("sample", config, run, "--prompt", "")
     assert (empty.status, "--prompt '' has no tokens" in empty.err) == (2, True)

@@ -85,7 +85,7 @@ def test_submitting_without_slurm(stratagem: Callable[..., Any], config: str, mo
 def test_invalid_slurm_options(
     stratagem: Callable[..., Any], config: str, option: str, value: str, expected: str
 ) -> None:
-    """Invalid SLURM options are errors with a suggestion."""
+    """Invalid SLURM options raise errors with a suggestion."""
     outcome = stratagem("submit", config, f"{option}={value}", "--print")
     assert outcome.status == 2
     assert expected in outcome.err

@@ -126,6 +126,6 @@ def test_a_state_of_a_different_precision_can_be_loaded() -> None:
     ],
 )
 def test_invalid_arguments_are_rejected(options: dict[str, object], error: type[Exception], text: str) -> None:
-    """Invalid arguments are errors when the wrapper is built."""
+    """Invalid arguments raise errors when the wrapper is built."""
     with pytest.raises(error, match=text):
         wrapped(**options)

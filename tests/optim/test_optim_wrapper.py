@@ -389,7 +389,7 @@ def test_a_plain_step_adds_six_calls() -> None:
             loss = model(data).sum()
         wrapper.update_params(loss)
 
-    # The context of optim_context adds three more.
+    # The context of optim_context adds three more calls.
     assert calls(ours) - calls(bare) <= 6 + 3
 
 

@@ -278,7 +278,7 @@ def test_the_unit_can_be_chosen(options: dict[str, object], unit: str) -> None:
     ],
 )
 def test_invalid_arguments_are_rejected(options: dict[str, object], error: type[Exception], text: str) -> None:
-    """Invalid ranges, units and names are errors at construction."""
+    """Invalid ranges, units and names raise errors at construction."""
     with pytest.raises(error, match=text):
         StepLR(optimizer(), 1, **options)
 

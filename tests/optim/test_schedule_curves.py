@@ -152,6 +152,6 @@ def test_a_range_with_one_position_reaches_its_end() -> None:
     ],
 )
 def test_invalid_curves_are_rejected(make: Callable[[Optimizer], ParamScheduler], text: str) -> None:
-    """Invalid numbers are errors at construction."""
+    """Invalid numbers raise errors at construction."""
     with pytest.raises(ConfigValueError, match=text):
         make(optimizer())

@@ -76,7 +76,7 @@ def test_a_schedule_of_the_momentum_keeps_the_ratios_of_the_groups() -> None:
 
 
 def test_groups_without_weight_decay_stay_without() -> None:
-    """A schedule that raises the weight decay to 0.3 leaves a group with 0 at 0."""
+    """A schedule that increases the weight decay to 0.3 does not change a group whose weight decay is 0."""
     optim = groups(0.1, 0.1)
     optim.param_groups[0]["weight_decay"] = 0.1
     schedule = CosineAnnealingParamScheduler(optim, "weight_decay", T_max=2, eta_min=0.3)

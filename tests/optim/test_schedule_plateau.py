@@ -101,7 +101,7 @@ def test_state_round_trips_through_json() -> None:
 
 
 def test_invalid_arguments_are_rejected() -> None:
-    """Invalid metrics, units, settings and states are errors with the valid alternatives."""
+    """Invalid metrics, units, settings and states raise errors with the valid alternatives."""
     schedule = ReduceOnPlateauLR(optimizer(), monitor="accuracy")
     with pytest.raises(ConfigTypeError, match="must be a mapping"):
         schedule.step(0.5)  # type: ignore[arg-type]

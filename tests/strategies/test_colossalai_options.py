@@ -114,7 +114,7 @@ def test_unsupported_options_are_rejected(plugin: Any, precision: Any, error: ty
 
 
 def test_mmengine_options_without_an_equivalent_are_rejected() -> None:
-    """Options of MMEngine without an equivalent are errors; its ColossalAI wrapper is accepted."""
+    """Options of MMEngine without an equivalent raise errors; its ColossalAI wrapper is accepted."""
     refuse_other_wrappers(None, {"type": "CollosalAIModelWrapper"})
     with pytest.raises(PlacementError, match=r"Set options of the plugin"):
         refuse_other_wrappers({"clip_grad_norm": 1.0}, None)
@@ -123,7 +123,7 @@ def test_mmengine_options_without_an_equivalent_are_rejected() -> None:
 
 
 def test_clipping_must_be_consistent() -> None:
-    """The wrapper's clip_grad is passed to the plugin; conflicting values and other types of clipping are errors."""
+    """The wrapper's clip_grad is passed to the plugin; conflicting values and other types of clipping raise errors."""
     clipping = parse_clipping({"max_norm": 0.5})
     assert max_norm_of(clipping, 0.0) == max_norm_of(clipping, 0.5) == max_norm_of(None, 0.5) == 0.5
     assert max_norm_of(None, 0.0) == 0.0

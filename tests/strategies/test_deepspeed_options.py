@@ -228,7 +228,7 @@ def test_other_wrappers_are_rejected() -> None:
 
 
 def test_checkpoint_formats_are_checked(tmp_path: Path) -> None:
-    """An unknown checkpoint format, and an option of the other format, are errors."""
+    """An unknown checkpoint format, and an option of the other format, raise errors."""
     with pytest.raises(ConfigValueError, match="'deepspeed'"):
         DeepSpeedStrategy(work_dir=tmp_path, checkpoint_format="deepsped")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ConfigValueError, match="checkpoint_format='deepspeed'"):

@@ -114,7 +114,7 @@ def test_unknown_checkpoint_formats_are_rejected(state: str | None, cfg: Any, me
     ],
 )
 def test_options_of_the_wrong_type_are_rejected(options: dict[str, Any], message: str) -> None:
-    """Options with an invalid type are errors before anything is built."""
+    """Options with an invalid type raise errors before anything is built."""
     with pytest.raises(ConfigError, match=message):
         FSDPOptions(**options)
 

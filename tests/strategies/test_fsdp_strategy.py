@@ -170,7 +170,7 @@ def refused_all(folder: str) -> dict[str, str]:
 
 
 def test_invalid_setups_are_rejected_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
-    """Invalid policies, meshes and options, and ranks that differ, are errors on every rank before the first step."""
+    """Invalid policies, meshes and options, and ranks that differ, raise errors on every rank before the first step."""
     for errors in ranks.run(refused_all, str(tmp_path)):
         unlike = {
             name: errors[name] for name, (_, _, text) in REFUSED.items() if not re.match(f"(?s){text}", errors[name])

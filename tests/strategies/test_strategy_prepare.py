@@ -145,7 +145,7 @@ def test_reading_an_attribute_before_prepare_is_an_error(single: Make, name: str
 
 
 def test_state_before_prepare_is_rejected(single: Make, tmp_path: Path) -> None:
-    """Saving, loading and resuming before ``prepare`` are errors."""
+    """Saving, loading and resuming before ``prepare`` raise errors."""
     strategy = single()
     for act in (
         strategy.model_state_dict,
@@ -365,7 +365,7 @@ def misuse_on_a_rank(folder: str) -> list[str]:
 
 
 def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """A step that bypasses DDP, a compiled step, and other unsupported uses are errors."""
+    """A step that bypasses DDP, a compiled step, and other unsupported uses raise errors."""
     for errors in ranks.run(misuse_on_a_rank, str(tmp_path)):
         around, compiled, childless, synchronised, unknown, wrapped = errors
         assert around.startswith("Direct.train_step used the model's parameters without calling self(...)")

@@ -89,7 +89,7 @@ def test_all_results_of_a_metric_are_kept_in_the_order_of_the_batches(ranks: Ran
 
 
 def run_pieces(folder: str, kinds: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Train two epochs, once without a stop and once stopped and resumed, with each kind; return both records."""
+    """Train two epochs with each kind of loader, without a stop and stopped and resumed; return both records."""
     found = {}
     for kind in kinds:
         seed_generators()

@@ -66,7 +66,7 @@ def test_accumulation_does_not_change_the_curve_over_the_run(make_runner: MakeRu
 
 
 def test_a_schedule_by_step_counts_optimizer_steps(make_runner: MakeRunner):
-    """10 iterations in windows of 4 are 3 steps, and the value changes after each."""
+    """10 iterations in windows of 4 give 3 steps, and the value changes after each."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "by": "step"}
     found = rates(make_runner, scheduler, train_cfg={"max_iters": 10}, optim={"accumulative_counts": 4})
     assert found == [1.0] * 4 + [0.5] * 4 + [0.25] * 2
