@@ -44,7 +44,7 @@ def rates(optim: Optimizer, schedules: list[ParamScheduler], count: int) -> list
 
 
 def test_schedules_with_disjoint_ranges() -> None:
-    """A warm-up over [0, 3) is followed by a decay; positions are relative to the begin of each schedule."""
+    """A warm-up over [0, 3) is followed by a decay; positions are relative to the beginning of each schedule."""
     optim = optimizer()
     schedules = [LinearLR(optim, start_factor=0.5, end=3), ExponentialLR(optim, 0.5, begin=3)]
     assert rates(optim, schedules, 6) == [0.5, 0.75, 1.0, 1.0, 0.5, 0.25]
