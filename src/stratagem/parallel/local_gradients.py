@@ -27,7 +27,7 @@ class LocalGradients:
         replica: the ``DistributedDataParallel`` whose parameters have the gradients.
 
     Attributes:
-        held: whether gradients were held back on purpose (``no_sync``); the next averaging pass includes them.
+        held: whether gradients were intentionally not averaged (``no_sync``); the next averaging pass includes them.
         missed: whether a backward pass was not averaged although it was not under ``no_sync``.
     """
 

@@ -30,8 +30,8 @@ _ELEMENTWISE: Final = frozenset(
     }
 )
 _ONE_BIT: Final = (
-    "it compresses gradients to one bit, so its updates differ from a single process, and it requires NCCL or MPI. "
-    "Use AdamW, or FusedAdam on accelerators."
+    "it compresses gradients to one bit, so its updates differ from the updates of a single process, and it requires "
+    "NCCL or MPI. Use AdamW, or FusedAdam on accelerators."
 )
 _REASONS: Final = {
     "Adagrad": "DeepSpeed rebuilds it without the options of its parameter groups. Use RMSprop or AdamW, or stage=0.",

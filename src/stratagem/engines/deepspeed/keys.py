@@ -127,7 +127,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "disable_allgather": "the weights would differ between ranks. Omit it.",
 }
 _REFUSED_INSIDE: Final[Mapping[str, str]] = {
-    "zenflow": "its updates are delayed and therefore differ from a single process. Omit it.",
+    "zenflow": "its updates are delayed and differ from the updates of a single process. Omit it.",
     "zero_hpz_partition_size": "secondary partitions are not saved in checkpoints. Omit it.",
     "zero_quantized_weights": "quantized communication changes the results. Omit it.",
     "zero_quantized_nontrainable_weights": "quantized communication changes the results. Omit it.",
