@@ -62,7 +62,7 @@ DATASETS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("options", LOADING)
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_epoch_reaches_the_dataset(name: str, options: dict[str, Any]) -> None:
-    """Samples of each epoch see its number, also after a resume in epoch 3."""
+    """The dataset receives the number of each epoch, also after a resume in epoch 3."""
     loader = build_dataloader(DataLoader(DATASETS[name](), batch_size=2, **options), seed=0, training=True)
     epochs = [{int(epoch) for batch in loader.batches(number) for epoch in batch[0]} for number in (0, 1, 3)]
     assert epochs == [{0}, {1}, {3}]
@@ -98,7 +98,7 @@ def test_a_custom_loader_whose_workers_would_never_receive_an_epoch_is_refused(d
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [DataLoader, OwnLoader])
 def test_a_shuffled_hugging_face_stream_has_a_different_order_in_each_epoch(kind: type[DataLoader[Any]]) -> None:
-    """These streams keep the epoch in shared memory, so persistent workers of any loader receive it."""
+    """Hugging Face streams keep the epoch in shared memory, so persistent workers of any loader receive it."""
 
     def stream() -> Any:
         data = datasets.Dataset.from_dict({"x": list(range(32))}).to_iterable_dataset(num_shards=2)

@@ -120,7 +120,7 @@ class MovedInPlace:
         self.tensor = torch.ones(1)
 
     def to(self, device: torch.device) -> None:
-        """Move in place."""
+        """Move the object in place."""
         self.tensor = self.tensor.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Buffers of modules whose forward pass is repeated in the backward pass."""
+"""Tests of buffers of modules whose forward pass is repeated in the backward pass."""
 
 import copy
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_batch_norm_in_a_checkpoint_of_the_model(tmp_path: Path, call: Any, accu
 
 
 def test_error_in_a_recomputation_restores_the_buffers():
-    """The buffers of the model are its own again after a forward pass in the backward pass failed."""
+    """The buffers of the model are restored after a forward pass within the backward pass failed."""
 
     class Failing(nn.BatchNorm1d):
         calls = 0

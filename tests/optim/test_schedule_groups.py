@@ -67,7 +67,7 @@ def test_groups_keep_their_ratios_to_the_default_learning_rate(name: str) -> Non
 
 
 def test_a_schedule_of_the_momentum_keeps_the_ratios_of_the_groups() -> None:
-    """``betas[0]`` of a group with half the momentum stays at half, down to half of ``eta_min``."""
+    """``betas[0]`` of a group with half the momentum stays at half the scheduled value, down to half of ``eta_min``."""
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optim = Adam([{"params": parameters[:1]}, {"params": parameters[1:], "betas": (0.4, 0.999)}], betas=(0.8, 0.999))
     schedule = CosineAnnealingMomentum(optim, T_max=2, eta_min=0.2)
@@ -140,7 +140,7 @@ PER_GROUP: dict[str, tuple[Callable[[Any, Sequence[float]], Any], int, list[floa
 
 @pytest.mark.parametrize("name", PER_GROUP)
 def test_a_list_has_a_value_for_each_group(name: str) -> None:
-    """The values of a list are reached as they are, regardless of the ratio of the groups."""
+    """Each group reaches its value in the list, regardless of the ratios between the groups."""
     make, position, expected = PER_GROUP[name]
     assert course(groups(0.1, 0.2), lambda o: make(o, expected), 6)[position] == pytest.approx(expected)
 

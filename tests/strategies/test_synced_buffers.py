@@ -129,7 +129,7 @@ def train(work_dir: str, strategy: Mapping[str, Any], *, interval: int = 4, save
 
 
 def evaluate_alone(work_dir: Path, checkpoint: Path) -> float:
-    """Return the metric of a checkpoint that a single process evaluates."""
+    """Evaluate a checkpoint in a single process and return its metric."""
     made = runner(str(work_dir), None, load_from=checkpoint)
     try:
         return made.val()["meansquarederror"]
@@ -156,7 +156,7 @@ def same(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize("source", ["rank0", "mean"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_logged_metric_equals_the_metric_of_the_checkpoint(ranks: Ranks, tmp_path: Path, strategy: str, source: str):
-    """A validation with several ranks scores the model that the checkpoint of this iteration contains."""
+    """A validation with several ranks gives the metric of the model in the checkpoint of the same iteration."""
     (metrics, *_), (others, *_) = ranks.run(train, str(tmp_path), {**STRATEGIES[strategy], "buffers": source})
     assert metrics == others
     for iteration in (4, 8, 12):
@@ -167,7 +167,7 @@ def test_logged_metric_equals_the_metric_of_the_checkpoint(ranks: Ranks, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP"])
 def test_evaluations_and_saves_do_not_change_the_training(ranks: Ranks, tmp_path: Path, strategy: str):
-    """The buffers of each rank and the weights are equal bit for bit, whatever the intervals of evaluations and saves."""
+    """The intervals of evaluations and saves do not affect the weights and the buffers of each rank, bit for bit."""
     runs = [
         ranks.run(train, str(tmp_path / str(number)), {**STRATEGIES[strategy], "buffers": source}, **intervals)
         for number, (source, intervals) in enumerate(
@@ -217,7 +217,7 @@ def test_mean_applies_to_running_statistics_only(ranks: Ranks, tmp_path: Path):
 
 @pytest.mark.slow
 def test_best_checkpoint_contains_the_buffers_that_scored(ranks: Ranks, tmp_path: Path):
-    """save_best decides by the score of the model that it saves."""
+    """``save_best`` uses the score of the model that it saves."""
     best = {"save_best": "meansquarederror", "rule": "less"}
     (metrics, *_), _ = ranks.run(train, str(tmp_path), STRATEGIES["DDP"], interval=3, saves=-1, checkpoint=best)
     (path,) = tmp_path.glob("best_*")
@@ -227,7 +227,7 @@ def test_best_checkpoint_contains_the_buffers_that_scored(ranks: Ranks, tmp_path
 
 @pytest.mark.slow
 def test_log_names_the_buffers_once(ranks: Ranks, tmp_path: Path):
-    """BatchNorm is named before training, other buffers when they first differ, and each of them once."""
+    """The log names BatchNorm layers before training, and other buffers once, when they first differ between ranks."""
     (*_, lines), _ = ranks.run(train, str(tmp_path), STRATEGIES["DDP"])
     reported = [line for line in lines if "from its own samples" in line]
     assert len(reported) == 2
@@ -265,7 +265,7 @@ def shapes(work_dir: str, *, persistent: bool) -> Any:
 
 @pytest.mark.slow
 def test_buffers_of_different_shapes_are_rejected_or_caches(ranks: Ranks, tmp_path: Path):
-    """A persistent buffer needs one shape; a non-persistent one is a cache of the rank and is not changed."""
+    """A persistent buffer must have the same shape on all ranks; a non-persistent one is a local cache and is unchanged."""
     for error in ranks.run(shapes, str(tmp_path), persistent=True):
         assert "'table'" in error
         assert "rank 0: float32[2], rank 1: float32[3]" in error
@@ -276,7 +276,7 @@ def test_buffers_of_different_shapes_are_rejected_or_caches(ranks: Ranks, tmp_pa
 
 
 def count_collectives(work_dir: str) -> list[str]:
-    """Return the collectives that synchronizing equal buffers runs."""
+    """Return the collectives that are run to synchronize equal buffers."""
     made = runner(work_dir, {"type": "DDPStrategy"})
     called: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -298,12 +298,12 @@ def count_collectives(work_dir: str) -> list[str]:
 
 @pytest.mark.slow
 def test_equal_buffers_cost_one_comparison(ranks: Ranks, tmp_path: Path):
-    """If all buffers are equal, an evaluation compares one digest and sends nothing."""
+    """If all buffers are equal, an evaluation compares one digest and does not communicate the buffers."""
     assert ranks.run(count_collectives, str(tmp_path)) == [["all_gather_object"]] * 2
 
 
 def test_single_process_evaluates_its_buffers(tmp_path: Path):
-    """In one process, both sources mean the only buffers there are."""
+    """In a single process, both values of ``buffers`` select the buffers of that process."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, buffers="mean")
     try:
         model = strategy.prepare(Model())
@@ -315,7 +315,7 @@ def test_single_process_evaluates_its_buffers(tmp_path: Path):
 
 
 def test_unknown_source_is_rejected(tmp_path: Path):
-    """Both the strategy and the check of the configuration suggest the valid value."""
+    """The strategy and the check of the configuration both suggest the closest valid value."""
     with pytest.raises(ConfigValueError, match="Unknown buffers='rank'. Did you mean 'rank0'"):
         SingleDeviceStrategy(work_dir=tmp_path, buffers="rank")
     for kind in ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy", "ColossalAIStrategy"):

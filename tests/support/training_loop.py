@@ -1,4 +1,4 @@
-"""One training loop for the tests that compare strategies: each of them collects what it compares."""
+"""One training loop for the tests that compare strategies; each test collects the values that it compares."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_a_stop_by_a_hook_discards_the_unfinished_window(make_runner: MakeRunner
 def test_an_interrupted_run_finishes_its_window_and_resumes_exactly(
     make_runner: MakeRunner, tmp_path: Path, train_cfg: dict, at: int
 ):
-    """An interrupted run completes its window of 4, or ends before, so the checkpoint contains no gradients."""
+    """An interrupted run first completes its accumulation window or ends, so the checkpoint contains no gradients."""
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)

@@ -21,7 +21,7 @@ KINDS = ["plain", "whole", "part"]
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """Return a compiled module, without the time that a real backend takes."""
+    """Return a module compiled with a backend that takes no time."""
     wrapper: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
     return wrapper
 
@@ -36,7 +36,7 @@ class PartlyCompiled(Toy):
 
 
 class Holder(Toy):
-    """The model has an attribute called like the attribute of a compiled module."""
+    """A model with an attribute that has the same name as the attribute of a compiled module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 def test_a_run_resumes_with_other_parts_compiled(
     make_runner: MakeRunner, tmp_path: Path, before: str, after: str
 ) -> None:
-    """Weights, optimizer state, averages and an incomplete accumulation window continue, bit-equal to a plain run."""
+    """A resumed run with compiled parts is bit-identical to a plain run: weights, optimizer, averages and open window."""
     expected = trained(make_runner, "plain", tmp_path / "plain")
     trained(make_runner, before, tmp_path / "before")
     resumed = trained(make_runner, after, tmp_path / "after", resume=str(tmp_path / "before" / "iter_5"))
@@ -114,7 +114,7 @@ def test_a_checkpoint_with_names_of_a_compiled_part_is_resumed(make_runner: Make
 
 
 def test_a_model_with_an_attribute_orig_mod_resumes(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """The attribute is a part of the names, as in torch."""
+    """An attribute of the model with this name is part of the parameter names, as in torch."""
     expected = trained(make_runner, "holder", tmp_path / "whole")
     assert "_orig_mod.0.weight" in expected["state_dict"]
     resumed = trained(make_runner, "holder", tmp_path / "resumed", resume=str(tmp_path / "whole" / "iter_5"))
@@ -147,7 +147,7 @@ def train_on_ranks(folder: str, strategy: str, before: str, after: str) -> tuple
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_resume_with_a_compiled_part(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
-    """Under DDP and FSDP, a plain run continues with a compiled part and the other way around."""
+    """Under DDP and FSDP, a plain run can be resumed with a compiled part, and vice versa."""
     plain = ranks.run(train_on_ranks, str(tmp_path / "plain"), strategy, "plain", "plain")
     for before, after in (("plain", "part"), ("part", "plain")):
         assert ranks.run(train_on_ranks, str(tmp_path / f"{before}_{after}"), strategy, before, after) == plain

@@ -224,7 +224,7 @@ def as_samples(rows: list[dict[str, Any]]) -> Any:
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_stream_with_a_shuffle_buffer_resumes_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
-    """The state of such a stream does not contain the samples in its buffer, so the epoch is read again instead."""
+    """The state of a stream with a shuffle buffer lacks the samples in the buffer, so the epoch is read again instead."""
     options = {"num_workers": workers, "persistent_workers": workers > 0}
     pieces, whole = whole_and_pieces(
         make_runner, tmp_path, (3, EPOCH + 2), lambda: DataLoader(shuffled(), 2, collate_fn=as_samples, **options)
@@ -236,7 +236,7 @@ def test_a_stream_with_a_shuffle_buffer_resumes_exactly(make_runner: MakeRunner,
 def test_a_stateful_loader_of_a_shuffle_buffer_warns(
     make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """StatefulDataLoader relies on the state of the stream; the warning says what is lost and what to use."""
+    """With StatefulDataLoader and a shuffle buffer, a warning states which samples are lost and suggests an alternative."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     text = warnings_of(make_runner, capfd, StatefulDataLoader(shuffled(), 2, collate_fn=as_samples))

@@ -149,7 +149,7 @@ def test_invalid_patterns_are_rejected(make_runner: MakeRunner, given: Any, kind
 
 @pytest.mark.parametrize("chain", [["dcp"], ["pth"], ["dcp", "stratagem"], ["pth", "dcp", "stratagem"]], ids="-".join)
 def test_a_converted_checkpoint_resumes(make_runner: MakeRunner, tmp_path: Path, chain: list[str]):
-    """A run continues bit-equal from a checkpoint that was converted to other formats."""
+    """A run that resumes from a checkpoint converted to another format is bit-identical."""
     saving = {**QUIET_HOOKS, "checkpoint": {"interval": 1}}
     straight = make_runner(default_hooks=saving, train_cfg={"max_epochs": 2})
     straight.train()

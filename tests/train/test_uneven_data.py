@@ -20,7 +20,7 @@ VALIDATION = torch.arange(4.0)
 
 
 class Part(IterableDataset[Any]):
-    """A stream with the samples of one rank, of which the ranks have different numbers."""
+    """A stream with the samples of one rank; ranks have different numbers of samples."""
 
     def __init__(self, rank: int, num_replicas: int = 2) -> None:
         self.rank, self.num_replicas = rank, num_replicas
@@ -37,7 +37,7 @@ class SizedPart(Part):
 
 
 class PartSampler(Sampler[int]):
-    """A sampler that yields the samples of one rank, of which the ranks have different numbers."""
+    """A sampler that yields the samples of one rank; ranks have different numbers of samples."""
 
     def __init__(self, rank: int, num_replicas: int = 2) -> None:
         self.rank, self.num_replicas = rank, num_replicas
@@ -50,7 +50,7 @@ class PartSampler(Sampler[int]):
 
 
 class WrongLength(PartSampler):
-    """A sampler whose length is the same on all ranks, but not the number of samples."""
+    """A sampler with the same length but a different number of samples on each rank."""
 
     def __len__(self) -> int:
         return max(SIZES)
@@ -97,7 +97,7 @@ def test_a_rank_that_runs_out_of_data_is_named_at_once_on_all_ranks(
 
 
 def test_different_lengths_are_an_error_before_training(ranks: Ranks, tmp_path: Path) -> None:
-    """If all ranks have a length, the error gives the lengths before the first iteration."""
+    """If the data has a length on all ranks, an error shows the lengths before the first iteration."""
     for results in ranks.run(train, str(tmp_path), ["sized stream", "sampler"], "DDPStrategy", {}):
         for error in results:
             assert "different numbers of training batches per epoch (rank 0: 5, rank 1: 3)" in error
@@ -109,7 +109,7 @@ ENDS = {"max_epochs": 2, "uneven_data": "shortest"}
 
 @pytest.mark.parametrize("train_cfg", [ENDS, {"max_iters": 6, "uneven_data": "shortest"}])
 def test_an_epoch_can_end_with_the_shortest_rank(ranks: Ranks, tmp_path: Path, train_cfg: dict[str, Any]) -> None:
-    """Both ranks train on three batches per epoch, and begin the next epoch together."""
+    """With a common end of the epoch, both ranks train on three batches per epoch."""
     first, second = ranks.run(train, str(tmp_path), KINDS, "DDPStrategy", {"train_cfg": train_cfg})
     epoch = [[0, 1], [2, 3], [4, 5]]
     for kind, one, other in zip(KINDS, first, second, strict=True):

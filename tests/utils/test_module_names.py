@@ -1,4 +1,4 @@
-"""Names of parameters do not contain wrappers that torch puts inside a model."""
+"""Parameter names do not contain the wrappers that torch inserts into a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stratagem.utils import canonical_names, named_parameters, with_canonical_ke
 
 
 class Holder(nn.Module):
-    """A module whose own attribute is called like the attribute of a compiled module."""
+    """A module with an attribute that has the same name as the attribute of a compiled module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ def compiled(module: nn.Module) -> nn.Module:
 
 
 def test_wrappers_inside_the_model_are_removed_from_names() -> None:
-    """Compiled and activation-checkpointed parts, nested and in lists, have the names of the plain model."""
+    """Parameters of compiled and activation-checkpointed parts, nested and in lists, have the names of the plain model."""
     inner = nn.Sequential(compiled(nn.Linear(2, 2)), nn.BatchNorm1d(2))
     model = nn.ModuleDict({"a": compiled(inner), "b": nn.ModuleList([checkpoint_wrapper(compiled(nn.Linear(1, 1)))])})
     plain = nn.ModuleDict(
@@ -47,6 +47,6 @@ def test_an_attribute_called_orig_mod_keeps_its_name() -> None:
 
 
 def test_a_compiled_model_has_the_names_of_the_model() -> None:
-    """The wrapper may also be the model itself."""
+    """The prefix is also removed if the whole model is wrapped."""
     assert list(named_parameters(compiled(nn.Linear(1, 1)))) == ["weight", "bias"]
     assert canonical_names(nn.Linear(1, 1))("_orig_mod.weight") == "_orig_mod.weight"

@@ -211,7 +211,7 @@ def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None
 
 
 def test_the_wrappers_inside_a_model_hold_the_module_in_an_attribute() -> None:
-    """A compiled module and one with activation checkpointing have it as ``_orig_mod`` and ``_checkpoint_wrapped_module``."""
+    """The original module is the attribute ``_orig_mod`` or ``_checkpoint_wrapped_module`` of its wrapper."""
     linear = nn.Linear(1, 1)
     for wrapper in (torch.compile(linear, backend="eager"), checkpoint_wrapper(linear)):
         (attribute,) = (name for cls, name in torch_private.inner_wrappers().items() if isinstance(wrapper, cls))

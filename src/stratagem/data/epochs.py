@@ -1,4 +1,4 @@
-"""Pass the number of the epoch to datasets."""
+"""Pass the epoch number to datasets."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _with_elements(data: Collection[Any], move: Callable[[Any], Any]) -> Any:
 
 
 def _copied(data: Any) -> Any:
-    """Return a copy that can be changed: its constructor may need more, such as the factory of a defaultdict."""
+    """Return a modifiable copy, because the constructor may need more arguments, such as the factory of a defaultdict."""
     copied = copy.copy(data)
     for name, value in getattr(copied, "__dict__", {}).items():
         if type(value) in (dict, list):
