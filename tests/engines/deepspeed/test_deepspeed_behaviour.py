@@ -59,6 +59,27 @@ class Recomputed(Gpt):
         return {"loss": loss, "on_cpu": torch.tensor(float(checkpointing.CPU_CHECKPOINT))}
 
 
+class WithUnused(Gpt):
+    """Has a layer that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_parameters_without_a_gradient_are_named_at_the_first_update(two: Ranks, folder: Path, name: str) -> None:
+    """DeepSpeed updates unused parameters, unlike a single process; used parameters are not named."""
+    for model in (WithUnused, Gpt):
+        two.run(go, placed(name), folder / model.__name__, model={"type": model}, stop=4, log_level="WARNING")
+    with_unused, without = (
+        "".join(file.read_text() for file in sorted((folder / model.__name__).rglob("*.log")))
+        for model in (WithUnused, Gpt)
+    )
+    assert with_unused.count("2 parameters got no gradient in the first update: extra.weight, extra.bias.") == 1
+    assert "got no gradient" not in without
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_a_shorter_last_window_is_averaged_over_its_length(two: Ranks, folder: Path, name: str) -> None:
     """Of eleven micro-batches in windows of four, the third window has three, as in one process."""

@@ -35,8 +35,8 @@ _ONE_BIT: Final = (
 )
 _REASONS: Final = {
     "Adagrad": "DeepSpeed rebuilds it without the options of its parameter groups. Use RMSprop or AdamW, or stage=0.",
-    "Adafactor": "its updates depend on whole rows and columns. Use AdamW, stage=0, or FSDPStrategy.",
-    "Muon": "its updates depend on whole matrices. Use AdamW, stage=0, or FSDPStrategy.",
+    "Adafactor": "its updates depend on whole rows and columns. Use AdamW, stage=0, or DDPStrategy.",
+    "Muon": "its updates depend on whole matrices. Use AdamW, stage=0, or DDPStrategy.",
     "LBFGS": "it calls the model several times per update. Use AdamW.",
     "SparseAdam": "it requires sparse gradients, but the gradients of shards are dense. Use AdamW, or stage=0.",
     "FusedLamb": "its updates depend on the norms of whole tensors. Use stage=0.",

@@ -109,12 +109,19 @@ def as_optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigTypeError: if the section has no type, or its parameters are not a mapping.
-        ConfigValueError: if its parameters contain ``max_grad_norm``.
+        ConfigValueError: if its parameters contain ``max_grad_norm`` or the value ``"auto"``.
     """
     kind, options = section.get("type"), section.get("params", {})
     if not isinstance(kind, str) or not isinstance(options, Mapping):
         raise ConfigTypeError(
             f"config: optimizer must have the form dict(type='AdamW', params=dict(lr=...)), got {dict(section)!r}."
+        )
+    unset = sorted(key for key, value in options.items() if isinstance(value, str) and value == "auto")
+    if unset:
+        names = ", ".join(f"optimizer.params.{key}" for key in unset)
+        raise ConfigValueError(
+            f"config: {names} is 'auto', which only programs such as the Hugging Face Trainer fill in. Set a value, or remove "
+            "the optimizer section and set optim_wrapper=dict(optimizer=dict(type='AdamW', lr=...))."
         )
     if "max_grad_norm" in options:
         raise ConfigValueError("config: optimizer.params has max_grad_norm. Use gradient_clipping instead.")

@@ -151,9 +151,9 @@ def _merged(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove values that another program would fill in."""
+    """Remove values that another program would fill in, except from the optimizer, which has no meaningful defaults."""
     return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
+        key: _without_auto(value) if isinstance(value, Mapping) and key != "optimizer" else value
         for key, value in config.items()
         if not (isinstance(value, str) and value == "auto")
     }

@@ -28,6 +28,7 @@ from stratagem.engines.deepspeed.master_weights import (
     Stage12MasterWeights,
 )
 from stratagem.engines.deepspeed.options import Options
+from stratagem.engines.deepspeed.unused_parameters import UnusedParameters
 from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper, OriginalGroup, require_plain_wrapper
 from stratagem.engines.engine_module import EngineModule
 from stratagem.errors import ConfigValueError, PlacementError
@@ -88,6 +89,8 @@ class DeepSpeedPlacement(Placement):
         )
         originals = self._originals(settings.optimizer)
         groups = _remove_frozen(settings.optimizer)
+        trained = {each for group in settings.optimizer.param_groups for each in group["params"]}
+        unused = UnusedParameters({each: name for name, each in model.named_parameters() if each in trained})
         engine = make_engine(
             self._deepspeed,
             model,
@@ -98,7 +101,9 @@ class DeepSpeedPlacement(Placement):
         configure_checkpointing(self._deepspeed, self._options.config.get("activation_checkpointing"))
         self.master_weights = self._make_master_weights(engine, world)
         self._restore_originals(originals)
-        optim = DeepSpeedEngineOptimWrapper(engine, self.master_weights, settings, groups, dtype=self._options.dtype)
+        optim = DeepSpeedEngineOptimWrapper(
+            engine, self.master_weights, settings, groups, unused, dtype=self._options.dtype
+        )
         self._logger.info(
             "Training %s with DeepSpeed: ZeRO stage %d, %d ranks, %s.",
             type(model).__name__, self._options.stage, world.size, self._options.dtype or "in the dtype of the parameters",

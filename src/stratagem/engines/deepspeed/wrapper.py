@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stratagem.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
 from stratagem.engines.deepspeed.master_weights import MasterWeights
+from stratagem.engines.deepspeed.unused_parameters import UnusedParameters
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 
@@ -46,6 +47,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         master_weights: the master weights and gradients in the engine.
         settings: the configured wrapper, whose optimizer the engine uses.
         groups: the original parameter groups of the optimizer.
+        unused_parameters: reports parameters without a gradient in the first update.
         dtype: the dtype that the model computes in; None for the dtype of its parameters.
     """
 
@@ -55,6 +57,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         master_weights: MasterWeights,
         settings: OptimWrapper,
         groups: Sequence[OriginalGroup],
+        unused_parameters: UnusedParameters,
         *,
         dtype: torch.dtype | None,
     ) -> None:
@@ -68,6 +71,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self.master_weights = master_weights
         self.engine = engine
         self.clipping = settings.clipping
+        self._unused_parameters = unused_parameters
         self._uses_loss_scale = scales
         # From stage 1 on, DeepSpeed multiplies the loss by the loss scale in its backward pass.
         self._scales_loss = scales and not master_weights.sharded
@@ -119,6 +123,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
                 "of an accumulation window, but DeepSpeed only reduces gradients in the last one. Call step() only if "
                 "should_update() is True, as update_params(loss) does."
             )
+        self._unused_parameters.report()
         micro_batches = self.pending_micro_batches
         if micro_batches > 1:
             self.master_weights.complete_gradients()
