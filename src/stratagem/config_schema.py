@@ -101,7 +101,7 @@ def _evaluator(value: Any) -> Section:
 
 
 def _hook(default: str | None = None) -> Section:
-    return Section(registry=HOOKS, default_type=default, keys={"priority": _FREE})
+    return Section(registry=HOOKS, default_type=default, keys={"priority": _FREE, "state_key": _FREE})
 
 
 _DEFAULT_HOOKS = {

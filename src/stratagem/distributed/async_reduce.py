@@ -14,14 +14,17 @@ __all__ = ["AsyncMaxReduce"]
 
 @final
 class AsyncMaxReduce:
-    """Compute the maximum of one integer over all ranks, asynchronously.
+    """Compute the maximum of one or more integers over all ranks, asynchronously.
 
     ``start`` begins the all-reduce and ``wait`` returns its result, typically one iteration later. The reduction runs on
     the CPU, so it never synchronizes with the accelerator.
+
+    Args:
+        size: the number of integers, each of which has its own maximum.
     """
 
-    def __init__(self) -> None:
-        self._number = torch.zeros(1, dtype=torch.int64)
+    def __init__(self, size: int = 1) -> None:
+        self._numbers = torch.zeros(size, dtype=torch.int64)
         self._group: Group | None = None
         self._work: torch_dist.Work | None = None
         self._connected = False
@@ -31,22 +34,27 @@ class AsyncMaxReduce:
         """Whether a reduction has been started but its result has not been read."""
         return self._work is not None
 
-    def start(self, number: int) -> None:
-        """Start a reduction with this rank's number.
+    def start(self, *numbers: int) -> None:
+        """Start a reduction with this rank's numbers.
 
-        Collective; all ranks must call ``start`` before any rank calls ``wait``.
+        Collective; ``wait`` returns once all ranks have called ``start``.
         """
         if not self._connected:
             # With a group that serves only accelerators, waiting for the result would synchronize with the device.
             self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
             self._connected = True
-        self._number.fill_(number)
-        self._work = torch_dist.all_reduce(self._number, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._numbers[:] = torch.tensor(numbers, dtype=torch.int64)
+        self._work = torch_dist.all_reduce(self._numbers, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def wait(self) -> int:
-        """Wait until all ranks have called ``start``, and return the maximum; return 0 if no reduction is pending."""
+        """Wait until all ranks have called ``start``; return the maximum of the first number, or 0 if none is pending."""
+        numbers = self.wait_all()
+        return numbers[0] if numbers else 0
+
+    def wait_all(self) -> tuple[int, ...]:
+        """Wait until all ranks have called ``start``; return the maximums, or nothing if no reduction is pending."""
         if self._work is None:
-            return 0
+            return ()
         work, self._work = self._work, None
         work.wait()
-        return int(self._number.item())
+        return tuple(self._numbers.tolist())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from numbers import Real
-from typing import Any, TypeGuard, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from stratagem.errors import ConfigValueError
+from stratagem.utils.scalars import as_scalar, is_scalar
 
 __all__ = ["ScalarSmoother"]
 
@@ -43,8 +43,8 @@ class ScalarSmoother:
     ) -> dict[str, float]:
         """Return the mean of each value over the iterations in which it was a scalar, as a dict sorted by name.
 
-        Numbers and single-element tensors are scalars; all other values (strings, predictions, complex numbers) are
-        ignored. All tensors on a device are transferred in one copy, which synchronizes with the device.
+        Numbers, and tensors and arrays with one element, are scalars; all other values (strings, predictions, complex
+        numbers) are ignored. All tensors on a device are transferred in one copy, which synchronizes with the device.
 
         Args:
             last: the number of most recent iterations to average over.
@@ -63,7 +63,7 @@ class ScalarSmoother:
                 by_name[name].append(value)
         numbers = _fetch_uniform(by_name)
         if numbers is None:
-            scalars = {name: [value for value in values if _is_scalar(value)] for name, values in by_name.items()}
+            scalars = {name: [value for value in values if is_scalar(value)] for name, values in by_name.items()}
             by_name = {name: values for name, values in scalars.items() if values}
             numbers = _fetch([value for values in by_name.values() for value in values])
         rest = iter(numbers)
@@ -85,13 +85,7 @@ def _fetch_uniform(by_name: Mapping[str, list[Any]]) -> list[float] | None:
     return None if stacked.ndim != 1 or stacked.is_complex() else stacked.tolist()
 
 
-def _is_scalar(value: object) -> TypeGuard[Tensor | Real]:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
-
-
-def _fetch(values: Sequence[Tensor | Real]) -> list[float]:
+def _fetch(values: Sequence[Any]) -> list[float]:
     """Return the values as Python numbers, with one copy per device and dtype.
 
     Stacking different dtypes would round values to a common dtype, such as counts to the 24 bits of float32.
@@ -103,7 +97,7 @@ def _fetch(values: Sequence[Tensor | Real]) -> list[float]:
             # Avoid unnecessary views: two views for each of 50 scalars take 0.1 ms.
             tensors.setdefault((value.device, value.dtype), {})[index] = value.reshape(()) if value.ndim else value
         else:
-            numbers[index] = float(value)
+            numbers[index] = as_scalar(value) or 0.0
     for group in tensors.values():
         for index, number in zip(group, torch.stack(list(group.values())).detach().tolist(), strict=True):
             numbers[index] = float(number)

@@ -36,6 +36,7 @@ def build_events(
     Raises:
         ConfigKeyError: if ``default_hooks`` contains an unknown name.
         ConfigTypeError: if an item is neither a hook nor a mapping with a ``type``.
+        ConfigValueError: if two hooks save their state under the same key.
     """
     changes = default_hooks or {}
     refuse_unknown(changes, _DEFAULT_HOOKS, "default_hooks (use custom_hooks for other hooks)")
@@ -48,15 +49,19 @@ def build_events(
             # The default arguments only apply to the default type.
             wanted = {**default, **wanted} if wanted.get("type", default["type"]) == default["type"] else wanted
         hooks.append(_build_hook(wanted))
-    return Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
+    events = Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
+    events.named()  # raises if two hooks save their state under the same key
+    return events
 
 
 def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
     if isinstance(hook, Mapping):
-        arguments = {key: value for key, value in hook.items() if key != "priority"}
+        arguments = {key: value for key, value in hook.items() if key not in ("priority", "state_key")}
         built = HOOKS.build(arguments)
         if isinstance(built, Hook) and "priority" in hook:
             built.priority = get_priority(hook["priority"])
+        if isinstance(built, Hook) and "state_key" in hook:
+            built.state_key = hook["state_key"]
     else:
         built = hook
     if not isinstance(built, Hook):

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from stratagem.train.hook_priority import Priority, get_priority
 from stratagem.train.run.context import Run
+from stratagem.train.run.hook_states import by_state_key
 
 __all__ = ["EVENTS", "Events", "Hook"]
 
@@ -45,6 +46,8 @@ class Hook:
     """
 
     priority: int | str | Priority = Priority.NORMAL
+    #: Distinguishes the state of this hook in checkpoints from the states of other hooks of its class.
+    state_key: str | None = None
 
     def before_run(self, run: Run) -> None:
         """Called at the start of a run, after all components are built and a checkpoint is loaded."""
@@ -71,7 +74,11 @@ class Hook:
         """Called after testing ends."""
 
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
-        """Called on rank 0 before a checkpoint is written; entries added to ``checkpoint`` are saved."""
+        """Called on every rank before a checkpoint is written; entries added to ``checkpoint`` are saved.
+
+        The saved entries are those of rank 0, except for tensors that are sharded across the ranks. Every rank must add the
+        same entries, so a method that takes part in collectives needs no special case.
+        """
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         """Called on every rank after a checkpoint is read and before its state is loaded."""
@@ -139,15 +146,27 @@ class Hook:
         """Called by default for ``after_train_iter``, ``after_val_iter`` and ``after_test_iter``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save in checkpoints: plain values and tensors. Called on rank 0.
+        """Return the state to save in checkpoints: plain values and tensors. Called on every rank; rank 0's is saved.
 
-        An empty state is not saved. ``CheckpointHook`` has ``Priority.VERY_LOW``, so the state of hooks with a higher
+        An empty state is not saved. Hooks of one class that save a state need different values of ``state_key``. ``CheckpointHook`` has ``Priority.VERY_LOW``, so the state of hooks with a higher
         priority includes the iteration or validation after which the checkpoint is saved.
         """
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state returned by :meth:`state_dict`. Called on every rank when a run resumes."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether checkpoints contain a state of this hook: by default, whether its class overrides ``state_dict``."""
+        return type(self).state_dict is not Hook.state_dict
+
+    def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool | None:
+        """Return whether a state was saved by this hook; by default None, because it is unknown.
+
+        Only used for checkpoints of earlier versions, which contain the states of hooks of one class by position.
+        """
+        return None
 
     def get_triggered_stages(self) -> list[str]:
         """Return the events whose methods are called: by default, the events that the class overrides.
@@ -207,13 +226,12 @@ class Events:
         }
 
     def named(self) -> dict[str, Hook]:
-        """Return a mapping from names to hooks. A name is the class name, with a number from the second hook of that class on."""
-        named: dict[str, Hook] = {}
-        for hook in self.hooks:
-            kind = type(hook).__name__
-            alike = sum(type(other).__name__ == kind for other in named.values())
-            named[f"{kind}_{alike + 1}" if alike else kind] = hook
-        return named
+        """Return a mapping from the keys of their states to the hooks that have one.
+
+        Raises:
+            ConfigValueError: if two hooks have the same key.
+        """
+        return by_state_key(self.hooks)
 
     def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
         """Return the methods of an event, for loops that call them directly."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from time import perf_counter
 from typing import Any, cast, final
 
 import torch
@@ -28,18 +29,21 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
     """Train on the next ``count`` batches, or on all remaining ones if None; return the number of iterations.
 
-    Stops early, between two iterations, if a hook requests it, or if the run was interrupted and the accumulation window is
-    complete.
+    Stops early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
+    complete. The ranks stop after the same iteration: the one of the request if all of them request it, otherwise the next.
     """
-    progress, interrupt = run.progress, run.interrupt
+    progress, interrupt, timer = run.progress, run.interrupt, run.step_timer
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
     model, optim = run.model, run.optim_wrapper
     train_step = cast("Trainable", model).train_step
     model.train()
     first = progress.iter
     batch = None
+    timer.waiting_since = perf_counter()
     try:
         for batch in islice(batches, count):
+            timer.data_seconds += perf_counter() - timer.waiting_since
+            progress.in_iteration = True
             index = progress.batch
             for call in before:
                 call(run, index, batch)
@@ -48,14 +52,18 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
                 call(run, index, batch, outputs)
             progress.iter += 1
             progress.batch = index + 1
-            if progress.stop_training or (interrupt.due() and run.is_ending):
+            progress.in_iteration = False
+            if interrupt.due(progress.stop_training) and (interrupt.stopping or run.is_ending):
                 progress.stop_training = True
                 break
+            timer.waiting_since = perf_counter()
     except Exception as error:
         error.add_note(
             f"In iteration {progress.iter + 1}, epoch {progress.epoch + 1}; the batch: {describe_batch(batch)}"
         )
         raise
+    finally:
+        progress.in_iteration = False
     return progress.iter - first
 
 
@@ -108,7 +116,7 @@ class EpochBasedTrainLoop:
         events.call("before_train", run)
         # A checkpoint at the end of an epoch is saved before its validation.
         self._validate_if_due()
-        while progress.epoch < max_epochs and not progress.stop_training:
+        while progress.epoch < max_epochs and not _agree_to_stop(run):
             events.call("before_train_epoch", run)
             # The configured length ends the epoch, since an infinite sampler does not.
             length = progress.epoch_length
@@ -126,7 +134,7 @@ class EpochBasedTrainLoop:
 
     def _stopped_inside(self) -> bool:
         progress = self._run.progress
-        return progress.stop_training and progress.batch != progress.epoch_length
+        return _has_stopped(self._run) and progress.batch != progress.epoch_length
 
     def _validate_if_due(self) -> None:
         progress = self._run.progress
@@ -194,11 +202,11 @@ class IterBasedTrainLoop:
         # A checkpoint after an iteration is saved before its validation.
         self._validate_if_due()
         batches = self._batches.epoch(progress.epoch, done=progress.batch)
-        while (end := self._end()) > progress.iter and not progress.stop_training:
+        while (end := self._end()) > progress.iter and not _agree_to_stop(run):
             due = min(self._next_validation(progress.iter), end)
             wanted = due - progress.iter
             trained = train_iterations(run, batches, wanted)
-            if trained < wanted and not progress.stop_training:
+            if not _has_stopped(run) and trained < wanted:
                 if progress.batch == 0:
                     raise TrainingError("The training data yields no batch.")
                 progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -276,6 +284,13 @@ class _EvaluationLoop:
         If training is interrupted during an evaluation, the evaluation is aborted without metrics and without side effects; the
         resumed run repeats it.
         """
+        self._run.mode = self.mode
+        try:
+            return self._evaluate()
+        finally:
+            self._run.mode = "train"
+
+    def _evaluate(self) -> dict[str, Any]:
         run, events, mode = self._run, self._run.events, self.mode
         stoppable = run.interrupt.active and self._batches_are_equal()
         generators = generator_state() if stoppable else {}
@@ -339,12 +354,35 @@ def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
     """Validate, unless this position was validated already; an interrupted run stops here. Collective."""
     if val_loop is None or run.progress.validated == run.progress.iter:
         return
-    run.interrupt.due_now()
+    run.interrupt.due_now(run.progress.stop_training)
     if not run.is_ending:
         val_loop.run()
     if run.is_ending:
         # Stop before the next iteration: the resumed run validates first.
         run.progress.stop_training = True
+
+
+def _has_stopped(run: Run) -> bool:
+    """Return whether all ranks have stopped after an iteration that is complete on every rank. Does not block."""
+    if run.world_size == 1:
+        return run.progress.stop_training
+    run.interrupt.settle()
+    return _stops(run)
+
+
+def _agree_to_stop(run: Run) -> bool:
+    """Return whether any rank requests to stop between two iterations, epochs or validations. Collective."""
+    if run.world_size == 1:
+        return run.progress.stop_training
+    run.interrupt.due_now(run.progress.stop_training)
+    return _stops(run)
+
+
+def _stops(run: Run) -> bool:
+    """Return whether the ranks have agreed to stop, and mark it in the progress of this rank."""
+    stops = run.interrupt.stopping or run.is_ending
+    run.progress.stop_training = run.progress.stop_training or stops
+    return stops
 
 
 def _positive(name: str, value: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigType
 from stratagem.optim.schedules.bound import BoundScheduler
 from stratagem.optim.schedules.curves import PerGroup, value_of
 from stratagem.utils.names import did_you_mean
+from stratagem.utils.scalars import read_metric
 
 __all__ = ["Plateau", "PlateauScheduler"]
 
+_LOGGER = logging.getLogger(__name__)
 _STATE: Final = ("best", "num_bad_epochs", "cooldown_counter", "reductions")
 
 
@@ -84,6 +87,7 @@ class PlateauScheduler(BoundScheduler, ABC):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.best: float | None = None
+        self._returned = False  # whether a validation has returned the metric
         self.num_bad_epochs = 0
         self.cooldown_counter = 0
         self.reductions = 0
@@ -98,11 +102,11 @@ class PlateauScheduler(BoundScheduler, ABC):
         return self.settings.reduced(value, self.reductions, ratio, number)
 
     def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # the signature of MMEngine and torch
-        """Advance by one validation with these metrics; with None, only the position advances.
+        """Advance by one validation with these metrics; with None or without a value, only the position advances.
 
         Raises:
-            ConfigTypeError: if the metrics are not a mapping.
-            ConfigKeyError: if the monitored metric is missing.
+            ConfigTypeError: if the metrics are not a mapping, or the value is not a number.
+            ConfigKeyError: if there are metrics, but not the monitored one, and no validation has returned it so far.
         """
         self._move_to(self.position + 1)
         if metrics is None:
@@ -111,9 +115,17 @@ class PlateauScheduler(BoundScheduler, ABC):
             raise ConfigTypeError(f"{type(self).__name__}: metrics must be a mapping, got {metrics!r}.")
         name = self.settings.monitor
         if name not in metrics:
-            raise ConfigKeyError(f"{type(self).__name__}: unknown metric {name!r}. {did_you_mean(name, metrics)}")
+            if metrics and not self._returned and self.best is None:
+                raise ConfigKeyError(f"{type(self).__name__}: unknown metric {name!r}. {did_you_mean(name, metrics)}")
+            _LOGGER.warning(
+                "%s: validation %d returned no value for %r; it is not counted.",
+                type(self).__name__, self.position, name,
+            )  # fmt: skip
+            return
+        self._returned = True
+        value = read_metric(name, metrics, owner=type(self).__name__)
         if self.begin <= self.position < self.end:
-            self._update(float(metrics[name]))
+            self._update(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **{name: getattr(self, name) for name in _STATE}}

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, cast, final
 
-from torch import Tensor
-
 from stratagem.checkpoint import RetentionTag
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils import did_you_mean
+from stratagem.utils.scalars import read_metric
 
 __all__ = ["GREATER_KEYS", "LESS_KEYS", "RULES", "BestScores", "Rule", "infer_rule", "is_better"]
 
@@ -104,6 +103,8 @@ class BestScores:
         self._rules: dict[str, Rule] = {name: self._rule_for(name) for name in self._names if name != _AUTO}
         # metric -> number of the validation -> score
         self._scores: dict[str, dict[int, float]] = {}
+        # The metrics that a validation has returned.
+        self._returned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; an empty dict if there are none."""
@@ -115,6 +116,10 @@ class BestScores:
             for number, score in scores.items():
                 self._add(RetentionTag(metric=metric, number=number, score=score))
 
+    def recognizes(self, state_dict: Mapping[str, Any]) -> bool:
+        """Return whether all scores in a saved state belong to the monitored metrics."""
+        return self._names == [_AUTO] or set(state_dict.get("scores", {})) <= set(self._names)
+
     def add_saved(self, retention_tags: Iterable[RetentionTag]) -> None:
         """Add the scores that are recorded in the manifests of saved checkpoints."""
         for retention_tag in retention_tags:
@@ -124,36 +129,43 @@ class BestScores:
     def update(self, metrics: Mapping[str, Any], number: int) -> list[RetentionTag]:
         """Add the results of a validation; return a tag for each metric whose value is among the best.
 
-        The tags are in the order of the monitored metrics. NaN and Inf are never among the best.
+        The tags are in the order of the monitored metrics. NaN and Inf are never among the best, and a metric that an earlier
+        validation returned may be missing.
 
         Raises:
-            ConfigKeyError: if a monitored metric is missing.
-            ConfigTypeError: if its value is not a number.
+            ConfigKeyError: if the validation returned metrics, but a monitored one is missing that no validation has returned.
+            ConfigTypeError: if a value is not a number.
         """
-        best = []
+        best: list[RetentionTag] = []
         for name in self._resolve_names(metrics):
-            score = _number(name, metrics[name])
+            score = read_metric(name, metrics, owner="CheckpointHook (save_best)")
             tag = RetentionTag(metric=name, number=number, score=score, greater=self._rules[name] == "greater")
             if math.isfinite(score) and self._add(tag):
                 best.append(tag)
         return best
 
     def _resolve_names(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Return the names of the monitored metrics; the first validation determines the metric for ``"auto"``."""
+        """Return the monitored metrics that were returned; the first validation determines the metric for ``"auto"``."""
+        if not metrics:
+            return []
         if self._names == [_AUTO]:
             # A resumed run keeps the metric of the checkpoint.
-            first = next(iter(self._scores or metrics), None)
-            if first is None:
-                raise ConfigValueError("CheckpointHook: save_best='auto', but validation returned no metrics.")
+            first = next(iter(self._scores or metrics))
             self._names, self._given_rules = [first], {first: self._given_rules[_AUTO]}
             self._rules = {first: self._rule_for(first)}
         for name in self._names:
-            if name not in metrics:
+            if name not in metrics and name not in self._returned and name not in self._scores:
                 raise ConfigKeyError(
                     f"CheckpointHook: save_best={name!r}, but the validation did not return this metric. "
                     f"{did_you_mean(name, list(metrics))}"
                 )
-        return self._names
+        present = [name for name in self._names if name in metrics]
+        self._returned.update(present)
+        return present
+
+    def missing(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Return the monitored metrics that a validation did not return; ``"auto"`` if it returned no metrics."""
+        return [name for name in self._names if name not in metrics and (name != _AUTO or not metrics)]
 
     def _add(self, tag: RetentionTag) -> bool:
         """Add a score; return whether it is among the best, and better than an earlier score of the same validation."""
@@ -174,13 +186,3 @@ class BestScores:
     def _rule_for(self, name: str) -> Rule:
         rule = self._given_rules[name]
         return infer_rule(name, *self._keys) if rule is None else cast("Rule", rule)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigTypeError(
-            f"CheckpointHook: save_best={name!r}, but its value is a {type(value).__name__}; expected a number."
-        )
-    return float(value)

@@ -124,6 +124,7 @@ class CheckpointHook(Hook):
         self._timed_template = f"iter_{{}}{self._suffix}"
         self._save_begin = save_begin
         self._best = BestScores(save_best, rule, greater_keys, less_keys, keep_best) if save_best else None
+        self.state_key = None if not save_best else save_best if isinstance(save_best, str) else ",".join(save_best)
         self._published = [published_keys] if isinstance(published_keys, str) else list(published_keys or ())
         self._retention = Retention(
             groups=(template, self._timed_template, INTERRUPTED),
@@ -151,6 +152,13 @@ class CheckpointHook(Hook):
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._best is None else self._best.state_dict()
+
+    @property
+    def has_state(self) -> bool:
+        return self._best is not None
+
+    def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool:
+        return self._best is not None and self._best.recognizes(state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         if self._best is not None:
@@ -194,7 +202,14 @@ class CheckpointHook(Hook):
         if self._best is None or not self._training:
             return
         number, unit = (run.epoch, "epoch") if self._by_epoch else (run.iter, "iter")
-        for retention_tag in self._best.update(metrics or {}, number):
+        best = self._best.update(metrics or {}, number)
+        missing = self._best.missing(metrics or {})
+        if missing:
+            run.logger.warning(
+                "CheckpointHook: the validation after %s %d returned no value for save_best=%s, so it is not among the best.",
+                unit, number, ", ".join(missing),
+            )  # fmt: skip
+        for retention_tag in best:
             name = f"best_{retention_tag.metric.replace('/', '_')}_{unit}_{number}{self._suffix}"
             run.logger.info(
                 "%s = %.6g after %s %d is among the best values; saving a checkpoint.",

@@ -12,6 +12,7 @@ from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.best_scores import RULES, Rule, infer_rule, is_better
 from stratagem.train.run.context import Run
 from stratagem.utils import did_you_mean
+from stratagem.utils.scalars import read_metric
 
 __all__ = ["EarlyStoppingHook"]
 
@@ -53,7 +54,7 @@ class EarlyStoppingHook(Hook):
             raise ConfigValueError(f"EarlyStoppingHook: expected patience to be an integer >= 1, got {patience!r}.")
         if not min_delta >= 0:
             raise ConfigValueError(f"EarlyStoppingHook: expected min_delta >= 0, got {min_delta!r}.")
-        self._monitor = monitor
+        self._monitor = self.state_key = monitor
         self._rule = _rule(monitor, rule)
         self._min_delta = min_delta
         self._strict = strict
@@ -70,6 +71,9 @@ class EarlyStoppingHook(Hook):
         # The best value of a different metric is not comparable.
         if state_dict["monitor"] == self._monitor:
             self._best, self._waited = state_dict["best"], int(state_dict["waited"])
+
+    def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool:
+        return bool(state_dict.get("monitor") == self._monitor)
 
     def before_train(self, run: Run) -> None:
         if run.iter == 0:
@@ -107,13 +111,12 @@ class EarlyStoppingHook(Hook):
         return is_better(value, self._best, self._rule, by=self._min_delta)
 
     def _value(self, run: Run, metrics: dict[str, Any]) -> float | None:
-        value = metrics.get(self._monitor)
-        if isinstance(value, int | float):
-            return float(value)
-        problem = (
-            "is not a number" if self._monitor in metrics else f"is missing. {did_you_mean(self._monitor, metrics)}"
+        if self._monitor in metrics:
+            return read_metric(self._monitor, metrics, owner="EarlyStoppingHook")
+        returned = did_you_mean(self._monitor, metrics) if metrics else "The validation returned no metrics."
+        message = (
+            f"EarlyStoppingHook: the validation after iteration {run.iter} did not return {self._monitor!r}. {returned}"
         )
-        message = f"EarlyStoppingHook: the metric {self._monitor!r} {problem}"
         if self._strict:
             raise TrainingError(message)
         run.logger.warning(message)

@@ -14,16 +14,12 @@ __all__ = ["IterTimerHook"]
 
 @final
 class IterTimerHook(Hook):
-    """Measure how long iterations take and how long they wait for data; updates ``run.step_timer``."""
+    """Measure how long iterations take; updates ``run.step_timer``. The loop measures the time that it waits for batches."""
 
     priority = Priority.NORMAL
 
     def before_train_epoch(self, run: Run) -> None:
         run.step_timer.started = perf_counter()
-
-    def before_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
-        timer = run.step_timer
-        timer.data_seconds += perf_counter() - timer.started
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         timer = run.step_timer

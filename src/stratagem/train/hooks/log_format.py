@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 from stratagem.train.run.progress import Progress
+from stratagem.utils.scalars import as_number
 
-__all__ = ["bar_label", "evaluation_line", "train_line", "train_place"]
+__all__ = ["bar_label", "durations", "evaluation_line", "train_line", "train_place"]
 
 
 def train_place(progress: Progress, updates: int | None = None) -> str:
@@ -48,17 +49,24 @@ def train_line(
 ) -> str:
     """Return the log line of a training iteration.
 
-    ``rates`` maps names to learning rates. ``seconds`` contains the duration of an iteration and the time it waited for data.
+    ``rates`` maps names to learning rates. ``seconds`` contains the duration of an iteration and the time it waited for data,
+    which is 0 if it was not measured.
     """
     parts = [place, *(f"{name}: {value:.4e}" for name, value in rates.items())]
     if left_s is not None:
         parts.append(f"eta: {timedelta(seconds=int(left_s))}")
-    if seconds is not None:
-        parts += [f"time: {seconds[0]:.4f}", f"data_time: {seconds[1]:.4f}"]
+    parts += [f"{name}: {value:.4f}" for name, value in durations(seconds).items()]
     if memory_mb is not None:
         parts.append(f"memory: {memory_mb}")
     parts += [f"{name}: {value:.4f}" for name, value in values.items()]
     return "  ".join(parts)
+
+
+def durations(seconds: tuple[float, float] | None) -> dict[str, float]:
+    """Return the measured durations by name: of an iteration, and the time it waited for data."""
+    if seconds is None:
+        return {}
+    return {"time": seconds[0], **({"data_time": seconds[1]} if seconds[1] else {})}
 
 
 def evaluation_line(mode: str, progress: Progress, batches: int | None, metrics: Mapping[str, Any]) -> str:
@@ -74,4 +82,5 @@ def evaluation_line(mode: str, progress: Progress, batches: int | None, metrics:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    number = as_number(value)
+    return f"{number:.4f}" if isinstance(number, float) else str(value if number is None else number)

@@ -12,7 +12,7 @@ from stratagem.logging import ScalarSmoother, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
-from stratagem.train.hooks.log_format import bar_label, evaluation_line, train_line, train_place
+from stratagem.train.hooks.log_format import bar_label, durations, evaluation_line, train_line, train_place
 from stratagem.train.run.context import Run
 
 __all__ = ["LoggerHook"]
@@ -80,18 +80,8 @@ class LoggerHook(Hook):
         run.logger.info(
             train_line(place, values, rates, seconds=seconds, left_s=left, memory_mb=_memory_mb(run.world.device))
         )
-        times = {} if seconds is None else {"time": seconds[0], "data_time": seconds[1]}
-        run.record(
-            {
-                **rates,
-                **times,
-                **values,
-                "epoch": run.epoch + 1,
-                "iter": run.iter + 1,
-                "step": run.iter + 1,
-                **({} if updates is None else {"updates": updates}),
-            }
-        )
+        position = {"mode": "train", "epoch": run.epoch + 1, "iter": run.iter + 1, "step": run.iter + 1}
+        run.record({**rates, **durations(seconds), **values, **position, **({} if updates is None else {"updates": updates})})
         if run.bar is not None:
             run.bar.show(
                 {**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=bar_label(run.progress)

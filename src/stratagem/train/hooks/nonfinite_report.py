@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-from torch import Tensor
-
 from stratagem.distributed import all_gather_object
 from stratagem.train.run.context import Run
 
@@ -108,14 +106,8 @@ def _nonfinite(outputs: Any) -> dict[str, float]:
     """Return the scalars in the outputs of a training step that are NaN or Inf. Synchronizes with the device."""
     if not isinstance(outputs, Mapping):
         return {}
-    numbers = {name: _number(value) for name, value in outputs.items()}
+    numbers = {name: as_scalar(value) for name, value in outputs.items()}
     return {str(name): number for name, number in numbers.items() if number is not None and not math.isfinite(number)}
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _samples(run: Run, batches: Iterable[Batch]) -> list[int] | None:

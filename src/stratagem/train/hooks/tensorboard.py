@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, final
 
@@ -12,6 +11,7 @@ from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
 from stratagem.utils import import_module
+from stratagem.utils.scalars import as_number
 
 __all__ = ["TensorboardHook"]
 
@@ -53,8 +53,8 @@ class _TensorboardRecorder:
     def write(self, record: Mapping[str, Any]) -> None:
         prefix = record.get("mode", "train")
         for name, value in record.items():
-            if isinstance(value, Real) and name not in _POSITION_KEYS:
-                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
+            if name not in _POSITION_KEYS and (number := as_number(value)) is not None:
+                self._writer.add_scalar(f"{prefix}/{name}", number, record["step"])
 
     def close(self) -> None:
         self._writer.close()

@@ -18,12 +18,14 @@ from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
 from stratagem.train.run.checkpoint_writer import CheckpointWriter
+from stratagem.train.run.hook_states import StatefulHook, match_states
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.progress import Position, Progress, StepTimer
 from stratagem.train.run.rank_guard import RankGuard
 from stratagem.train.run.run_history import RunHistory
 from stratagem.train.run.save_counter import SaveCounter
 from stratagem.train.run.work_dir_lock import WorkDirLocks
+from stratagem.utils.scalars import as_number
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
 
@@ -31,6 +33,8 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 INTERRUPTED: Final = "interrupted"
 # The part of a checkpoint that contains the states of the hooks.
 _HOOKS: Final = "hooks"
+# The entry of `meta` that marks checkpoints whose states of hooks are stored by key; older ones use the position.
+_HOOKS_BY_KEY: Final = "hooks_by_key"
 _NEVER_REMOVED: Final = RetentionTag()
 
 
@@ -44,16 +48,6 @@ class Recorder(Protocol):
         """Close the recorder."""
 
 
-class StatefulHook(Protocol):
-    """The part of a hook that checkpoints need."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the state."""
-
-
 class HookEvents(Protocol):
     """The hooks of a run and their methods by event; see :class:`~stratagem.train.hook.Events`."""
 
@@ -62,7 +56,7 @@ class HookEvents(Protocol):
         """The hooks in order of priority."""
 
     def named(self) -> Mapping[str, StatefulHook]:
-        """Return a mapping from names to hooks."""
+        """Return a mapping from the keys of their states to the hooks that have one."""
 
     def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
         """Return the methods of an event."""
@@ -81,6 +75,7 @@ class Run:
         config_text: the configuration as text, which is saved in every checkpoint.
 
     Attributes:
+        mode: "train", or "val" or "test" during an evaluation and its hooks.
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
         history: the sessions of the run, the current one last; saved in every checkpoint.
@@ -100,6 +95,7 @@ class Run:
         self.step_timer = StepTimer()
         self.bar: TrainingProgress | None = None
         self.train_data: EpochLoader | None = None
+        self.mode = "train"
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
@@ -205,9 +201,24 @@ class Run:
         return self.interrupt.received is not None and not self.optim_wrapper.pending_micro_batches
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Pass values to all recorders: ``<log_dir>/vis_data/scalars.json`` and the recorders that hooks added."""
+        """Pass values to all recorders: ``<log_dir>/vis_data/scalars.json`` and the recorders that hooks added.
+
+        Scalars of any type are recorded as numbers. ``mode`` ("train", "val" or "test") and the position (``epoch``, ``iter``
+        and ``step``) are added unless they are given. In an iteration and its hooks, the position includes the iteration.
+        """
+        if not self.recorders:
+            return
+        numbers = {name: value if (number := as_number(value)) is None else number for name, value in values.items()}
+        complete = {**numbers, **{key: value for key, value in self._place().items() if key not in values}}
+        complete.setdefault("step", complete["iter"])
         for recorder in self.recorders:
-            recorder.write(values)
+            recorder.write(complete)
+
+    def _place(self) -> dict[str, Any]:
+        """Return the mode and the position for records."""
+        progress = self.progress
+        begun = self.mode == "train" and (progress.in_iteration or progress.batch > 0)
+        return {"mode": self.mode, "epoch": progress.epoch + begun, "iter": progress.iter + progress.in_iteration}
 
     def record_as_json(self) -> None:
         """Start appending records to ``<log_dir>/vis_data/scalars.json``, one JSON object per line. Idempotent."""
@@ -257,6 +268,7 @@ class Run:
             "run_id": self.id,
             SAVE_ORDER: self.save_counter.next(path).as_meta(),
             "purpose": retention_tag.as_meta(),
+            _HOOKS_BY_KEY: True,
             **self.history.as_meta(),
         }
         if self._config_text is not None:
@@ -289,8 +301,9 @@ class Run:
 
     def load_hooks(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the states of the hooks from a checkpoint."""
-        saved = checkpoint.get(_HOOKS) or {}
         hooks = self.events.named()
+        by_key = (checkpoint.get("meta") or {}).get(_HOOKS_BY_KEY)
+        saved = match_states(checkpoint.get(_HOOKS) or {}, hooks, by_position=not by_key, logger=self.logger)
         for name, state in saved.items():
             if name in hooks:
                 hooks[name].load_state_dict(state)

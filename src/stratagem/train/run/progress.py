@@ -56,6 +56,11 @@ class Progress:
     """Counters and length of a run. The loop updates them; hooks read them.
 
     The current iteration is not included in ``iter`` and ``batch`` until its hooks have run. The same applies to ``epoch``.
+
+    Attributes:
+        stop_training: set by hooks to stop after the current iteration, epoch or validation. If only some ranks set it during
+            an iteration, all ranks stop after the next one.
+        in_iteration: whether a training step or one of its hooks is running.
     """
 
     epoch: int = 0
@@ -67,6 +72,7 @@ class Progress:
     max_steps: int | None = None
     epoch_length: int | None = None
     stop_training: bool = False
+    in_iteration: bool = False
 
     def here(self) -> Position:
         """Return the current position, between two iterations."""
@@ -101,15 +107,17 @@ class StepTimer:
     """Accumulates iteration times: since the last :meth:`pop_means`, and in total, to estimate the remaining time.
 
     Attributes:
-        started: when the current iteration started to wait for data, in seconds of ``time.perf_counter``.
-        data_seconds: time spent waiting for data.
-        seconds: duration of the iterations, including the time spent waiting for data.
+        started: when the current iteration started, in seconds of ``time.perf_counter``: right after the previous step.
+        waiting_since: when the loop started to wait for the next batch. The loop sets it, after all hooks have run.
+        data_seconds: time that the loop spent waiting for batches; 0 if the loop does not measure it.
+        seconds: duration of the iterations, including hooks and the time spent waiting for batches.
         count: number of iterations.
         total_seconds: ``seconds`` before the last :meth:`pop_means`.
         total_count: ``count`` before the last :meth:`pop_means`.
     """
 
     started: float = 0.0
+    waiting_since: float = 0.0
     data_seconds: float = 0.0
     seconds: float = 0.0
     count: int = 0
@@ -117,7 +125,7 @@ class StepTimer:
     total_count: int = 0
 
     def pop_means(self) -> tuple[float, float] | None:
-        """Return the mean duration and the mean data wait of an iteration, and reset them; None without iterations."""
+        """Return the mean duration and the mean wait for a batch of an iteration, and reset them; None without iterations."""
         if self.count == 0:
             return None
         means = self.seconds / self.count, self.data_seconds / self.count
