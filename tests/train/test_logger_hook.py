@@ -69,7 +69,7 @@ def test_the_rest_of_an_epoch_can_have_a_line(make_runner: MakeRunner):
 def test_a_record_holds_the_data_for_plots(make_runner: MakeRunner):
     """Each line is one JSON object with the current epoch and iteration, counted from 1."""
     _, records = run(make_runner, train_cfg={"max_epochs": 2})
-    assert set(records[0]) == {"lr", "time", "data_time", "loss", "epoch", "iter", "step"}
+    assert set(records[0]) == {"lr", "time", "data_time", "loss", "mode", "epoch", "iter", "step"}
     assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8), (2, 12)]
     assert all(0 <= record["data_time"] <= record["time"] for record in records)
 

@@ -65,6 +65,4 @@ def _describe(value: object) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
-    if isinstance(value, list | tuple | set | frozenset | Mapping):
-        return f"a {kind} of length {len(value)}"
-    return f"of type {kind}"
+    return f"a {kind}"

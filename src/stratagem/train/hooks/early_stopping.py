@@ -113,10 +113,12 @@ class EarlyStoppingHook(Hook):
     def _value(self, run: Run, metrics: dict[str, Any]) -> float | None:
         if self._monitor in metrics:
             return read_metric(self._monitor, metrics, owner="EarlyStoppingHook")
-        returned = did_you_mean(self._monitor, metrics) if metrics else "The validation returned no metrics."
-        message = (
-            f"EarlyStoppingHook: the validation after iteration {run.iter} did not return {self._monitor!r}. {returned}"
+        hint = (
+            did_you_mean(self._monitor, metrics)
+            if metrics
+            else f"The validation after iteration {run.iter} returned no metrics."
         )
+        message = f"EarlyStoppingHook: the metric {self._monitor!r} is missing. {hint}"
         if self._strict:
             raise TrainingError(message)
         run.logger.warning(message)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 from stratagem.distributed import all_gather_object
 from stratagem.train.run.context import Run
+from stratagem.utils.scalars import as_scalar
 
 __all__ = ["Batch", "NonFiniteReport"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from stratagem.errors import ConfigValueError
 from stratagem.logging import Logger
@@ -31,7 +31,10 @@ class StatefulHook(Protocol):
         """Return whether a state is the state of this hook, or None if its content does not show it."""
 
 
-def by_state_key[AnyHook: StatefulHook](hooks: Iterable[AnyHook]) -> dict[str, AnyHook]:
+AnyHook = TypeVar("AnyHook", bound=StatefulHook)
+
+
+def by_state_key(hooks: Iterable[AnyHook]) -> dict[str, AnyHook]:
     """Return a mapping from keys to the hooks that have a state.
 
     A key is the name of the class, followed by a dot and ``state_key`` if the hook has one. It does not depend on the other
