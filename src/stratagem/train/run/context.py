@@ -35,6 +35,8 @@ INTERRUPTED: Final = "interrupted"
 _HOOKS: Final = "hooks"
 # The entry of `meta` that marks checkpoints whose states of hooks are stored by key; older ones use the position.
 _HOOKS_BY_KEY: Final = "hooks_by_key"
+# The types that a record contains as they are.
+_PLAIN: Final = (float, int, bool, str)
 _NEVER_REMOVED: Final = RetentionTag()
 
 
@@ -208,8 +210,9 @@ class Run:
         """
         if not self.recorders:
             return
-        numbers = {name: value if (number := as_number(value)) is None else number for name, value in values.items()}
-        complete = {**numbers, **{key: value for key, value in self._place().items() if key not in values}}
+        others = {name: as_number(value) for name, value in values.items() if type(value) not in _PLAIN}
+        numbers = {name: number for name, number in others.items() if number is not None}
+        complete = {**values, **numbers, **{key: value for key, value in self._place().items() if key not in values}}
         complete.setdefault("step", complete["iter"])
         for recorder in self.recorders:
             recorder.write(complete)
