@@ -141,7 +141,7 @@ def test_the_first_metric_is_chosen_when_there_is_one(make_runner: MakeRunner):
 @pytest.mark.parametrize("reader", ["save_best", "plateau"])
 def test_an_unknown_metric_beside_others_is_refused(make_runner: MakeRunner, reader: str):
     """A misspelled name is an error in the first validation that returns metrics."""
-    with pytest.raises(ConfigKeyError, match='accuracy'):
+    with pytest.raises(ConfigKeyError, match="accuracy"):
         train(make_runner, [{}, {"accuracy": 0.1}], **READERS[reader][0])
 
 

@@ -148,8 +148,9 @@ class Hook:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save in checkpoints: plain values and tensors. Called on every rank; rank 0's is saved.
 
-        An empty state is not saved. Hooks of one class that save a state need different values of ``state_key``. ``CheckpointHook`` has ``Priority.VERY_LOW``, so the state of hooks with a higher
-        priority includes the iteration or validation after which the checkpoint is saved.
+        An empty state is not saved. Hooks of one class that save a state need different values of ``state_key``.
+        ``CheckpointHook`` has ``Priority.VERY_LOW``, so the state of hooks with a higher priority includes the iteration or
+        validation after which the checkpoint is saved.
         """
         return {}
 

@@ -81,7 +81,9 @@ class LoggerHook(Hook):
             train_line(place, values, rates, seconds=seconds, left_s=left, memory_mb=_memory_mb(run.world.device))
         )
         position = {"mode": "train", "epoch": run.epoch + 1, "iter": run.iter + 1, "step": run.iter + 1}
-        run.record({**rates, **durations(seconds), **values, **position, **({} if updates is None else {"updates": updates})})
+        run.record(
+            {**rates, **durations(seconds), **values, **position, **({} if updates is None else {"updates": updates})}
+        )
         if run.bar is not None:
             run.bar.show(
                 {**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=bar_label(run.progress)
