@@ -52,6 +52,19 @@ def test_float16_scales_the_loss_and_unscales_the_gradients() -> None:
     torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
 
 
+def test_weights_do_not_overflow_the_scaled_loss() -> None:
+    """Micro-batches with 60,000 and 20,000 tokens keep the loss scale of float16: gradients of 0.5 stay 0.5."""
+    model, wrapper = wrapped(dtype="float16", loss_scale=2.0**15, accumulative_counts=2)
+    before = model.bias.detach().clone()
+    for count in (60_000, 20_000):
+        with wrapper.optim_context(model):
+            outputs = model(torch.ones(3, 4))
+        # The gradient of the scaled loss is computed in float16, whose largest value is 65,504.
+        wrapper.update_params(outputs.mean(), weight=count)
+    torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
+    assert wrapper.num_steps_applied == 1
+
+
 def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
     """A skipped update only counts as an attempt, so schedules and averages do not advance."""
     model, wrapper = wrapped(dtype=torch.float16, loss_scale=dict(init_scale=1024.0))

@@ -7,6 +7,9 @@ import cProfile
 import pstats
 from contextlib import nullcontext
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -118,6 +121,28 @@ def test_weights_may_be_tensors() -> None:
     wrapper.update_params(weight.sum() * 1, weight=torch.tensor(1.0))
     wrapper.update_params(weight.sum() * 4, weight=torch.tensor(3.0))
     assert optimizer.seen == [[3.25]]
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_weighted_windows_of_float64_models_are_exact(kind: Callable[[int], Any]) -> None:
+    """Weights of 1 and 2 give (0.1 + 2 * 0.4) / 3 to the last digits of float64, although 1 / 3 is rounded in float32."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
+    wrapper.update_params(weight.sum() * 0.1, weight=kind(1))
+    wrapper.update_params(weight.sum() * 0.4, weight=kind(2))
+    assert optimizer.seen[0][0] == pytest.approx(0.3, rel=1e-15)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor, lambda count: torch.tensor(float(count))])
+def test_counts_above_2_to_the_24_are_exact(kind: Callable[[int], Any]) -> None:
+    """Three weights of 1 are not lost next to 2**24, the largest count up to which float32 has every integer."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=4)
+    for count in (2**24, 1, 1, 1):
+        wrapper.update_params(weight.sum() * (1.0 if count == 1 else 0.0), weight=kind(count))
+    assert optimizer.seen[0][0] == pytest.approx(3 / (2**24 + 3), rel=1e-15)
 
 
 def test_a_window_with_zero_weight_has_no_gradient() -> None:

@@ -40,7 +40,13 @@ class BaseModel(nn.Module, ABC):
     Args:
         data_preprocessor: a module that is called with ``(data, training)``, or its configuration; by default one
             that moves the batch to the device of the model.
+
+    Attributes:
+        needs_loss_weight: whether the optimizer uses the weight of a micro-batch. A strategy sets it to False in a single
+            process without gradient accumulation, where computing the weight would have no effect.
     """
+
+    needs_loss_weight: bool = True
 
     def __init__(self, data_preprocessor: nn.Module | Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -15,7 +15,16 @@ from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, 
 from stratagem.tensors.dtensor import full_tensor, is_plain, is_sharded, mesh_of, to_local
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Clipping", "NonFinite", "check_norm", "global_norm", "parse_clipping", "parse_nonfinite", "scale"]
+__all__ = [
+    "Clipping",
+    "NonFinite",
+    "check_norm",
+    "exact_scalar",
+    "global_norm",
+    "parse_clipping",
+    "parse_nonfinite",
+    "scale",
+]
 
 NonFinite = Literal["error", "skip"]
 
@@ -147,12 +156,21 @@ def _norm_of_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply gradients in place by a scalar tensor, without synchronizing with its device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
         part = to_local(gradient)
-        by_device.setdefault(part.device, []).append(part)
-    for device, parts in by_device.items():
-        torch._foreach_mul_(parts, factor.to(device))
+        alike.setdefault((part.device, part.dtype), []).append(part)
+    for (device, dtype), parts in alike.items():
+        # At least float32: a factor in bfloat16 would be rounded. torch is slow if the factor has more digits than the gradients.
+        precision = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+        torch._foreach_mul_(parts, factor.to(device, precision))
+
+
+def exact_scalar(value: float | Tensor) -> Any:
+    """Return a number, or a detached tensor in float64, in which counts are exact; in float32 on devices without float64."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def check_norm(norm: Tensor, policy: NonFinite | None) -> bool:

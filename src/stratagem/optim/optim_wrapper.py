@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from stratagem.optim.gradients import (
     Clipping,
     NonFinite,
     check_norm,
+    exact_scalar,
     global_norm,
     parse_clipping,
     parse_nonfinite,
@@ -89,6 +91,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.window_start = 0
         self.weight: float | Tensor | None = None
         self._num_weighted = 0
+        # Weights are divided by this power of two, so that losses that are scaled for float16 do not overflow; 0 until known.
+        self._weight_unit = 0.0
         # The number of pending micro-batches in the loaded state; None if the state does not contain it.
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
@@ -135,9 +139,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         """Return the loss multiplied by its weight, and add the weight to the total weight of the accumulation window."""
         if self.accumulative_counts == 1 and get_world_size() == 1:
             return loss  # loss * weight / weight
-        self.weight = weight if self.weight is None else self.weight + weight
+        exact = exact_scalar(weight)
+        if not self._weight_unit:
+            self._weight_unit = 1.0 if self.loss_scale is None else _power_of_two_above(exact, loss.device)
+        self.weight = exact if self.weight is None else self.weight + exact
         self._num_weighted += 1
-        return loss * weight
+        return loss * weight if self._weight_unit == 1.0 else loss * (weight / self._weight_unit)
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         self.max_counts = max_counts
@@ -183,12 +190,15 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             "pending": self.pending_micro_batches,
             "weight": weight,
             "weighted": self._num_weighted,
+            "weight_unit": self._weight_unit,
         }
 
     def resume_accumulation(self, state: Mapping[str, Any]) -> None:
         """Continue an incomplete accumulation window from its state; the caller restores the gradients in the parameters."""
         self.window_start = self.inner_count - int(state["pending"])
         self._num_weighted = int(state["weighted"])
+        if self._num_weighted:
+            self._weight_unit = float(state.get("weight_unit", 1.0))
         weight = state["weight"]
         device = self.optimizer.param_groups[0]["params"][0].device
         self.weight = weight.to(device) if isinstance(weight, Tensor) else weight
@@ -228,11 +238,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 "Pass a weight to update_params for all of these micro-batches or for none of them."
             )
         device = self.optimizer.param_groups[0]["params"][0].device
-        total = torch.as_tensor(self.weight, dtype=torch.float32, device=device).detach().clone()
+        total = exact_scalar(torch.as_tensor(0.0 if self.weight is None else self.weight).to(device)).clone()
         self.reset_weights()
         all_reduce(total)
         # If all weights are 0, for example in a step with only padding, the gradient is 0 instead of 0 / 0.
-        return torch.where(total == 0, total, get_world_size() / total)
+        return torch.where(total == 0, total, get_world_size() * (self._weight_unit or 1.0) / total)
 
     def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Compute, record and return the norm of all gradients. Collective for sharded gradients."""
@@ -261,6 +271,13 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if self.inner_count < self.max_counts < end:
             end = self.max_counts
         return end - self.window_start
+
+
+def _power_of_two_above(weight: float | Tensor, device: torch.device) -> float:
+    """Return the smallest power of two that is not below the weight on any rank, and at least 1. Collective; synchronizes."""
+    largest = torch.as_tensor(weight, dtype=torch.float32).to(device, copy=True)
+    all_reduce(largest, "max")
+    return 2.0 ** max(0, math.ceil(math.log2(max(float(largest), 1.0))))
 
 
 @final

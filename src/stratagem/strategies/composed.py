@@ -25,6 +25,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
+from stratagem.model import BaseModel
 from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.parallel import AnyOptim, Placement, Steps
@@ -132,6 +133,9 @@ class ComposedStrategy(BaseStrategy):
         wrappers = optim.each()
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
         policy = self._placement.gradient_policy(self.model, accumulates=accumulates)
+        model = self.unwrap_model()
+        if isinstance(model, BaseModel):
+            model.needs_loss_weight = accumulates or self.world.size > 1
         for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if run_length.max_iters is None:
