@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,8 +197,7 @@ class Masked(Words):
 class TinyForConditionalGeneration(Masked):
     """An encoder-decoder model, whose labels are aligned with its outputs although its name is that of a causal model."""
 
-    class config:  # noqa: N801 -- the name in transformers
-        is_encoder_decoder = True
+    config = SimpleNamespace(is_encoder_decoder=True)
 
 
 def words() -> tuple[Tensor, Tensor]:
@@ -269,9 +269,7 @@ def one_update(kind: str, folder: str) -> Tensor:
     )
     seed_generators(2)
     optim = {"optimizer": {"type": "SGD", "lr": 1.0}, "accumulative_counts": 2}
-    model, wrapper = strategy.prepare(
-        ModelWithLoss(Causal()), optim_wrapper=optim, dispatch_kwargs={"max_iters": 100}
-    )
+    model, wrapper = strategy.prepare(ModelWithLoss(Causal()), optim_wrapper=optim, dispatch_kwargs={"max_iters": 100})
     before = _full(strategy)
     ids, labels = words()
     sizes = [1, 2, 2, 1]

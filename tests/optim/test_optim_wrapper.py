@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import cProfile
 import pstats
-from contextlib import nullcontext
-
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest

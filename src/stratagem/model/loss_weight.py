@@ -154,7 +154,7 @@ def _compare(loss: Tensor, logits: Any, labels: Tensor, ignore_index: int) -> bo
 
     Computes one sample at a time, because the logits of a language model are large. Synchronizes with the device.
     """
-    if type(logits) is not Tensor or logits.shape[:-1] != labels.shape or not loss.numel() == 1:
+    if type(logits) is not Tensor or logits.shape[:-1] != labels.shape or loss.numel() != 1:
         return None
     value = float(loss.detach())
     aligned = _mean_cross_entropy(logits, labels, ignore_index)

@@ -104,7 +104,8 @@ class ModelWithLoss(BaseModel):
         self.prediction_key = prediction_key
         if weight is not None and weight is not False and not callable(weight) and not isinstance(weight, str):
             raise ConfigTypeError(
-                f"weight must be a name, a function of the batch and the output, False for equal weights, or None, got {weight!r}."
+                "weight must be a name, a function of the batch and the output, False for equal weights, or None, got "
+                f"{weight!r}."
             )
         self.weight = weight
         self._label_count = LabelCount(self.network, target_key)
