@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -24,6 +24,10 @@ class AveragedModel(ABC):
     at any time; until then, ``apply`` does nothing. Averages of float16 and bfloat16 weights are stored as float32, because
     small changes of an average would be rounded away in half precision.
 
+    Frozen parameters are copied instead of averaged until they are trained. Parameters that cannot be averaged, such as
+    integer, bool and float8 weights of a quantized model, are not part of the average: the model's current values are used
+    with it.
+
     Args:
         model: the model whose parameters are averaged; it is not copied.
         interval: average the weights every ``interval`` updates.
@@ -32,7 +36,9 @@ class AveragedModel(ABC):
             with the average.
 
     Attributes:
-        averages: a mapping from parameter names to averaged tensors.
+        averages: a mapping from names to tensors: the averages, and copies of frozen parameters.
+        averaged_buffers: the names of the averaged buffers.
+        statistics: recomputed BatchNorm buffers that belong to the average, by name; ``update`` discards them.
         steps: the number of calls to ``update``.
 
     Raises:
@@ -54,25 +60,33 @@ class AveragedModel(ABC):
             raise ConfigValueError(f"interval must be a positive integer, got {interval!r}.")
         self.interval = interval
         self.steps = 0
-        canonical = canonical_names(model)
-        weights: dict[str, Tensor] = {canonical(name): parameter for name, parameter in model.named_parameters()}
-        if update_buffers:
-            floating = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-            weights.update((canonical(name), buffer) for name, buffer in floating.items())
+        self.statistics: dict[str, Tensor] = {}
+        self._model = model
+        self._canonical = canonical_names(model)
+        named = {self._canonical(name): parameter for name, parameter in model.named_parameters()}
+        weights: dict[str, Tensor] = {name: each for name, each in named.items() if _can_be_averaged(each)}
+        buffers = {name: each for name, each in self._buffers().items() if update_buffers and _is_float(each)}
+        self.averaged_buffers = frozenset(buffers)
+        weights.update(buffers)
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
-        self._whole = list(weights.values())
-        # The foreach kernels do not support DTensors, so each rank averages its local shards.
-        self._weights = [to_local(weight) for weight in self._whole]
-        self._values = [to_local(value) for value in self.averages.values()]
-        self._same_dtype_and_device = all(
-            weight.dtype == value.dtype and weight.device == value.device
-            for weight, value in zip(self._weights, self._values, strict=True)
-        )
-        self._backup: list[Tensor] | None = None
+        self._whole = weights
+        # Frozen parameters that have not been trained since averaging started.
+        self._copied = {name for name in weights if name not in buffers and not weights[name].requires_grad}
+        self._group()
+        self._backup: dict[str, Tensor] | None = None
 
     @abstractmethod
     def share(self) -> float:
         """Return the weight of the current parameters in the average at ``steps``."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options that determine the average; saved with it."""
+        return {"type": type(self).__name__, "interval": self.interval}
+
+    def not_averaged(self) -> list[str]:
+        """Return the names of the parameters whose dtype cannot be averaged."""
+        names = [self._canonical(name) for name, _ in self._model.named_parameters()]
+        return [name for name in names if name not in self._whole]
 
     def update(self) -> None:
         """Update the average with the model's current weights. Call it after each optimizer update.
@@ -84,30 +98,41 @@ class AveragedModel(ABC):
             raise StateError(
                 "The model currently contains the average instead of its training weights. Call restore() first."
             )
+        if self._frozen and any([each.requires_grad for each in self._frozen]):  # noqa: C419 -- fewer calls
+            self._copied = {name for name in self._copied if not self._whole[name].requires_grad}
+            self._group()
         if self.steps == 0:
-            with torch.no_grad():
-                torch._foreach_copy_(self._values, self._weights)
+            self._copy_weights()
         elif self.steps % self.interval == 0:
             with torch.no_grad():
                 torch._foreach_lerp_(self._values, self._converted_weights(), self.share())
         self.steps += 1
+        self.statistics = {}
 
-    def apply(self) -> None:
-        """Copy the average into the model, and back up the training weights, which requires memory for one more copy."""
+    def apply(self, replacements: Mapping[str, Tensor] | None = None) -> None:
+        """Copy the average into the model, and back up the training weights, which requires memory for one more copy.
+
+        Args:
+            replacements: tensors to use instead of some of the averages, by name.
+        """
         if self.steps == 0 or self._backup is not None:
             return
+        values = {name: value for name, value in self.averages.items() if name not in self._copied}
+        values |= {**(replacements or {}), **self.statistics}
+        tensors = {**self._buffers(), **self._whole}
         with torch.no_grad():
-            self._backup = [weight.detach().clone() for weight in self._whole]
-            for weight, value in zip(self._whole, self.averages.values(), strict=True):
-                weight.copy_(value)
+            self._backup = {name: tensors[name].detach().clone() for name in values}
+            for name, value in values.items():
+                tensors[name].copy_(value)
 
     def restore(self) -> None:
         """Restore the training weights."""
         if self._backup is None:
             return
+        tensors = {**self._buffers(), **self._whole}
         with torch.no_grad():
-            for weight, backup in zip(self._whole, self._backup, strict=True):
-                weight.copy_(backup)
+            for name, backup in self._backup.items():
+                tensors[name].copy_(backup)
         self._backup = None
 
     @property
@@ -116,9 +141,9 @@ class AveragedModel(ABC):
         return self._backup is not None
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Apply the average to the model within a block, for example for validation."""
-        self.apply()
+    def applied(self, replacements: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Apply the average to the model within a block, for example for validation; see :meth:`apply`."""
+        self.apply(replacements)
         try:
             yield
         finally:
@@ -126,20 +151,41 @@ class AveragedModel(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Return a mapping from names to training weights, regardless of whether the average is applied."""
-        return dict(zip(self.averages, self._whole if self._backup is None else self._backup, strict=True))
+        return {**self._whole, **(self._backup or {})}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``steps`` and ``averages``; tensors are not copied."""
-        return {"steps": self.steps, "averages": dict(self.averages)}
+        """Return ``steps``, ``averages`` and ``settings``; tensors are not copied.
+
+        ``copied`` contains the names of the frozen parameters that were only copied so far, and ``statistics`` the
+        recomputed BatchNorm buffers.
+        """
+        if self.steps and self._copied:
+            # The model may have changed frozen parameters since the last update.
+            self._copy_weights(self._copied)
+        state: dict[str, Any] = {"steps": self.steps, "averages": dict(self.averages), "settings": self.settings()}
+        if self._copied:
+            state["copied"] = sorted(self._copied)
+        if self.statistics:
+            state["statistics"] = dict(self.statistics)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state from ``state_dict``. The argument is not modified.
 
+        A state without ``settings``, of an earlier version, is accepted.
+
         Raises:
-            CheckpointMismatchError: if names or shapes differ.
+            CheckpointMismatchError: if the type of the average, names or shapes differ.
         """
         saved: Mapping[str, Tensor] = state_dict["averages"]
-        differing = sorted(saved.keys() ^ self.averages.keys()) or [
+        kind = (state_dict.get("settings") or self.settings())["type"]
+        if kind != type(self).__name__:
+            raise CheckpointMismatchError(
+                f"The saved average is a {kind}, and this run has a {type(self).__name__}: continuing would mix both "
+                "without being either. Use the type of the saved average, or start a new average."
+            )
+        not_averaged = set(self.not_averaged())
+        differing = sorted((saved.keys() - not_averaged) ^ self.averages.keys()) or [
             name for name, value in self.averages.items() if saved[name].shape != value.shape
         ]
         if differing:
@@ -149,7 +195,48 @@ class AveragedModel(ABC):
             )
         for name, value in self.averages.items():
             copy_into(value, saved[name])
+        copied = set(state_dict.get("copied") or ())
+        self._copied = {name for name in self._whole if name in copied and not self._whole[name].requires_grad}
+        self._group()
+        self.statistics = {
+            name: each.detach().clone() for name, each in (state_dict.get("statistics") or {}).items()
+        }
         self.steps = int(state_dict["steps"])
+
+    def differences(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Return a phrase for each option that differs from those of a saved state."""
+        own = self.settings()
+        saved = state_dict.get("settings") or own
+        return [
+            f"{name}={own.get(name)} (saved: {saved.get(name)})"
+            for name in dict.fromkeys((*own, *saved))
+            if own.get(name) != saved.get(name)
+        ]
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {self._canonical(name): buffer for name, buffer in self._model.named_buffers()}
+
+    def _group(self) -> None:
+        """Collect the tensors that are averaged and those that are copied.
+
+        The foreach kernels do not support DTensors, so each rank averages its local shards.
+        """
+        averaged = [name for name in self._whole if name not in self._copied]
+        self._frozen = [self._whole[name] for name in self._whole if name in self._copied]
+        self._weights = [to_local(self._whole[name]) for name in averaged]
+        self._values = [to_local(self.averages[name]) for name in averaged]
+        self._same_dtype_and_device = all(
+            weight.dtype == value.dtype and weight.device == value.device
+            for weight, value in zip(self._weights, self._values, strict=True)
+        )
+
+    def _copy_weights(self, names: Iterable[str] | None = None) -> None:
+        """Copy the current weights into the averages, by default all of them."""
+        some = list(self._whole if names is None else names)
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [to_local(self.averages[name]) for name in some], [to_local(self._whole[name]) for name in some]
+            )
 
     def _converted_weights(self) -> list[Tensor]:
         """Return the weights with the dtypes and on the devices of the averages."""
@@ -176,6 +263,9 @@ class ExponentialMovingAverage(AveragedModel):
 
     def share(self) -> float:
         return self.momentum
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "momentum": self.momentum}
 
 
 @final
@@ -204,6 +294,9 @@ class MomentumAnnealingEMA(AveragedModel):
     def share(self) -> float:
         return max(self.momentum, self.gamma / (self.gamma + self.steps))
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "momentum": self.momentum, "gamma": self.gamma}
+
 
 @final
 class StochasticWeightAverage(AveragedModel):
@@ -211,6 +304,15 @@ class StochasticWeightAverage(AveragedModel):
 
     def share(self) -> float:
         return 1.0 / (self.steps // self.interval + 1)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    """Return whether a tensor has a floating-point dtype in which torch can compute, unlike float8."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _can_be_averaged(tensor: Tensor) -> bool:
+    return _is_float(tensor) or tensor.is_complex()
 
 
 def _average_of(weight: Tensor, device: torch.device | str | None) -> Tensor:
