@@ -178,3 +178,103 @@ def test_invalid_settings_are_rejected(options: dict[str, float], text: str) -> 
         ExponentialMovingAverage(model(), **options)
     with pytest.raises(ConfigTypeError, match=r"torch\.nn\.Module"):
         ExponentialMovingAverage({})  # type: ignore[arg-type]
+
+
+class Quantized(nn.Module):
+    """An integer, a bool and a float8 weight that are frozen, and a trainable low-rank factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+        self.base = nn.Parameter(torch.full((2,), 5.0, dtype=torch.bfloat16), requires_grad=False)
+        self.factor = nn.Parameter(torch.zeros(2))
+
+
+def test_weights_of_a_quantized_model_are_not_averaged() -> None:
+    """Integer, bool and float8 weights keep the values of the model; the trainable factor is averaged."""
+    net = Quantized()
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    for value in (2.0, 4.0, 8.0):
+        with torch.no_grad():
+            net.factor.fill_(value)
+        average.update()
+    assert average.not_averaged() == ["codes", "mask", "scale"]
+    with torch.no_grad():
+        net.codes.fill_(7)
+    with average.applied():
+        assert net.factor.tolist() == [5.5, 5.5]
+        assert net.codes.tolist() == [7, 7, 7, 7]
+        assert net.base.tolist() == [5.0, 5.0]
+    assert net.factor.tolist() == [8.0, 8.0]
+    resumed = ExponentialMovingAverage(net, momentum=0.5)
+    resumed.load_state_dict(average.state_dict())
+    assert resumed.averages["factor"].tolist() == [5.5, 5.5]
+
+
+def test_a_model_without_trainable_weights_can_be_averaged() -> None:
+    """If no weight can be averaged, updates do nothing."""
+    net = nn.Module()
+    net.codes = nn.Parameter(torch.arange(4), requires_grad=False)
+    average = StochasticWeightAverage(net)
+    average.update()
+    average.update()
+    with average.applied():
+        assert net.codes.tolist() == [0, 1, 2, 3]
+
+
+def test_frozen_weights_are_copied() -> None:
+    """A frozen weight that the model itself changes, such as that of a teacher, is used as it is, also in the state."""
+    net = model()
+    net.bias.requires_grad_(False)
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    averages(average, net, [2.0, 4.0, 6.0])
+    with average.applied():
+        assert net.bias.item() == 6.0
+        assert net.weight[0, 0].item() == 4.5
+    assert average.state_dict()["averages"]["bias"].item() == 6.0
+    assert average.state_dict()["copied"] == ["bias"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_weight_that_is_unfrozen_is_averaged_from_its_frozen_value(resumed: bool) -> None:
+    """Gradual unfreezing gives the average of a weight that was constant before, and refreezing keeps averaging."""
+    net = model()
+    net.bias.requires_grad_(False)
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    with torch.no_grad():
+        net.bias.fill_(8.0)
+    average.update()
+    average.update()
+    if resumed:
+        state = copy.deepcopy(average.state_dict())
+        average = ExponentialMovingAverage(net, momentum=0.5)
+        average.load_state_dict(state)
+    net.bias.requires_grad_(True)
+    with torch.no_grad():
+        net.bias.fill_(4.0)
+    average.update()
+    assert average.averages["bias"].item() == 6.0
+    net.bias.requires_grad_(False)
+    average.update()
+    assert average.averages["bias"].item() == 5.0
+    assert "copied" not in average.state_dict()
+
+
+def test_an_average_of_another_type_is_not_continued() -> None:
+    """The type is part of the state, and differing options are reported."""
+    net = model()
+    average = ExponentialMovingAverage(net, momentum=0.25)
+    average.update()
+    state = average.state_dict()
+    with pytest.raises(
+        CheckpointMismatchError, match="is of type ExponentialMovingAverage, and this run averages with Stochastic"
+    ):
+        StochasticWeightAverage(net).load_state_dict(state)
+    other = ExponentialMovingAverage(net, momentum=0.5, interval=2)
+    assert other.differences(state) == ["interval=2 (saved: 1)", "momentum=0.5 (saved: 0.25)"]
+    assert average.differences(state) == []
+    # A state of an earlier version has no settings.
+    old = {key: value for key, value in state.items() if key != "settings"}
+    StochasticWeightAverage(net).load_state_dict(old)

@@ -11,7 +11,11 @@ from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.train import EMAHook, Hook
+from tests.strategies.test_synced_buffers import Trace
+from tests.strategies.test_synced_buffers import data as synced_data
+from tests.strategies.test_synced_buffers import runner as synced_runner
 from tests.support.ranks import Ranks
+from tests.support.small_runs import Lines
 from tests.train.test_train_schedules import Poison
 from tests.train.toys import EPOCH, QUIET_HOOKS, TEST, VALIDATION, At, Recorder, settings, train_until_signal
 
@@ -281,3 +285,70 @@ def test_all_ranks_have_the_same_average_and_resume_it(ranks: Ranks, tmp_path: P
     assert torch.equal(weight, other[1])
     assert metrics == other[2]
     assert not torch.equal(average, weight)
+
+
+STOCHASTIC = {"type": "EMAHook", "ema_type": "StochasticWeightAverage"}
+
+
+def test_resuming_another_type_of_average_is_an_error(make_runner: MakeRunner):
+    """An exponential average is not continued as a stochastic one; with ``strict_load=False`` a new average starts."""
+    make_runner(custom_hooks=[EMAHook(momentum=0.25)], train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
+    with pytest.raises(CheckpointMismatchError, match="type ExponentialMovingAverage"):
+        make_runner(custom_hooks=[STOCHASTIC], resume=True, train_cfg={"max_iters": 5}).train()
+    runner = make_runner(custom_hooks=[{**STOCHASTIC, "strict_load": False}], resume=True, train_cfg={"max_iters": 5})
+    runner.train()
+    hook = next(hook for hook in runner.run.events.hooks if isinstance(hook, EMAHook))
+    assert hook.average.steps == 3
+
+
+def test_resuming_with_another_momentum_is_reported(make_runner: MakeRunner):
+    """The log names the options of the average that differ from the saved ones."""
+    make_runner(custom_hooks=[EMAHook(momentum=0.25)], train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
+    runner = make_runner(
+        custom_hooks=[EMAHook(momentum=0.5)], resume=True, train_cfg={"max_iters": 5}, log_level="INFO"
+    )
+    lines = Lines(runner.strategy)
+    runner.train()
+    assert "continues with those of this run: momentum=0.5 (saved: 0.25)" in lines.text
+
+
+def test_evaluating_an_average_of_another_type_is_possible(make_runner: MakeRunner, tmp_path: Path):
+    """An evaluation uses the saved average, and does not depend on how it would be continued."""
+    hook, weights = EMAHook(momentum=0.25), Weights()
+    make_runner(custom_hooks=[hook], train_cfg={"max_iters": 3}, default_hooks=SAVING).train()
+    saved = tmp_path / "run" / "iter_3"
+    make_runner(work_dir=tmp_path / "test", custom_hooks=[STOCHASTIC, weights], load_from=saved, **TEST).test()
+    assert torch.equal(weights.evaluated[0], hook.average.averages[NAME])
+
+
+def average_buffers(folder: str, source: str, resume: str | bool = False) -> Any:
+    """Train a model with BatchNorm with DDP, and average its buffers; return the metrics and this rank's average."""
+    hook, trace = EMAHook(momentum=0.25, update_buffers=True), Trace()
+    runner = synced_runner(
+        folder, {"type": "DDPStrategy", "buffers": source}, custom_hooks=[hook, trace], resume=resume,
+        train_dataloader=synced_data(), train_cfg={"max_iters": 8, "val_interval": 4},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        default_hooks={**QUIET_HOOKS, "checkpoint": {"by_epoch": False, "interval": 4}},
+    )  # fmt: skip
+    runner.train()
+    runner.close()
+    return trace.metrics, {name: value.clone() for name, value in hook.average.averages.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["rank0", "mean"])
+def test_averaged_buffers_of_several_ranks(ranks: Ranks, tmp_path: Path, source: str):
+    """A validation uses synchronized averaged buffers, the checkpoint contains them, and each rank resumes its own."""
+    whole = ranks.run(average_buffers, str(tmp_path), source)
+    resumed = ranks.run(average_buffers, str(tmp_path / "resumed"), source, str(tmp_path / "iter_4"))
+    for (metrics, averages), (later, others) in zip(whole, resumed, strict=True):
+        assert metrics == whole[0][0]
+        # The validation at the resumed iteration is repeated.
+        assert later == metrics
+        assert all(torch.equal(averages[name], others[name]) for name in averages)
+    assert not torch.equal(whole[0][1]["body.0.0.running_mean"], whole[1][1]["body.0.0.running_mean"])
+    alone = synced_runner(
+        str(tmp_path / "alone"), None, custom_hooks=[EMAHook(update_buffers=True)], load_from=tmp_path / "iter_8"
+    )
+    assert alone.val()["meansquarederror"] == pytest.approx(whole[0][0][8], rel=1e-5)
+    alone.close()

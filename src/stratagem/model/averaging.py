@@ -105,7 +105,8 @@ class AveragedModel(ABC):
             self._copy_weights()
         elif self.steps % self.interval == 0:
             with torch.no_grad():
-                torch._foreach_lerp_(self._values, self._converted_weights(), self.share())
+                if self._values:
+                    torch._foreach_lerp_(self._values, self._converted_weights(), self.share())
         self.steps += 1
         self.statistics = {}
 
@@ -181,8 +182,8 @@ class AveragedModel(ABC):
         kind = (state_dict.get("settings") or self.settings())["type"]
         if kind != type(self).__name__:
             raise CheckpointMismatchError(
-                f"The saved average is a {kind}, and this run has a {type(self).__name__}: continuing would mix both "
-                "without being either. Use the type of the saved average, or start a new average."
+                f"The saved average is of type {kind}, and this run averages with {type(self).__name__}: continuing would mix "
+                "both. Use the type of the saved average, or start a new average."
             )
         not_averaged = set(self.not_averaged())
         differing = sorted((saved.keys() - not_averaged) ^ self.averages.keys()) or [
@@ -198,9 +199,7 @@ class AveragedModel(ABC):
         copied = set(state_dict.get("copied") or ())
         self._copied = {name for name in self._whole if name in copied and not self._whole[name].requires_grad}
         self._group()
-        self.statistics = {
-            name: each.detach().clone() for name, each in (state_dict.get("statistics") or {}).items()
-        }
+        self.statistics = {name: each.detach().clone() for name, each in (state_dict.get("statistics") or {}).items()}
         self.steps = int(state_dict["steps"])
 
     def differences(self, state_dict: Mapping[str, Any]) -> list[str]:
@@ -233,6 +232,8 @@ class AveragedModel(ABC):
     def _copy_weights(self, names: Iterable[str] | None = None) -> None:
         """Copy the current weights into the averages, by default all of them."""
         some = list(self._whole if names is None else names)
+        if not some:
+            return
         with torch.no_grad():
             torch._foreach_copy_(
                 [to_local(self.averages[name]) for name in some], [to_local(self._whole[name]) for name in some]

@@ -41,7 +41,7 @@ from stratagem.strategies.setup.environment import set_up_environment
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
-from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, require_buffer_source
+from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, iter_buffers, require_buffer_source
 from stratagem.utils import absolute, collect_env, refuse_unknown, with_canonical_keys
 from stratagem.utils.torch_private import storage_id
 
@@ -440,6 +440,19 @@ class BaseStrategy(ABC):
             StateError: if a persistent buffer has different shapes or dtypes on the ranks.
         """
         return self._synced_buffers.applied(self.unwrap_model(), self.dp_group)
+
+    def synchronized_copies(self, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return copies of values for buffers of the model, such as averaged ones, that are equal on all ranks. Collective.
+
+        See :meth:`synchronized_buffers`. In a single process, the values themselves are returned.
+
+        Args:
+            buffers: the values of this rank under the names of buffers of the unwrapped model.
+        """
+        if not buffers or self.world_size == 1:
+            return dict(buffers)
+        statistics = [each.name for each in iter_buffers(self.unwrap_model()) if each.is_statistic]
+        return self._synced_buffers.copies(buffers, statistics=statistics, group=self.dp_group)
 
     def _model_state(self) -> StateTree:
         """Return the state of the unwrapped model on its device."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu, with_known_names
+from stratagem.distributed import all_gather_object
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, PlacementError, StateError
 from stratagem.model import AveragedModel
 from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS
+from stratagem.tensors.dtensor import stack_over_ranks, to_local
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
+from stratagem.utils import canonical_names
 
 __all__ = ["EMAHook"]
+
+_MOST_NAMES: Final = 5
 
 
 @final
@@ -41,7 +47,8 @@ class EMAHook(Hook):
         begin_iter: the first iteration, counted from 1, after which the average is updated.
         begin_epoch: the first epoch, counted from 1, in which the average is updated.
         by_epoch: update the average at the end of each epoch instead of after each step.
-        strict_load: whether resuming from a checkpoint without an average is an error; otherwise a new average is started.
+        strict_load: whether resuming from a checkpoint without an average, or with an average of another type, is an error;
+            otherwise a new average is started.
 
     Raises:
         ConfigValueError: if both ``begin_iter`` and ``begin_epoch`` are given, or one of them is negative.
@@ -88,6 +95,9 @@ class EMAHook(Hook):
         self._updates = 0
         self._saved: Mapping[str, Any] | None = None
         self._average_missing = False
+        # Parts of the next checkpoint that were computed together with the other ranks.
+        self._synced_buffers: dict[str, Tensor] = {}
+        self._extra_parts: dict[str, Any] = {}
 
     def get_triggered_stages(self) -> list[str]:
         events = ["after_load_checkpoint", "before_run", "before_train", "before_save_checkpoint"]
@@ -124,9 +134,11 @@ class EMAHook(Hook):
         model = run.strategy.unwrap_model()
         if model is not self._model:
             self._model, self._built = model, self._build(model)
-            run.evaluation_contexts.append(self._built.applied)
+            run.evaluation_contexts.append(lambda: self._applied(run))
+            run.before_saving.append(lambda: self._prepare_save(run))
+            self._log_not_averaged(run)
         if self._saved is not None:
-            self._load(self._saved)
+            self._load(run, self._saved)
             self._saved = None
 
     def before_train(self, run: Run) -> None:
@@ -157,10 +169,38 @@ class EMAHook(Hook):
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         average = self.average
         # An average without updates is empty.
-        averages = weights_to_cpu(average.averages) if average.steps else {}
-        checkpoint[AVERAGE_PART] = {"steps": average.steps, "averages": averages, "updates": self._updates}
+        state = average.state_dict()
+        averages = weights_to_cpu({**state["averages"], **self._synced_buffers}) if average.steps else {}
+        statistics = {"statistics": weights_to_cpu(average.statistics)} if average.statistics else {}
+        checkpoint[AVERAGE_PART] = {
+            **state, "averages": averages, **statistics, "updates": self._updates, **self._extra_parts
+        }  # fmt: skip
         if average.is_applied:
             checkpoint["state_dict"].update(weights_to_cpu(average.own_weights()))
+
+    @contextmanager
+    def _applied(self, run: Run) -> Iterator[None]:
+        """Apply the average, with synchronized buffers. Entering is collective."""
+        with self.average.applied(run.strategy.synchronized_copies(self._averaged_buffers())):
+            yield
+
+    def _averaged_buffers(self) -> dict[str, Tensor]:
+        average = self.average
+        return {name: average.averages[name] for name in sorted(average.averaged_buffers)} if average.steps else {}
+
+    def _prepare_save(self, run: Run) -> None:
+        """Prepare the parts of the next checkpoint that require collectives. Collective."""
+        own = self._averaged_buffers()
+        self._synced_buffers = run.strategy.synchronized_copies(own)
+        equal = all(torch.equal(to_local(self._synced_buffers[name]), to_local(each)) for name, each in own.items())
+        self._extra_parts = {}
+        aliases = _aliases(run.strategy.unwrap_model())
+        if aliases:
+            self._extra_parts["aliases"] = aliases
+        if own and not all(all_gather_object(equal)):
+            world = run.world
+            rows = {name: stack_over_ranks(each, world.size, world.device) for name, each in own.items()}
+            self._extra_parts["ranks"] = rows
 
     def _build(self, model: nn.Module) -> AveragedModel:
         built = MODELS.build(self._average_cfg, default_args={"model": model})
@@ -170,17 +210,50 @@ class EMAHook(Hook):
             )
         return built
 
-    def _load(self, saved: Mapping[str, Any]) -> None:
+    def _load(self, run: Run, saved: Mapping[str, Any]) -> None:
+        average = self.average
+        continues = run.train_data is not None and run.iter > 0
+        if not continues:
+            # An evaluation uses the average as it is, whatever its type.
+            saved = {key: value for key, value in saved.items() if key != "settings"}
+        elif (
+            not self._strict_load and average.differences(saved) and saved["settings"]["type"] != type(average).__name__
+        ):
+            run.logger.warning(
+                "The checkpoint contains a %s, and this run has a %s; starting a new average.",
+                saved["settings"]["type"], type(average).__name__,
+            )  # fmt: skip
+            average.steps, self._updates = 0, int(saved["updates"])
+            return
         if saved["steps"]:
             # Earlier versions saved names with the wrappers inside the model.
             averages = with_known_names(saved["averages"], self.average.averages)
             if not self._strict_load:
                 # Weights missing from the saved average are new to the model; their average starts at their current values.
-                averages = {**self.average.averages, **averages}
-            self.average.load_state_dict({**saved, "averages": averages})
+                averages = {**average.averages, **averages}
+            average.load_state_dict({**saved, "averages": averages})
+            for name, rows in (saved.get("ranks") or {}).items():
+                if name in average.averaged_buffers and len(rows) == run.world_size:
+                    average.averages[name].copy_(rows[run.rank])
+            changed = average.differences(saved)
+            if changed:
+                run.logger.warning(
+                    "The average was computed with other options and continues with those of this run: %s",
+                    ", ".join(changed),
+                )
         else:
-            self.average.steps = 0
+            average.steps = 0
         self._updates = int(saved["updates"])
+
+    def _log_not_averaged(self, run: Run) -> None:
+        names = self.average.not_averaged()
+        if names:
+            listed = ", ".join(names[:_MOST_NAMES]) + (", ..." if names[_MOST_NAMES:] else "")
+            run.logger.info(
+                "EMAHook uses the current values of %d parameters whose dtypes cannot be averaged: %s",
+                len(names),
+                listed,
+            )
 
     def _start_without_saved(self, run: Run) -> None:
         if self._strict_load:
@@ -194,6 +267,14 @@ class EMAHook(Hook):
     def _has_begun(self, run: Run) -> bool:
         # The counters do not include the current iteration and epoch.
         return run.progress.iter + 1 >= self._begin_iter and run.progress.epoch + 1 >= self._begin_epoch
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return a mapping from the further names of tied parameters to the names under which they are averaged."""
+    canonical = canonical_names(model)
+    names = {id(each): canonical(name) for name, each in model.named_parameters()}
+    everywhere = {canonical(name): id(each) for name, each in model.named_parameters(remove_duplicate=False)}
+    return {name: names[each] for name, each in everywhere.items() if names[each] != name}
 
 
 def _updates(optim: AnyOptim) -> int:
