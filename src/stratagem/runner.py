@@ -19,7 +19,7 @@ from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
-from stratagem.storage import write_atomic
+from stratagem.storage import write_record
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.choice import choose_strategy
 from stratagem.strategies.setup.building import with_preprocessor
@@ -314,6 +314,8 @@ class Runner:
         folder = Path(run.work_dir)
         with (
             run.guard.monitored(),
+            # Torch reports a dead worker wherever the main thread is, also while the run is recorded or its folder unlocked.
+            report_dead_workers(),
             run.interrupt.listening(),
             run.work_dir_locks.holding(folder),
             run.checkpoint_writer.flushing(),
@@ -426,7 +428,7 @@ class Runner:
                 return
             # The file may contain secrets, which are masked in the stored text.
             kept = folder / f"{self.strategy.timestamp}{suffix}"
-        write_atomic(kept, text)
+        write_record(kept, text, self.strategy.logger)
 
     def _require_one_config(self) -> None:
         every_value = text_of(self.cfg.to_dict(), self._config_suffix()) if len(self.cfg) else ""

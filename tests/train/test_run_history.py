@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,10 @@ def test_a_checkpoint_without_a_history_starts_one(meta: dict[str, object]) -> N
 def test_a_record_keeps_the_outcome_of_a_session(tmp_path: Path) -> None:
     """The record of a session gets an outcome, with the position, only when the session ends."""
     history = RunHistory([FIRST])
-    history.write(tmp_path)
+    history.write(tmp_path, logging.getLogger())
     assert read_record(tmp_path)[1] is None
     outcome = Outcome.now("complete", epoch=2, iteration=10)
-    history.write(tmp_path, outcome)
+    history.write(tmp_path, logging.getLogger(), outcome)
     assert read_record(tmp_path)[1] == outcome
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from stratagem import Runner
-from stratagem.errors import WorkDirError
+from stratagem.checkpoint import save_checkpoint
+from stratagem.errors import CheckpointError, WorkDirError
 from stratagem.train import Hook
 from stratagem.train.run.work_dir_lock import work_dir_lock
 
@@ -152,3 +153,46 @@ def test_a_training_cleans_up_what_a_killed_one_left(make_runner: MakeRunner, tm
     assert (folder / "epoch_9").is_dir()
     log = next(folder.glob("*/*.log")).read_text() if runner.strategy.logger.level <= logging.INFO else ""
     assert not log or half.name in log
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_lock_that_is_not_a_regular_file_is_rejected(tmp_path: Path, kind: str):
+    """A link is not followed, so that no other file is overwritten, and a pipe does not block the start."""
+    victim = tmp_path / "victim"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / NAME)
+    elif kind == "folder":
+        (folder / NAME).mkdir()
+    else:
+        (folder / NAME).symlink_to(victim)
+        if kind == "link":
+            victim.write_text("valuable")
+    with pytest.raises(
+        WorkDirError, match=r"\.training\.json: the lock of the work directory cannot be opened: it is a "
+    ):
+        work_dir_lock(folder, LOGGER).__enter__()
+    assert not victim.exists() or victim.read_text() == "valuable"
+
+
+@pytest.mark.parametrize("name", ["last_checkpoint", ".launch.json", "epoch_1.pth", "epoch_1"])
+def test_a_pipe_in_the_work_directory_does_not_block_the_start(make_runner: MakeRunner, tmp_path: Path, name: str):
+    """State files that are pipes are ignored or replaced when a run resumes."""
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    make_runner(train_cfg={"max_epochs": 1}, resume=True).train()
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a\0b"])
+def test_a_work_directory_that_is_not_utf8_is_rejected_at_the_start(make_runner: MakeRunner, tmp_path: Path, name: str):
+    """Checkpoints in it could be written, but not read by safetensors; a NUL character is rejected in the same way."""
+    with pytest.raises(WorkDirError, match=r"work_dir: .* (is not UTF-8 at byte \d+|contains a NUL character)"):
+        make_runner(work_dir=str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_name_that_is_not_utf8_is_rejected(tmp_path: Path):
+    """The same holds for checkpoints without a run."""
+    with pytest.raises(CheckpointError, match="is not UTF-8"):
+        save_checkpoint({"state_dict": {}}, tmp_path / "caf\udce9")

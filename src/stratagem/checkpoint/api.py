@@ -21,6 +21,7 @@ from stratagem.errors import CheckpointError
 from stratagem.model import unwrap_model
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
+from stratagem.utils.paths import path_fault
 
 __all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpoint", "write_to"]
 
@@ -66,6 +67,9 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
         CheckpointError: if the URL is read-only or its scheme is unknown.
     """
     url = os.fspath(filename)
+    fault = path_fault(url if is_url(filename) else absolute(filename))
+    if fault is not None:
+        raise CheckpointError(f"{fault}, so a checkpoint could not be read from it. Choose a different name.")
     if is_url(filename) and (CheckpointLoader.is_read_only(url) or not is_remote_scheme(url.partition("://")[0])):
         raise CheckpointError(
             f"{mask_text(url)}: cannot save checkpoints to this URL. Use a local path or a URL that fsspec can write "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, final
@@ -14,12 +15,18 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.data.worker_lifetime import ParentPipe
-from stratagem.errors import TrainingError
+from stratagem.errors import StratagemError, TrainingError
 
 __all__ = ["WorkerInit", "report_dead_workers", "start_workers"]
 
+# How long to wait for the exit of a worker after an error in reading from it.
+_EXIT_S, _POLL_S = 1.0, 0.02
 # The message of torch's error about a dead worker.
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
+
+# The beginnings of the messages of this module.
+_REPORTS = ("Data worker", "The data worker")
+_MOST_CAUSES = 10
 
 
 @final
@@ -118,6 +125,8 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
 
     Torch's error may occur anywhere in the main process, because torch raises it in a signal handler on most systems.
 
+    A worker that dies while it sends a batch causes an ``EOFError`` or an ``OSError`` instead, before its exit is known.
+
     Args:
         workers: the worker processes in order, if they are known.
 
@@ -126,20 +135,51 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        match = None if isinstance(error, TrainingError) else _DEAD_WORKER.search(str(error))
-        if match is None:
+    except (RuntimeError, EOFError, OSError) as error:
+        match = _find_message(error)
+        if isinstance(error, TrainingError) and str(error).startswith(_REPORTS):
             raise
-        dead = [_describe_worker_exit(number, process) for number, process in enumerate(workers) if process.exitcode]
-        what = "; ".join(dead) or f"The data worker with process id {match['pids']} {match['how'].strip()}"
+        if match is None and isinstance(error, RuntimeError | StratagemError):
+            raise
+        dead = _describe_dead_workers(workers)
+        if not dead and match is not None:
+            dead = f"{_REPORTS[1]} with process id {match['pids']} {match['how'].strip()}"
+        if not dead:
+            raise
         raise TrainingError(
-            f"{what}. If the kernel log reports that it was out of memory, reduce num_workers or prefetch_factor, or give the "
+            f"{dead}. If the kernel log reports that it was out of memory, reduce num_workers or prefetch_factor, or give the "
             "container more shared memory (/dev/shm). With num_workers=0, samples are loaded in the main process, and an "
             "error there has a traceback."
         ) from error
 
 
+def _find_message(error: BaseException | None) -> re.Match[str] | None:
+    """Return the message of torch about a dead worker in an error or its causes.
+
+    Torch raises it in a signal handler, for example in the middle of a save, which reports it as the reason of its failure.
+    """
+    for _ in range(_MOST_CAUSES):
+        match = _DEAD_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
+        if error is None or match is not None:
+            return match
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _describe_dead_workers(workers: Sequence[BaseProcess]) -> str:
+    """Return which workers have died, after a short wait because an error may arrive before the exit of its worker."""
+    deadline = time.monotonic() + _EXIT_S
+    while workers:
+        # The error of torch's signal handler may also be raised here, once.
+        with suppress(RuntimeError):
+            dead = [_describe_worker_exit(number, each) for number, each in enumerate(workers) if each.exitcode]
+            if dead or time.monotonic() > deadline:
+                return "; ".join(dead)
+            time.sleep(_POLL_S)
+    return ""
+
+
 def _describe_worker_exit(number: int, process: BaseProcess) -> str:
     code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-    return f"Data worker {number} (process id {process.pid}) {how}"
+    return f"{_REPORTS[0]} {number} (process id {process.pid}) {how}"

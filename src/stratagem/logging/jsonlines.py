@@ -6,12 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO, final
 
 from stratagem.errors import WorkDirError
 from stratagem.utils import absolute, mask_text
+from stratagem.utils.regular_files import open_regular
 
 __all__ = ["JsonLinesWriter"]
 
@@ -35,7 +37,7 @@ class JsonLinesWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path = absolute(path)
         try:
-            self._file: TextIO = self.path.open("a", encoding="ascii")
+            self._file: TextIO = open(self.path, "a", encoding="ascii", opener=open_regular)  # noqa: SIM115
             if self._file.tell() > 0 and not _ends_with_newline(self.path):
                 self._file.write("\n")
         except OSError as error:
@@ -55,8 +57,10 @@ class JsonLinesWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        self._file.close()
+        """Close the file. Idempotent. After a failed write, the file may be incomplete."""
+        # Closing writes what a failed write has left in the buffer.
+        with suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from rich.text import Text
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, WorkDirError
 from stratagem.logging.console import shared_console
 from stratagem.utils import absolute, did_you_mean, mask_text
+from stratagem.utils.regular_files import open_regular
 
 __all__ = ["Logger"]
 
@@ -93,6 +95,27 @@ class _Formatter(logging.Formatter):
 
 
 @final
+class _LogFile(logging.FileHandler):
+    """Write lines to a regular file. If that fails, for example because the disk is full, warn once on the console."""
+
+    _has_failed = False
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=open_regular)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- the name in the logging module
+        if not self._has_failed:
+            self._has_failed = True
+            print(f"stratagem: {self.baseFilename} is incomplete: {sys.exc_info()[1]}", file=sys.stderr)  # noqa: T201
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # Buffered lines cannot be written.
+            self.handleError(logging.makeLogRecord({}))
+
+
+@final
 class _ConsoleHandler(logging.Handler):
     """Write lines above a live progress bar, if there is one, and color the level name on a terminal."""
 
@@ -156,7 +179,7 @@ def _file_of_rank(file: Path, rank: int, *, every_rank: bool) -> Path | None:
 
 def _open_file(file: Path, mode: str) -> logging.Handler:
     try:
-        handler = logging.FileHandler(file, mode, encoding="utf-8")
+        handler = _LogFile(file, mode, encoding="utf-8")
     except OSError as error:
         raise WorkDirError(
             f"{file}: the log file cannot be opened ({error.strerror}). Create its directory, or choose another file."

@@ -1,7 +1,7 @@
 """Write files durably and publish them atomically, on local disks and on remote file systems without a rename."""
 
 from stratagem.storage import operations
-from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
+from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic, write_record
 from stratagem.storage.files import (
     begin_writeback,
     closing_descriptor,
@@ -54,4 +54,5 @@ __all__ = [
     "write_atomic",
     "write_bytes",
     "write_fully",
+    "write_record",
 ]

@@ -17,6 +17,7 @@ directory without ``renameat2``                                        and the n
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from stratagem.storage.files import fsync_directory, fsync_file, fsync_tree, rem
 from stratagem.storage.temporary import old_content_path, temporary_path
 from stratagem.utils import absolute
 
-__all__ = ["atomic_directory", "atomic_file", "write_atomic"]
+__all__ = ["atomic_directory", "atomic_file", "write_atomic", "write_record"]
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
@@ -45,6 +46,20 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     with atomic_file(path) as temporary:
         write_bytes(temporary, data.encode() if isinstance(data, str) else data)
+
+
+def write_record(path: str | os.PathLike[str], data: bytes | str, logger: logging.Logger) -> bool:
+    """Like :func:`write_atomic`, for a file that a run can do without: if it cannot be written, only log a warning.
+
+    Returns:
+        Whether the file was written.
+    """
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        logger.warning("%s was not written: %s. The run does not depend on it.", path, error.strerror or error)
+        return False
+    return True
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stratagem.storage import operations
+from stratagem.utils.regular_files import read_regular
 
 __all__ = [
     "begin_writeback",
@@ -35,8 +36,8 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the contents of a file."""
-    return path.read_bytes()
+    """Return the contents of a regular file or of a link to one; a named pipe is an error rather than waited for."""
+    return read_regular(path)
 
 
 def open_for_reading(path: Path) -> int:
@@ -60,7 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     If the process is killed, the file may be incomplete; use ``write_atomic`` where that matters.
     """
-    descriptor = operations.open_file(path) if path.exists() else operations.create_file(path)
+    descriptor = operations.open_file(path) if os.path.lexists(path) else operations.create_file(path)
     with closing_descriptor(descriptor):
         write_fully(descriptor, data, 0)
         operations.truncate(descriptor, len(data))

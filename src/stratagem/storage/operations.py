@@ -13,6 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
+from stratagem.utils.regular_files import open_regular
+
 __all__ = [
     "close",
     "create_file",
@@ -49,8 +51,8 @@ def create_file(path: Path) -> int:
 
 
 def open_file(path: Path) -> int:
-    """Open an existing file; return a descriptor for writing."""
-    return os.open(path, os.O_WRONLY | OPEN_FLAGS)
+    """Open an existing regular file; return a descriptor for reading and writing. Symbolic links are not followed."""
+    return open_regular(path, os.O_RDWR | OPEN_FLAGS)
 
 
 def open_folder(path: Path) -> int:

@@ -43,6 +43,7 @@ from stratagem.strategies.state.configured_hyperparameters import schedule_diffe
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, iter_buffers, require_buffer_source
 from stratagem.utils import absolute, collect_env, refuse_unknown, with_canonical_keys
+from stratagem.utils.paths import path_fault
 from stratagem.utils.torch_private import storage_id
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
@@ -587,6 +588,9 @@ class BaseStrategy(ABC):
 
 
 def _make_folder(path: Path) -> Path:
+    fault = path_fault(path)
+    if fault is not None:
+        raise WorkDirError(f"work_dir: {fault}, so checkpoints in it could not be read. Choose a different directory.")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

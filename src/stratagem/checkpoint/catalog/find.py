@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stratagem.checkpoint.catalog.inspection import CheckpointInfo, inspect_checkpoint
 from stratagem.checkpoint.catalog.order import oldest_first
-from stratagem.storage import write_atomic
+from stratagem.storage import read_bytes, write_atomic
 
 __all__ = [
     "POINTER",
@@ -74,6 +74,6 @@ def _recorded_folders(folder: Path) -> list[Path]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_bytes(file).decode().splitlines() if line.strip()]
     except (OSError, ValueError):
         return []

@@ -17,6 +17,7 @@ from stratagem.checkpoint.directory.integrity import ALGORITHM, digest_of, parse
 from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
 from stratagem.checkpoint.tree.boxes import TensorBox, boxes_cover
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from stratagem.storage import read_bytes
 
 __all__ = [
     "FILE_NAME",
@@ -182,7 +183,7 @@ def read_json_file(file: Path) -> bytes:
     """
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has {file.stat().st_size} bytes, which is larger than any file that Stratagem writes")
-    return file.read_bytes()
+    return read_bytes(file)
 
 
 def check_replaceable(path: Path) -> None:

@@ -50,6 +50,13 @@ class ProcessIdentity:
         state, start_time = _stat_of(self.pid)
         return start_time != self.start_time or state in "ZX"
 
+    def is_stopped(self) -> bool:
+        """Return whether the process is known to be stopped by a signal or a debugger, and has not ended."""
+        if self.pid_namespace != _pid_namespace():
+            return False
+        state, start_time = _stat_of(self.pid)
+        return start_time == self.start_time and state in "Tt"
+
 
 def _pid_namespace() -> str:
     """Return an identifier of the current boot and the PID namespace of this process."""

@@ -146,12 +146,27 @@ class RankMonitor:
             if heartbeat:
                 age = max(0.0, time.time() - heartbeat["time"])
                 stale = "" if age < 4 * self._poll_s else ": the process or its machine is not responding"
+                if rank != self.rank and self._processes[rank].is_stopped():
+                    stale = f": its process {self._processes[rank].pid} is stopped by a signal (state T) and is not responding"
                 lines.append(
                     f"rank {rank}: {heartbeat['iteration']} iterations completed, last heartbeat {age:.1f} s ago{stale}"
                 )
             else:
-                lines.append(f"rank {rank}: no heartbeat")
+                lines.append(f"rank {rank}: no heartbeat{self._process_state(rank)}")
         return lines
+
+    def _process_state(self, rank: int) -> str:
+        """Return what is known about the process of a rank whose heartbeat cannot be read."""
+        process = self._processes[rank]
+        if rank == self.rank:
+            return "; this rank is running"
+        if process.has_ended():
+            return f": its process {process.pid} has ended"
+        if process.is_stopped():
+            return f": its process {process.pid} is stopped by a signal (state T) and is not responding"
+        if rank == 0 and self._unresponsive:
+            return ": the store that it or its launcher serves is not responding"
+        return ""
 
     def _heartbeat_of(self, rank: int) -> dict[str, Any]:
         key = f"heartbeat/{rank}"
@@ -202,12 +217,19 @@ class RankMonitor:
                     found = Failure(
                         rank=0,
                         kind="lost",
-                        text="the store of the process group, served by rank 0 or its launcher, is unreachable",
+                        text="the store of the process group, served by rank 0 or its launcher, is unreachable"
+                        f" ({self._describe_server()})",
                     )
             if found is not None:
                 self._handle(found)
                 return
             self._closed.wait(self._poll_s)
+
+    def _describe_server(self) -> str:
+        server = self._processes[0]
+        if self.rank != 0 and server.is_stopped():
+            return f"process {server.pid} of rank 0 is stopped by a signal"
+        return "the process or its machine is not responding"
 
     def _poll(self) -> Failure | None:
         """Write a heartbeat; return a failure that another rank reported or that is detected here."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import final
 
-from stratagem.storage import write_atomic
+from stratagem.storage import write_record
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
@@ -29,7 +29,7 @@ class RuntimeInfoHook(Hook):
             "system": system,
             "runtime": {key: mask_text(str(value)) for key, value in mask_secrets(runtime).items()},
         }
-        write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
+        write_record(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n", run.logger)
         sizes = {parameter: run.strategy.global_numel(parameter) for parameter in run.model.parameters()}
         trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         run.logger.info(

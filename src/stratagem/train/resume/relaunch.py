@@ -12,7 +12,7 @@ from typing import Any, Self, final
 
 from stratagem.checkpoint import CheckpointInfo, list_checkpoints
 from stratagem.distributed import ProcessIdentity
-from stratagem.storage import write_atomic
+from stratagem.storage import read_bytes, write_record
 
 __all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
@@ -98,7 +98,7 @@ def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: loggin
     present = {path: _version(each) for path, each in found.items()}
     earlier, before = _read(record)
     again = earlier is not None and launch.continues(earlier)
-    write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else present}))
+    write_record(record, json.dumps({"launch": asdict(launch), "before": before if again else present}), logger)
     if earlier is None or not again or earlier.process == launch.process:
         # Not a restart: a program may train twice in one process.
         return None
@@ -126,7 +126,7 @@ def _identity(peer: ProcessIdentity) -> Identity:
 
 def _read(record: Path) -> tuple[LaunchIdentity | None, dict[str, Any]]:
     try:
-        written = json.loads(record.read_text(encoding="utf-8"))
+        written = json.loads(read_bytes(record))
         return LaunchIdentity.from_record(written["launch"]), dict(written["before"])
     except (OSError, ValueError, TypeError, KeyError):
         # There is no record, or a different version wrote it, so the run starts as configured.

@@ -36,7 +36,7 @@ def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
     run.history = run.history.with_session(session)
     how = "killed"
     if run.rank == 0:
-        run.history.write(folder)
+        run.history.write(folder, run.logger)
     try:
         yield
         received = run.interrupt.received
@@ -47,7 +47,7 @@ def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
         raise
     finally:
         if run.rank == 0:
-            run.history.write(folder, Outcome.now(how, epoch=run.epoch, iteration=run.iter))
+            run.history.write(folder, run.logger, Outcome.now(how, epoch=run.epoch, iteration=run.iter))
 
 
 def _first_line(error: BaseException) -> str:

@@ -215,7 +215,13 @@ class Run:
         complete = {**values, **numbers, **{key: value for key, value in self._place().items() if key not in values}}
         complete.setdefault("step", complete["iter"])
         for recorder in self.recorders:
-            recorder.write(complete)
+            try:
+                recorder.write(complete)
+            except OSError as error:
+                # The logger drops repetitions of the same warning.
+                self.logger.warning(
+                    "%s could not write a record: %s. The run continues without it.", type(recorder).__name__, error
+                )
 
     def _place(self) -> dict[str, Any]:
         """Return the mode and the position for records."""
@@ -325,5 +331,8 @@ class Run:
             self.bar.stop()
             self.bar = None
         for recorder in self.recorders:
-            recorder.close()
+            try:
+                recorder.close()
+            except OSError as error:
+                self.logger.warning("%s could not write its last records: %s.", type(recorder).__name__, error)
         self.recorders = []

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,4 +56,5 @@ def dump_stacks(path: Path, error: BaseException | None = None) -> None:
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
             parts += [f"Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
-    write_atomic(path, mask_text("".join(parts)))
+    with suppress(OSError):  # The process must still report the error and exit.
+        write_atomic(path, mask_text("".join(parts)))

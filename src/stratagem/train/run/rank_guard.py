@@ -28,6 +28,13 @@ _BROKEN = (
     "gloo/transport",
 )
 _TIMED_OUT = ("timed out", "timeout")
+# Messages of Gloo that do not mention its source files.
+_GLOO_MESSAGES = (
+    "timeout caused pair closure",
+    "connection closed by peer",
+    "connection reset by peer",
+    "socket closed",
+)
 # The times to wait for the cause of a communication error, for the other ranks to know about a failure, and for the main thread
 # to raise an error.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
@@ -116,7 +123,7 @@ class RankGuard:
     def _stop(self, monitor: RankMonitor, failure: Failure) -> None:
         """Wait for the main thread to raise an error; exit if it stays blocked in a collective operation."""
         self.failure = failure
-        if failure.kind == "silent":
+        if failure.kind in ("silent", "lost"):
             dump_stacks(self._stacks_of(monitor.rank))
         if not monitor.wait_closed(_GRACE_S):
             exit_now(RankFailedError.exit_status, self.reason(monitor.rank))
@@ -133,19 +140,27 @@ class RankGuard:
 
 
 def _is_timeout(error: BaseException) -> bool:
+    if isinstance(error, StratagemError) and isinstance(error.__cause__, RuntimeError):
+        return _is_timeout(error.__cause__)
     return _comes_from_torch(error) and any(words in str(error).lower() for words in _TIMED_OUT)
 
 
 def _is_communication_error(error: BaseException) -> bool:
     """Return whether an error is a communication error, which means that its cause is on another rank."""
+    if isinstance(error, StratagemError) and isinstance(error.__cause__, RuntimeError):
+        # RankGroup adds the number of ranks to an error of a collective.
+        return _is_communication_error(error.__cause__)
     if isinstance(error, torch_dist.DistError) or _is_timeout(error):
         return True
     return _comes_from_torch(error) and any(words in str(error).lower() for words in _BROKEN)
 
 
 def _comes_from_torch(error: BaseException) -> bool:
-    # Gloo errors are plain RuntimeErrors that mention its source files; a timeout of a data worker does not.
-    return isinstance(error, torch_dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+    # Gloo errors are plain RuntimeErrors that mention its source files or are known; a timeout of a data worker does neither.
+    if isinstance(error, torch_dist.DistError):
+        return True
+    text = str(error).lower()
+    return type(error) is RuntimeError and ("gloo" in text or any(words in text for words in _GLOO_MESSAGES))
 
 
 def describe_batch(batch: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any, Self, final
 
 from stratagem._version import __version__
 from stratagem.errors import CheckpointDamagedError
-from stratagem.storage import write_atomic
+from stratagem.storage import read_bytes, write_record
 from stratagem.utils import mask_text
 
 __all__ = ["RECORD", "Outcome", "RunHistory", "Session", "read_record"]
@@ -98,10 +99,10 @@ class RunHistory:
         """Return the entry for the ``meta`` of a checkpoint."""
         return {_KEY: [asdict(session) for session in self.sessions]}
 
-    def write(self, folder: Path, outcome: Outcome | None = None) -> None:
-        """Write the record of the current session into its folder."""
+    def write(self, folder: Path, logger: logging.Logger, outcome: Outcome | None = None) -> None:
+        """Write the record of the current session into its folder; log a warning if that fails."""
         record = {**self.as_meta(), "ending": None if outcome is None else asdict(outcome)}
-        write_atomic(folder / RECORD, json.dumps(record, indent=1))
+        write_record(folder / RECORD, json.dumps(record, indent=1), logger)
 
 
 def read_record(folder: Path) -> tuple[RunHistory, Outcome | None]:
@@ -112,7 +113,7 @@ def read_record(folder: Path) -> tuple[RunHistory, Outcome | None]:
     """
     file = folder / RECORD
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(read_bytes(file))
         sessions = [Session.from_record(session) for session in record[_KEY]]
         outcome = None if record["ending"] is None else Outcome(**record["ending"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

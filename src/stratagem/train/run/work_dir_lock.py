@@ -15,7 +15,7 @@ from typing import Any, final
 
 from stratagem.distributed import ProcessIdentity, RankGroup
 from stratagem.errors import WorkDirError
-from stratagem.storage import clean_temporaries, operations, write_fully
+from stratagem.storage import clean_temporaries, closing_descriptor, operations, read_at, write_fully
 
 try:
     import fcntl
@@ -33,6 +33,8 @@ _EXPIRY_INTERVALS = 3.5
 # How long to wait for data workers and other child processes that outlive the process that held the lock.
 _ORPHANS_S = 15.0
 _POLL_S = 0.1
+# A record of an owner is far smaller.
+_MOST_BYTES = 65536
 
 
 @final
@@ -123,11 +125,11 @@ def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
     while True:
         descriptor = _open(file)
         try:
-            owner = _read_owner(file)
+            owner = _read_owner(descriptor)
             if owner is not None and _is_alive(owner, file, logger, heartbeat_s):
                 raise _in_use(file, owner)
-            if _try_lock(descriptor) and _is_same_file(descriptor, file) and _read_owner(file) == owner:
-                _write_owner(descriptor)
+            if _try_lock(descriptor) and _is_same_file(descriptor, file) and _read_owner(descriptor) == owner:
+                _write_owner(descriptor, file)
                 if owner is not None:
                     logger.warning("%s: took over the lock of %s, which has exited.", file.parent, _describe(owner))
                 return descriptor
@@ -148,8 +150,18 @@ def _open(file: Path) -> int:
         try:
             return operations.create_file(file)
         except FileExistsError:
-            with suppress(FileNotFoundError):  # removed in between: try again
+            try:
                 return operations.open_file(file)
+            except FileNotFoundError:  # removed in between: try again
+                continue
+            except OSError as error:
+                raise _cannot_open(file, error) from error
+        except OSError as error:
+            raise _cannot_open(file, error) from error
+
+
+def _cannot_open(file: Path, error: OSError) -> WorkDirError:
+    return WorkDirError(f"{file}: the lock of the work directory cannot be opened: {error.strerror}.")
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -168,12 +180,12 @@ def _try_lock(descriptor: int) -> bool:
 def _is_same_file(descriptor: int, file: Path) -> bool:
     """Return whether the path still refers to the file that was opened."""
     try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
+        return os.path.samestat(os.fstat(descriptor), file.lstat())
     except OSError:
         return False
 
 
-def _write_owner(descriptor: int) -> None:
+def _write_owner(descriptor: int, file: Path) -> None:
     here = ProcessIdentity.here()
     content = {
         "pid": here.pid,
@@ -183,14 +195,18 @@ def _write_owner(descriptor: int) -> None:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     data = json.dumps(content).encode()
-    write_fully(descriptor, data, 0)
-    operations.truncate(descriptor, len(data))
+    try:
+        write_fully(descriptor, data, 0)
+        operations.truncate(descriptor, len(data))
+    except OSError as error:
+        raise WorkDirError(f"{file}: the lock of the work directory cannot be written: {error.strerror}.") from error
 
 
-def _read_owner(file: Path) -> dict[str, Any] | None:
+def _read_owner(descriptor: int) -> dict[str, Any] | None:
     """Return the owner as recorded in the file, or None if its contents are invalid, for example because it is new."""
     try:
-        owner = json.loads(file.read_bytes())
+        data = bytearray(_MOST_BYTES)
+        owner = json.loads(data[: read_at(descriptor, memoryview(data), 0)])
         return owner if isinstance(owner, dict) and _process(owner) else None
     except (OSError, ValueError, KeyError):
         return None
@@ -217,8 +233,8 @@ def _is_alive(owner: Mapping[str, Any], file: Path, logger: logging.Logger, hear
 def _modified_at(file: Path) -> int:
     """Return the modification time. Network file systems only query the server for it when the file is opened."""
     try:
-        with file.open("rb") as opened:
-            return os.fstat(opened.fileno()).st_mtime_ns
+        with closing_descriptor(operations.open_file(file)) as descriptor:
+            return os.fstat(descriptor).st_mtime_ns
     except FileNotFoundError:
         return 0
 
