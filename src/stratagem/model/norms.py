@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stratagem.errors import ConfigValueError
+from stratagem.model.replaced_layers import copy_hooks
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["convert_sync_batchnorm", "revert_sync_batchnorm"]
@@ -27,7 +28,7 @@ class _AnyBatchNorm(_BatchNorm):
 def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> nn.Module:
     """Replace every BatchNorm layer with SyncBatchNorm, which computes its statistics over all ranks.
 
-    Parameters, buffers and the training mode are preserved. The model is modified in place and returned.
+    Parameters, buffers, hooks and the training mode are preserved. The model is modified in place and returned.
 
     Raises:
         ConfigValueError: if ``implementation`` is not ``"torch"``.
@@ -37,14 +38,19 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
             f"Unknown sync_bn={implementation!r}. {did_you_mean(implementation, ['torch'])} "
             "Convert layers of other libraries with their own functions before passing the model to the strategy."
         )
+    before = dict(model.named_modules(remove_duplicate=False))
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    after = dict(converted.named_modules(remove_duplicate=False))
+    for name, layer in before.items():
+        if after[name] is not layer:
+            copy_hooks(layer, after[name])
     return converted
 
 
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
     """Replace every SyncBatchNorm layer with plain batch normalization; return the model and the number of layers.
 
-    Parameters, buffers and the training mode are preserved. The model is modified in place unless the model itself is a
+    Parameters, buffers, hooks and the training mode are preserved. The model is modified in place unless the model itself is a
     SyncBatchNorm layer.
     """
     plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
@@ -68,4 +74,5 @@ def _plain(layer: nn.SyncBatchNorm) -> nn.Module:
         plain.weight, plain.bias = layer.weight, layer.bias
     plain.running_mean, plain.running_var = layer.running_mean, layer.running_var
     plain.num_batches_tracked = layer.num_batches_tracked
+    copy_hooks(layer, plain)
     return plain.train(layer.training)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast, final
@@ -21,6 +20,7 @@ from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel.forward_redirection import redirect_forward
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import Placed, Placement, Steps
+from stratagem.parallel.unused_parameters import unused_parameters_error
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["DDP_OPTIONS", "Replica", "Replicated"]
@@ -31,9 +31,6 @@ DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).
 # Since torch 2.13, broadcast_buffers is its deprecated name.
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
 
-# DistributedDataParallel reports unused parameters by their index among the trainable ones.
-_UNUSED = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
-_MOST_NAMES = 8
 # Errors that the reducer raises if a second backward pass starts before all gradients of the first have arrived.
 _TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduced")
 
@@ -62,26 +59,16 @@ class Replica(DistributedDataParallel):
         try:
             return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         except RuntimeError as error:
-            numbers = _UNUSED.search(str(error))
-            if numbers is None:
+            option = "strategy=dict(type='DDPStrategy', find_unused_parameters=True)"
+            explained = unused_parameters_error(error, self, self._reduced_names(), option)
+            if explained is None:
                 raise
-            raise PlacementError(self._describe_unused([int(number) for number in numbers[1].split()])) from None
+            raise explained from None
 
-    def _describe_unused(self, numbers: list[int]) -> str:
+    def _reduced_names(self) -> list[str]:
+        """Return the names of the parameters whose gradients are averaged, in torch's order."""
         ignored = set(self.parameters_to_ignore)
-        trainable = [
-            name for name, value in self.module.named_parameters() if value.requires_grad and name not in ignored
-        ]
-        names = [trainable[number] for number in numbers]
-        listed = ", ".join(names[:_MOST_NAMES]) + (
-            f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else ""
-        )
-        return (
-            f"{type(self.module).__name__} did not use all its parameters for the loss of the last iteration, but DDP "
-            f"waits for the gradients of all parameters. Unused: {listed} ({len(names)} of {len(trainable)}). If this "
-            "is intended, set strategy=dict(type='DDPStrategy', find_unused_parameters=True); otherwise freeze them "
-            "with requires_grad_(False), or make the loss depend on them."
-        )
+        return [name for name, value in self.module.named_parameters() if value.requires_grad and name not in ignored]
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Train on one micro-batch; see the model's ``train_step``.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engines.colossalai import boosted_cases
+from tests.support import special_layers
 from tests.support.ranks import Ranks, scripts_environment
 from tests.support.sharded_runs import OPTIM
 
@@ -61,6 +62,42 @@ def test_unsupported_options_are_rejected_before_training(
     """Unsupported options raise an error with an alternative on every rank before training."""
     for error_message in two.run(boosted_cases.error_message, boosted_cases.only_prepared, str(tmp_path), **options):
         assert re.search(message, error_message), error_message
+
+
+def test_layers_that_would_lose_their_hooks_are_rejected(two: Ranks, tmp_path: Path) -> None:
+    """Tensor parallelism replaces layers, so a layer with hooks or a computed weight is rejected with its name."""
+    lost = {
+        "forward hook": "'up' (hooks)",
+        "forward pre-hook": "'down' (hooks)",
+        "backward hook": "'down' (hooks)",
+        "weight norm": "'up' (_WeightNorm)",
+        "old weight norm": "'up' (WeightNorm)",
+    }
+    strategy = {"type": "ColossalAIStrategy", "plugin": {"type": "hybrid-parallel", "tp_size": 2}}
+    for found in two.run(special_layers.all_losses, strategy, str(tmp_path), [*lost, "plain"]):
+        assert all("replaced layers of Special, and the new layers lack" in found[kind] for kind in lost)
+        assert all(words in found[kind] for kind, words in lost.items())
+        assert len(found["plain"]) == 3
+
+
+def test_special_layers_train_as_in_one_process(two: Ranks, tmp_path: Path) -> None:
+    """Layers with hooks and parametrizations train as in one process; ZeRO rejects an empty parameter with its name."""
+    kinds = [kind for kind in special_layers.KINDS if kind != "empty"]
+    expected = special_layers.all_losses({"type": "SingleDeviceStrategy"}, str(tmp_path), kinds)
+    for plugin in ("torch-ddp", "lowlevel-zero"):
+        strategy = {"type": "ColossalAIStrategy", "plugin": plugin}
+        for found in two.run(special_layers.all_losses, strategy, str(tmp_path), [*kinds, "empty"]):
+            assert all(found[kind] == pytest.approx(expected[kind], rel=1e-5) for kind in kinds)
+            assert plugin == "torch-ddp" or "does not support parameters without elements: empty." in found["empty"]
+
+
+def test_unused_parameters_are_named_under_ddp(two: Ranks, tmp_path: Path) -> None:
+    """The error names the unused parameters and the option that allows them."""
+    for plugin in ("torch-ddp", "hybrid-parallel"):
+        strategy = {"type": "ColossalAIStrategy", "plugin": plugin}
+        for found in two.run(special_layers.all_losses, strategy, str(tmp_path), ["unused"]):
+            assert "Unused: other.weight, other.bias (2 of 6)" in found["unused"]
+            assert "find_unused_parameters=True" in found["unused"]
 
 
 def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp_path: Path) -> None:

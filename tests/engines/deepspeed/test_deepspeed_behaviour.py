@@ -15,7 +15,7 @@ from stratagem.errors import ConfigValueError, StratagemError, TrainingError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import import_module
 from tests.engines.deepspeed.engine_runs import FP32, differences, go, placed, state_in
-from tests.support import backward_passes
+from tests.support import backward_passes, special_layers
 from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
 from tests.support.ranks import Ranks
 from tests.support.sharded_runs import OPTIM, Gpt
@@ -78,6 +78,16 @@ def test_parameters_without_a_gradient_are_named_at_the_first_update(two: Ranks,
     )
     assert with_unused.count("2 parameters got no gradient in the first update: extra.weight, extra.bias.") == 1
     assert "got no gradient" not in without
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_special_layers_train_as_in_one_process(two: Ranks, folder: Path, name: str) -> None:
+    """Layers with hooks and parametrizations train as in one process; stage 3 rejects an empty parameter with its name."""
+    kinds = [kind for kind in special_layers.KINDS if name != "ZeRO-3" or kind != "empty"]
+    expected = special_layers.all_losses(placed("single"), str(folder), kinds)
+    for found in two.run(special_layers.all_losses, placed(name), str(folder), [*kinds, "empty"]):
+        assert all(found[kind] == pytest.approx(expected[kind], rel=1e-5) for kind in kinds)
+        assert name != "ZeRO-3" or "does not support parameters without elements: empty." in found["empty"]
 
 
 @pytest.mark.parametrize("name", SOME)

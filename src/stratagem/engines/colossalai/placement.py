@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,16 @@ from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper
 from stratagem.engines.engine_module import EngineModule
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
+from stratagem.model.replaced_layers import lost_by_replacement
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
+from stratagem.parallel.unused_parameters import unused_parameters_error
 
 __all__ = ["BoostedModel", "ColossalAIPlacement"]
 
+_FIND_UNUSED: Final = "plugin=dict(type='torch-ddp', find_unused_parameters=True)"
 _NO_MODEL: Final = "The model has not been prepared yet. Call prepare(model, ...) first."
 
 
@@ -137,7 +140,9 @@ class ColossalAIPlacement(Placement):
         with warnings.catch_warnings():
             # ColossalAI uses deprecated torch options.
             warnings.simplefilter("ignore")
+            layers = dict(model.named_modules())
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
+        _refuse_lost_hooks(layers, model)
         self._boosted_model = BoostedModel(booster, model, engine, optimizer)
         self._param_shards = param_shards(model, optimizer)
         # Hooks may only read or write the model's weights if these are the complete master weights.
@@ -235,7 +240,19 @@ def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
             args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
         return unwrapped(*args, **kwargs)
 
-    return EngineModule(unwrapped, engine, engine="ColossalAI", training_forward=engine, eval_forward=evaluate)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return engine(*args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(engine.module, DistributedDataParallel):
+                raise
+            names = [name for name, value in unwrapped.named_parameters() if value.requires_grad]
+            explained = unused_parameters_error(error, engine.module, names, _FIND_UNUSED)
+            if explained is None:
+                raise
+            raise explained from None
+
+    return EngineModule(unwrapped, engine, engine="ColossalAI", training_forward=train, eval_forward=evaluate)
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:
@@ -254,12 +271,29 @@ def _settings(built: AnyOptim) -> OptimWrapper:
 
 
 def _refuse_model(model: nn.Module, traits: PluginTraits, world: World) -> None:
+    empty = [name for name, each in model.named_parameters() if not each.numel()]
+    if empty and traits.zero_stage:
+        raise PlacementError(
+            f"ColossalAI's ZeRO does not support parameters without elements: {', '.join(empty)}. Remove them from the model, or "
+            "use plugin='torch-ddp'."
+        )
     # Plugins that use DistributedDataParallel convert BatchNorm to SyncBatchNorm.
     replicates = not traits.clips or not traits.zero_stage
     if world.device.type == "cpu" and replicates and any(isinstance(each, _BatchNorm) for each in model.modules()):
         raise PlacementError(
             "This plugin converts BatchNorm to SyncBatchNorm, which requires an accelerator, and this run is on the CPU. Use "
             "plugin='lowlevel-zero', which keeps BatchNorm, or a normalization that does not depend on the batch."
+        )
+
+
+def _refuse_lost_hooks(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+    lost = lost_by_replacement(layers, dict(model.named_modules()))
+    if lost:
+        listed = ", ".join(f"{name!r} ({what})" for name, what in lost.items())
+        raise PlacementError(
+            f"ColossalAI replaced layers of {type(model).__name__}, and the new layers lack the hooks or the parametrization of "
+            f"the original ones: {listed}. Exclude these layers from the tensor-parallel policy or plan, register the hooks on a "
+            "module around them, or use FSDPStrategy(tp=...), which keeps hooks."
         )
 
 

@@ -136,6 +136,12 @@ class DeepSpeedPlacement(Placement):
             raise PlacementError(
                 f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the engine wraps it."
             )
+        empty = [name for name, each in model.named_parameters() if not each.numel()]
+        if empty and self._options.stage == 3:
+            raise PlacementError(
+                f"ZeRO stage 3 does not support parameters without elements: {', '.join(empty)}. Remove them from the model, or "
+                "use stage 2."
+            )
         others = {name: each.dtype for name, each in model.named_parameters() if each.dtype != torch.float32}
         if others:
             name, dtype = next(iter(others.items()))

@@ -146,14 +146,14 @@ class FSDPOptions:
                 )
 
     def ignored_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that are not sharded: scalars, and parameters that match ``ignored``.
+        """Return the parameters that are not sharded: scalars, empty parameters, and parameters that match ``ignored``.
 
         Raises:
             ConfigValueError: if a pattern matches neither a module nor a parameter.
         """
         named = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        found = {name: parameter for name, parameter in named.items() if parameter.ndim == 0}
+        found = {name: parameter for name, parameter in named.items() if parameter.ndim == 0 or not parameter.numel()}
         for pattern in self.ignored:
             fits: Callable[[str], bool] = lambda name, pattern=pattern: matches_name(name, pattern)  # type: ignore[misc]  # noqa: E731
             inside = [module for name, module in modules.items() if name and fits(name)]

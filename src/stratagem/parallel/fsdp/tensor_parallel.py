@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
+from stratagem.model.replaced_layers import weight_computation
 from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.names import did_you_mean
 
@@ -49,7 +50,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMes
         mesh: the ranks to shard across. They must process the same samples.
 
     Raises:
-        PlacementError: if there is no plan, or the size of a layer is not divisible by the number of ranks.
+        PlacementError: if there is no plan, the size of a layer is not divisible by the number of ranks, or a layer computes its
+            weight from other parameters.
         ConfigValueError: if a pattern matches no module, or a style does not exist.
     """
     if plan is None:
@@ -68,6 +70,7 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMes
         if not found:
             raise ConfigValueError(f"tp_plan: no module matches {pattern!r}. {did_you_mean(pattern, named)}")
         for name in found:
+            _refuse_computed_weight(name, named[name])
             _check_divisible(name, named[name], style, mesh.size())
             # With src_data_rank=None each rank shards its own values, without communication.
             parallelize_module(named[name], mesh, _style(style), src_data_rank=None)
@@ -79,6 +82,15 @@ def _style(style: Any) -> ParallelStyle:
     if not isinstance(style, str) or style not in STYLES:
         raise ConfigValueError(f"tp_plan: unknown style {style!r}. {did_you_mean(str(style), STYLES)}")
     return STYLES[style]()
+
+
+def _refuse_computed_weight(name: str, module: nn.Module) -> None:
+    computation = weight_computation(module)
+    if computation is not None:
+        raise PlacementError(
+            f"tp_plan: {name!r} computes its weight with {computation}, and such a weight cannot be sharded. Remove the layer "
+            "from the plan, or remove the parametrization from the layer."
+        )
 
 
 def _check_divisible(name: str, module: nn.Module, style: Any, num_ranks: int) -> None:
