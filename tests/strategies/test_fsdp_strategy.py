@@ -16,9 +16,9 @@ from stratagem.errors import LaunchError, StratagemError
 from stratagem.model import BaseModel
 from stratagem.optim import OptimWrapper
 from stratagem.registry import STRATEGIES
-from stratagem.strategies import DDPStrategy, FSDPStrategy
+from stratagem.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from tests.support.ranks import Ranks
-from tests.support.sharded_runs import OPTIM, TP_PLAN, Gpt, prepared
+from tests.support.sharded_runs import OPTIM, TP_PLAN, Gpt, full, prepared
 from tests.support.small_runs import Mlp, batch
 
 
@@ -303,6 +303,73 @@ def test_an_optimizer_instance_steps_the_shards(ranks: Ranks, tmp_path: Path) ->
     for moved, exact in ranks.run(built_before, str(tmp_path)):
         assert moved > 0
         assert exact
+
+
+class Normed(torch.optim.Optimizer):
+    """SGD whose learning rate is divided by the largest gradient norm, read with ``item()``."""
+
+    def __init__(self, params: Any, lr: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        params = self.param_groups[0]["params"]
+        largest = max(param.grad.norm().item() for param in params)
+        for param in params:
+            if (param.grad.abs() > largest / 4).any():
+                param.sub_(param.grad, alpha=self.param_groups[0]["lr"] / largest)
+
+
+class EvaluationMode(torch.optim.SGD):
+    """SGD whose ``train()`` reads the state of each parameter, like the optimizers of schedulefree."""
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                assert "z" not in self.state[param]
+
+    eval = train
+
+
+def stepped(folder: str, kind: Any) -> dict[str, Tensor]:
+    """Train three iterations of the global batch with ``Normed``; return the full weights."""
+    env = {"randomness": {"seed": 0}}
+    strategy = kind(work_dir=folder, env_kwargs=env, log_kwargs={"log_level": "ERROR"})
+    model, optim = strategy.prepare({"type": Mlp}, optim_wrapper={"optimizer": {"type": Normed}})
+    inputs, targets = batch(8)
+    share = slice(get_rank(), None, strategy.dp_size)
+    for _ in range(3):
+        model.train_step((inputs[share], targets[share]), optim)
+    weights = {name: full(weight) for name, weight in strategy.unwrap_model().named_parameters()}
+    strategy.close()
+    return weights
+
+
+def test_an_optimizer_that_reads_values_makes_the_steps_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    """``item()``, ``float()`` and conditions refer to whole tensors rather than to the shards of a rank."""
+    expected = stepped(str(tmp_path), SingleDeviceStrategy)
+    for weights in ranks.run(stepped, str(tmp_path), FSDPStrategy):
+        torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+
+
+def with_empty_state(folder: str) -> float:
+    """Prepare an optimizer whose state has an empty entry for each parameter, and make a step."""
+    model = Mlp()
+    optimizer = EvaluationMode(model.parameters(), lr=0.1)
+    optimizer.train()
+    strategy = make(folder)
+    model, optim = strategy.prepare(model, optim_wrapper=optimizer)
+    before = full(model.layers[0].weight)
+    model.train_step(batch(4), optim)
+    changed = float((full(model.layers[0].weight) - before).abs().sum())
+    strategy.close()
+    return changed
+
+
+def test_an_optimizer_with_an_empty_state_is_new(ranks: Ranks, tmp_path: Path) -> None:
+    """An optimizer that read the state of its parameters before the first step is not rejected."""
+    first, second = ranks.run(with_empty_state, str(tmp_path))
+    assert first == second > 0
 
 
 def without_weights(folder: str) -> tuple[str, float]:

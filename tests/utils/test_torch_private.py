@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stratagem.utils import torch_private
@@ -181,6 +181,26 @@ def test_local_shape_and_offset_describe_the_shard(one_rank: None) -> None:
     assert (tuple(shape), tuple(offset)) == ((5, 3), (0, 0))
 
 
+def test_gather_scalars_gathers_only_while_it_is_enabled(one_rank: None) -> None:
+    """``item()`` of a ``DTensor`` calls ``full_tensor`` while it is enabled, and its result does not change in one process."""
+    gathered: list[int] = []
+
+    class Whole:
+        def full_tensor(self) -> Tensor:
+            gathered.append(1)
+            return torch.tensor(5.0)
+
+    total = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Shard(0)]).sum()
+    for enabled in (True, False):
+        torch_private.gather_scalars(enabled)
+        assert total.item() == 6
+    torch_private.gather_scalars(True)
+    handler = type(total)._op_dispatcher._custom_op_handlers[torch.ops.aten._local_scalar_dense.default]
+    torch_private.gather_scalars(False)
+    assert handler(torch.ops.aten._local_scalar_dense.default, (Whole(),), {}) == 5
+    assert gathered == [1]
+
+
 def test_checkpoint_module_recomputes_and_keeps_names() -> None:
     """The forward pass runs again in the backward pass, gradients are equal, and parameters keep their names."""
 
@@ -232,8 +252,8 @@ def test_private_names_of_torch_are_used_in_one_module() -> None:
     """No other module reads a private attribute that ``torch_private`` wraps."""
     wrapped = {
         "_amp_foreach_non_finite_check_and_unscale_", "_cdata", "_compiled_call_impl", "_current_graph_task_id",
-        "_find_tensors", "_get_default_store", "_get_fsdp_state", "_lazy_init", "_load_state_dict_pre_hooks", "_schema",
-        "_step_supports_amp_scaling", "_values",
+        "_custom_op_handlers", "_find_tensors", "_get_default_store", "_get_fsdp_state", "_lazy_init",
+        "_load_state_dict_pre_hooks", "_schema", "_step_supports_amp_scaling", "_values",
     }  # fmt: skip
     found = [
         f"{path.relative_to(SOURCE.parents[1])}:{node.lineno}: {node.attr}"

@@ -10,7 +10,7 @@ from typing import Any, cast, final
 
 from torch.utils.data import BatchSampler, Sampler
 
-from stratagem.data.rank_share import IsolatedIterator, RankItems, RankShare
+from stratagem.data.rank_share import IsolatedIterator, RankItems, RankShare, length_of
 from stratagem.data.samplers import PositionedSampler
 from stratagem.data.streams import BatchRequest
 
@@ -166,7 +166,7 @@ class OpaqueBatches:
     def requests_from(self, epoch: int, done: int) -> Iterator[BatchRequest]:
         """Yield an epoch's batches after the first ``done``; the indices of skipped batches are drawn but not loaded."""
         self.set_epoch(epoch)
-        for item in islice(self, done, None):
+        for item in islice(_drawn_to_the_end(iter(self), length_of(self)), done, None):
             indices: Sequence[Any] = [item] if self._single else item
             yield BatchRequest(epoch, indices, indices)
 
@@ -187,6 +187,18 @@ class OpaqueBatches:
         share = cast("RankShare", self.share)
         samples, size = share.count(len(self._divided.sampler)), self._divided.batch_size  # type: ignore[arg-type]
         return samples // size if self._divided.drop_last else math.ceil(samples / size)
+
+
+def _drawn_to_the_end(items: Iterator[Any], length: int | None) -> Iterator[Any]:
+    """Yield items, and draw the item after the last one before yielding the last one.
+
+    A training loop takes ``length`` batches and then stops, whereas ``for batch in loader`` continues until the sampler ends.
+    Some samplers change their state there: torch's ``RandomSampler`` draws from its generator, on which the next epoch depends.
+    """
+    for count, item in enumerate(items, 1):
+        following = list(islice(items, 1)) if count == length else []
+        yield item
+        yield from following
 
 
 @final

@@ -24,6 +24,7 @@ __all__ = [
     "checkpoint_module",
     "default_store",
     "flatten_mesh",
+    "gather_scalars",
     "fused_step_reads_found_inf",
     "initialize_fsdp_root",
     "inner_wrappers",
@@ -135,6 +136,28 @@ def flatten_mesh(mesh: Any, name: str) -> Any:
     Private: ``DeviceMesh._flatten``. No other function returns the group of several dimensions combined.
     """
     return mesh._flatten(name)
+
+
+def gather_scalars(enabled: bool) -> None:
+    """Specify whether ``item()``, ``float()`` and ``bool()`` of a ``DTensor`` return its value or, as in torch, a local one.
+
+    In torch, the sum of a sharded tensor is a ``DTensor`` whose ``item()`` is the sum of the shard of this rank. With
+    ``enabled=True``, these calls are collective.
+
+    Private: ``DTensor._op_dispatcher._custom_op_handlers``. No public function changes what an operator does with a ``DTensor``.
+    """
+    handlers = import_object("torch.distributed.tensor:DTensor")._op_dispatcher._custom_op_handlers
+    if enabled:
+        handlers[_READ_SCALAR] = _read_whole_scalar
+    else:
+        handlers.pop(_READ_SCALAR, None)
+
+
+_READ_SCALAR: Final = torch.ops.aten._local_scalar_dense.default
+
+
+def _read_whole_scalar(operator: Callable[[Tensor], Any], args: Sequence[Any], _: Any) -> Any:
+    return operator(args[0].full_tensor())
 
 
 def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[Any, Any]:

@@ -38,7 +38,12 @@ from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
-from stratagem.utils.torch_private import initialize_fsdp_root, reduce_held_gradients, unsharded_class
+from stratagem.utils.torch_private import (
+    gather_scalars,
+    initialize_fsdp_root,
+    reduce_held_gradients,
+    unsharded_class,
+)
 
 __all__ = ["FSDPPlacement"]
 
@@ -330,6 +335,9 @@ class FSDPPlacement(Placement):
     def _bind(self, wrapper: BaseOptimWrapper, now: Mapping[str, nn.Parameter]) -> None:
         """Replace the original parameters in an optimizer with the sharded ones."""
         optimizer = wrapper.optimizer
+        if _reads_values(optimizer):
+            optimizer.register_step_pre_hook(_begin_step)
+            optimizer.register_step_post_hook(_end_step)
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise PlacementError(
                 "FSDP already shards the optimizer state. Use the optimizer itself instead of ZeroRedundancyOptimizer."
@@ -338,14 +346,31 @@ class FSDPPlacement(Placement):
         if not stale or all(now.get(self._names_before[each]) is each for each in stale):
             return
         _require_fresh(optimizer)
+        optimizer.state.clear()
         for group in optimizer.param_groups:
             group["params"] = [
                 now[self._names_before[each]] if each in self._names_before else each for each in group["params"]
             ]
 
 
+def _reads_values(optimizer: Optimizer) -> bool:
+    """Return whether the steps of an optimizer may call ``item()``, for example of the norm of a parameter."""
+    of_torch = type(optimizer).__module__.startswith("torch.optim.")
+    return not of_torch or isinstance(optimizer, torch.optim.Adafactor | torch.optim.LBFGS)
+
+
+def _begin_step(*_: object) -> None:
+    """Make ``item()`` return the same on all ranks; otherwise, each rank would silently make a different step."""
+    gather_scalars(True)
+
+
+def _end_step(*_: object) -> None:
+    gather_scalars(False)
+
+
 def _require_fresh(optimizer: Optimizer) -> None:
-    if optimizer.state:
+    # train() of a schedule-free optimizer adds an empty state for each parameter.
+    if any(optimizer.state.values()):
         raise PlacementError(
             f"The {type(optimizer).__name__} has already updated the unsharded parameters, and its state cannot be "
             "sharded. Pass a configuration or a new optimizer, and resume from a checkpoint."

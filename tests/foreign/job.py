@@ -1,0 +1,156 @@
+"""A training job with packages of other projects, and its results next to those of a hand-written loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tests.foreign.torchvision_ops  # noqa: F401 -- before timm and transformers, which import torchvision
+from stratagem import Hook, Runner
+
+# The strategies under which every job runs: the value of the key, and the number of processes.
+STRATEGIES: Mapping[str, tuple[Any, int]] = {
+    "one process": (None, 1),
+    "DDP x2": ("DDPStrategy", 2),
+    "FSDP x2": ("FSDPStrategy", 2),
+}
+
+
+def sample_ids(batch: Any) -> list[str]:
+    """Return an ID of each sample of a batch: a digest of its data, without trailing zeros (padding)."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    rows = [value.numpy() for value in values if isinstance(value, Tensor) and value.ndim]
+    return [
+        hashlib.sha256(b"".join(_unpadded(row[index]) for row in rows)).hexdigest() for index in range(len(rows[0]))
+    ]
+
+
+def _unpadded(values: np.ndarray) -> bytes:
+    return values.tobytes().rstrip(b"\0")
+
+
+@final
+class Recorder(Hook):
+    """Records the IDs of the samples of every iteration, and the metrics of every validation."""
+
+    def __init__(self) -> None:
+        self.samples: list[list[str]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self.samples.append(sample_ids(data_batch))
+
+    def after_val_epoch(self, run: Any, metrics: Any = None) -> None:
+        self.metrics.append({name: float(value) for name, value in metrics.items()})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job must have in common with its hand-written loop.
+
+    Attributes:
+        samples: the IDs of the samples of every iteration, sorted.
+        metrics: the metrics of every validation.
+        weights: the parameters and buffers at the end, gathered from all ranks.
+    """
+
+    samples: list[list[str]]
+    metrics: list[dict[str, float]]
+    weights: dict[str, Tensor]
+
+
+@final
+class ByHand:
+    """What a hand-written loop records: call ``samples`` with every batch and ``metrics`` after every validation."""
+
+    def __init__(self) -> None:
+        self._samples: list[list[str]] = []
+        self._metrics: list[dict[str, float]] = []
+
+    def samples(self, batch: Any) -> None:
+        """Record the samples of one optimizer step."""
+        self._samples.append(sorted(sample_ids(batch)))
+
+    def metrics(self, **values: Any) -> None:
+        """Record the metrics of a validation."""
+        self._metrics.append({name: float(value) for name, value in values.items()})
+
+    def result(self, network: nn.Module) -> Result:
+        """Return the result with the weights of a network."""
+        return Result(self._samples, self._metrics, _weights(network))
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training job with packages of other projects.
+
+    Attributes:
+        packages: the names of the distributions that the job uses.
+        summary: what is trained, for the documentation.
+        train: called with the batch size per rank and further arguments of the runner. Returns a runner that has trained, and
+            the user's own network.
+        by_hand: trains the same without Stratagem, in one process.
+        batch: the number of samples of an iteration over all ranks.
+        tolerance: the largest absolute difference of the weights on two ranks. In one process, they must be equal.
+        metric_tolerance: the largest absolute difference of the metrics on two ranks.
+        refused: for each strategy that rejects the job, a part of the error message.
+        faults: for each strategy under which the job gives wrong results so far, what is wrong.
+    """
+
+    packages: tuple[str, ...]
+    summary: str
+    train: Callable[..., tuple[Runner, nn.Module]]
+    by_hand: Callable[[ByHand], nn.Module]
+    batch: int
+    tolerance: float
+    metric_tolerance: float = 0.0
+    refused: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+
+def run(job: Job, strategy: str, folder: Path | str) -> Result:
+    """Run a job under a strategy, in this process or on one of its ranks; return its result on this rank."""
+    kind, size = STRATEGIES[strategy]
+    recorder = Recorder()
+    runner, network = job.train(
+        job.batch // size,
+        work_dir=folder,
+        strategy=kind,
+        custom_hooks=[recorder],
+        log_level="ERROR",
+        default_hooks={"checkpoint": None},
+    )
+    try:
+        return Result(recorder.samples, recorder.metrics, _weights(network))
+    finally:
+        runner.close()
+
+
+def combined(results: list[Result]) -> Result:
+    """Return the result of all ranks: the samples of an iteration are those of all ranks; the rest must be equal."""
+    first = results[0]
+    for result in results[1:]:
+        assert result.metrics == first.metrics
+        assert all(torch.equal(value, first.weights[name]) for name, value in result.weights.items())
+    samples = [
+        sorted(chain.from_iterable(of_ranks)) for of_ranks in zip(*(result.samples for result in results), strict=True)
+    ]
+    return Result(samples, first.metrics, first.weights)
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: _whole(value).detach().clone() for name, value in network.state_dict().items()}
+
+
+def _whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
