@@ -431,12 +431,12 @@ class Runner:
         write_record(kept, text, self.strategy.logger)
 
     def _require_one_config(self) -> None:
-        every_value = text_of(self.cfg.to_dict(), self._config_suffix()) if len(self.cfg) else ""
+        every_value = text_of(self.cfg.to_dict(), self._config_suffix(), mark_unsupported=True) if len(self.cfg) else ""
         require_one_config(every_value, self._config_text() if len(self.cfg) else "")
 
     def _config_text(self) -> str:
         """Return the text of the merged configuration to store, with placeholders and with secrets masked."""
-        return show(self.cfg, self._config_suffix())
+        return show(self.cfg, self._config_suffix(), mark_unsupported=True)
 
     def _config_suffix(self) -> str:
         """Return the suffix of the stored configuration.

@@ -30,7 +30,7 @@ def show(options: RunOptions, form: str) -> None:
     """
     if form not in _SUFFIXES:
         raise ConfigValueError(f"--as {form}: unknown format. {did_you_mean(form, _SUFFIXES)}")
-    _print(text_of(_read(options), _SUFFIXES[form]), form)
+    _print(text_of(_read(options), _SUFFIXES[form], mark_unsupported=form == "python"), form)
 
 
 def explain(options: RunOptions, path: str) -> None:

@@ -59,7 +59,7 @@ def _tree(text: str) -> ast.Module | None:
         pass  # The text is YAML, or Stratagem did not write it.
     try:
         data = language_of(".yaml").parse(text, "configuration")
-        return ast.parse(python_text(data)) if isinstance(data, dict) else None
+        return ast.parse(python_text(data, mark_unsupported=True)) if isinstance(data, dict) else None
     except (ConfigError, SyntaxError, AttributeError, RecursionError):
         return None
 

@@ -166,7 +166,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
     @property
     def pretty_text(self) -> str:
         """The merged configuration as Python; placeholders and secrets are written as in :meth:`dump`."""
-        return python_text(redacted(self.to_dict()))
+        return python_text(redacted(self.to_dict()), mark_unsupported=True)
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
@@ -254,7 +254,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
         Raises:
             ConfigFileError: if the suffix is unknown or the file cannot be written.
-            ConfigValueError: if the language cannot represent a value.
+            ConfigValueError: if the language cannot represent a value, such as a lambda; the error names its key.
         """
         suffix = Path(path if path is not None else self._filename or "config.py").suffix
         text = text_of(redacted(self.to_dict()), suffix)

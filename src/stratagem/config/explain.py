@@ -15,16 +15,17 @@ __all__ = ["explain", "show"]
 _WIDTH = 60
 
 
-def show(config: Config, suffix: str = ".py") -> str:
+def show(config: Config, suffix: str = ".py", *, mark_unsupported: bool = False) -> str:
     """Return the merged configuration in the language of ``suffix``: ``.py``, ``.yaml``, ``.json`` or ``.toml``.
 
     Placeholders for environment variables are not replaced, and secrets are shown as ``{{ $SECRET:<path> }}``.
 
     Raises:
         ConfigFileError: if the suffix is unknown.
-        ConfigValueError: if the language cannot represent a value.
+        ConfigValueError: if the language cannot represent a value, unless ``mark_unsupported`` is set; see
+            :func:`~stratagem.config.text.text_of`.
     """
-    return text_of(redacted(config.to_dict()), suffix)
+    return text_of(redacted(config.to_dict()), suffix, mark_unsupported=mark_unsupported)
 
 
 def explain(config: Config, path: str) -> str:

@@ -2,47 +2,135 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import keyword
-import math
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final, final
 
+from stratagem.config.expressions import as_builtin, as_expression, as_name, describe
+from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.reading.data_languages import DATA_SUFFIXES, language_of
+from stratagem.config.reading.placeholders import unsaved_marker
 from stratagem.errors import ConfigFileError, ConfigValueError
-from stratagem.utils.lazy import LazyObject, MaskedSecret, lazy_name
 
 __all__ = ["python_text", "text_of"]
 
 _WIDTH = 100
+_LANGUAGES: Final = {".py": "Python", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".toml": "TOML"}
+# Names that expressions use, so that no earlier assignment may shadow them.
+_BUILTINS: Final = frozenset(
+    {"dict", "float", "complex", "slice", "range", "set", "frozenset", "bytearray", "__import__"}
+)
 
 
-def text_of(data: Mapping[str, Any], suffix: str) -> str:
+def text_of(data: Mapping[str, Any], suffix: str, *, mark_unsupported: bool = False) -> str:
     """Return ``data`` in the language of ``suffix``: ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
 
-    Classes and functions are written as dotted names, and other objects as the string ``str(value)``.
+    The text loads as an equal configuration. Classes and functions are written as dotted names, and NumPy scalars and
+    members of enums with a number or a string as that value.
+
+    Args:
+        data: the configuration.
+        suffix: the suffix of the language.
+        mark_unsupported: write ``{{ $UNSAVED:<path> }}`` instead of a value that the language cannot represent, such as a
+            lambda. It can be loaded but raises an error when it is used.
 
     Raises:
         ConfigFileError: if the suffix is unknown.
-        ConfigValueError: if the language cannot represent a value, such as ``None`` in TOML.
+        ConfigValueError: if the language cannot represent a value, such as ``None`` in TOML, unless it is marked.
     """
-    if suffix == ".py":
-        return python_text(data)
+    if suffix not in _LANGUAGES:
+        raise ConfigFileError(f"A configuration cannot be written as {suffix!r}; choose .py, .yaml, .json or .toml.")
     if suffix in DATA_SUFFIXES:
-        return language_of(suffix).write(_plain(data))
-    raise ConfigFileError(f"A configuration cannot be written as {suffix!r}; choose .py, .yaml, .json or .toml.")
+        return language_of(suffix).write(_DataWriter(suffix, mark_unsupported).mapping(data, ()))
+    return python_text(data, mark_unsupported=mark_unsupported)
 
 
-def python_text(data: Mapping[str, Any]) -> str:
-    """Return Python code that defines ``data``, with one assignment for each top-level key."""
+def python_text(data: Mapping[str, Any], *, mark_unsupported: bool = False) -> str:
+    """Return Python code that defines ``data``, with one assignment for each top-level key; see :func:`text_of`."""
+    names = sorted(data, key=_BUILTINS.__contains__)
     lines = []
-    for key, value in data.items():
-        if not key.isidentifier():
+    for key in names:
+        if not isinstance(key, str) or not key.isidentifier() or keyword.iskeyword(key):
             raise ConfigValueError(
                 f"The key {key!r} is not a Python identifier. Write this configuration as .yaml or .json."
             )
-        lines.append(f"{key} = {_python(value, 0, len(key) + 3)}")
+        if key.startswith("_") and key != "_deprecation_":
+            raise ConfigValueError(
+                f"The key {key!r} starts with an underscore, so it would not be read from a Python file. Write this "
+                "configuration as .yaml or .json."
+            )
+        tree = _PythonWriter(mark_unsupported).tree(data[key], (key,))
+        lines.append(f"{key} = {_python(tree, 0, len(key) + 3)}")
     return "\n".join(lines) + "\n"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Expression:
+    """The text of an expression."""
+
+    text: str
+
+
+def _refuse(value: Any, path: KeyPath, suffix: str) -> ConfigValueError:
+    if value is None:
+        return ConfigValueError(
+            f"{path_text(path)} is None, which TOML cannot represent. Write .yaml, .json or .py instead."
+        )
+    advice = "Use a list, a string, a number or a registered name instead."
+    if suffix != ".py" and _PythonWriter(mark=False).can_write(value):
+        advice = "Write a .py file, or use a list, a string or a number instead."
+    return ConfigValueError(
+        f"{path_text(path)} is {describe(value)}, which {_LANGUAGES[suffix]} cannot represent. {advice}"
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _PythonWriter:
+    """Converts data to dicts, lists and tuples of expressions."""
+
+    mark: bool
+
+    def tree(self, value: Any, path: KeyPath) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                _Expression(self._key(key, path))
+                if as_name(key) is None and not isinstance(key, str)
+                else str(key): self.tree(item, (*path, key))
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            items = [self.tree(item, (*path, index)) for index, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, set | frozenset):
+            kind = "set" if isinstance(value, set) else "frozenset"
+            inner = sorted(_python_flat(self.tree(item, path)) for item in value)
+            return _Expression(f"{kind}([{', '.join(inner)}])")
+        text = as_expression(value)
+        if text is not None:
+            return _Expression(text)
+        if self.mark:
+            return _Expression(repr(unsaved_marker(path)))
+        raise _refuse(value, path, ".py")
+
+    def can_write(self, value: Any) -> bool:
+        """Return whether there is an expression for a value."""
+        try:
+            self.tree(value, ())
+        except ConfigValueError:
+            return False
+        return True
+
+    def _key(self, key: Any, path: KeyPath) -> str:
+        if isinstance(key, tuple):
+            return _python_flat(self.tree(key, path))
+        text = as_expression(key)
+        if text is None:
+            raise _refuse(key, path, ".py")
+        return text
 
 
 def _python(value: Any, indent: int, taken: int) -> str:
@@ -60,18 +148,12 @@ def _python(value: Any, indent: int, taken: int) -> str:
 
 
 def _python_flat(value: Any) -> str:
-    if isinstance(value, dict | list | tuple):
-        opening, closing = _brackets(value)
-        inner = ", ".join(prefix + _python_flat(item) for prefix, item in _labelled(value))
-        comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
-        return f"{opening}{inner}{comma}{closing}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float('{value}')"
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return repr(value)
-    if isinstance(value, set | frozenset):
-        return f"{type(value).__name__}([{', '.join(sorted(map(_python_flat, value)))}])"
-    return repr(_name(value))
+    if isinstance(value, _Expression):
+        return value.text
+    opening, closing = _brackets(value)
+    inner = ", ".join(prefix + _python_flat(item) for prefix, item in _labelled(value))
+    comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
+    return f"{opening}{inner}{comma}{closing}"
 
 
 def _brackets(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> tuple[str, str]:
@@ -85,32 +167,70 @@ def _labelled(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[t
         return (("", item) for item in value)
     if _takes_keywords(value):
         return ((f"{key}=", item) for key, item in value.items())
-    return ((f"{key!r}: ", item) for key, item in value.items())
+    return ((f"{key.text if isinstance(key, _Expression) else repr(key)}: ", item) for key, item in value.items())
 
 
 def _takes_keywords(value: dict[Any, Any]) -> bool:
     return all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in value)
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key) if isinstance(key, str) else key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return [_plain(item) for item in sorted(value, key=repr)]
-    return _name(value)
+@final
+@dataclass(frozen=True, slots=True)
+class _DataWriter:
+    """Converts data to the types of a data language."""
+
+    suffix: str
+    mark: bool
+
+    def mapping(self, value: Mapping[Any, Any], path: KeyPath) -> dict[Any, Any]:
+        return {self._key(key, path): self._value(item, (*path, key)) for key, item in value.items()}
+
+    def _key(self, key: Any, path: KeyPath) -> Any:
+        key = as_builtin(key)
+        if isinstance(key, str):
+            return key
+        if self.suffix in (".yaml", ".yml") and isinstance(key, bool | int | float | None):
+            return key
+        raise ConfigValueError(
+            f"{path_text(path) or 'The configuration'} has the key {key!r} ({type(key).__name__}), but keys in "
+            f"{_LANGUAGES[self.suffix]} are strings. Write a .py file instead, or use a string as key."
+        )
+
+    def _value(self, value: Any, path: KeyPath) -> Any:
+        if isinstance(value, Mapping):
+            return self.mapping(value, path)
+        if isinstance(value, list):
+            return [self._value(item, (*path, index)) for index, item in enumerate(value)]
+        value = as_builtin(value)
+        if (value is None and self.suffix == ".toml") or (isinstance(value, str) and not _is_unicode(value)):
+            return self._unsupported(value, path)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if self.suffix == ".toml" and type(value) in (dt.date, dt.datetime, dt.time):
+            return (
+                value
+                if getattr(value, "tzinfo", None) is None or _has_fixed_offset(value)
+                else self._unsupported(value, path)
+            )
+        name = as_name(value)
+        return self._unsupported(value, path) if name is None else name
+
+    def _unsupported(self, value: Any, path: KeyPath) -> str:
+        if self.mark:
+            return unsaved_marker(path)
+        raise _refuse(value, path, self.suffix)
 
 
-def _name(value: Any) -> str:
-    if isinstance(value, LazyObject):
-        return lazy_name(value)
-    if isinstance(value, MaskedSecret):
-        return value.text
-    if isinstance(value, type | FunctionType | BuiltinFunctionType):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value)
+def _is_unicode(text: str) -> bool:
+    """Return whether a string can be encoded, that is, it contains no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _has_fixed_offset(value: Any) -> bool:
+    """Return whether the offset of a date and time is in whole minutes and not from a named time zone."""
+    offset = value.utcoffset()
+    return isinstance(value, dt.datetime) and isinstance(value.tzinfo, dt.timezone) and not offset.seconds % 60

@@ -57,7 +57,7 @@ class LazyObject:
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedSecret:
-    """A value that was masked when its configuration was saved.
+    """A secret that was masked, or another value that was left out, when its configuration was saved.
 
     It can be copied, compared and written, but reading it from a configuration raises an error. If it is an item of a
     list, using it as a string raises an error.
@@ -66,11 +66,13 @@ class MaskedSecret:
         text: the marker in the configuration.
         path: the key of the secret.
         position: the file and line, for errors.
+        is_secret: whether the value is a secret.
     """
 
     text: str
     path: str
     position: str = ""
+    is_secret: bool = True
 
     def __str__(self) -> str:
         raise self.error()
@@ -82,6 +84,11 @@ class MaskedSecret:
 
     def error(self) -> ConfigValueError:
         """Return the error to raise when the value is used."""
+        if not self.is_secret:
+            return ConfigValueError(
+                f"{self.position}: the value of {self.path} could not be saved in this configuration, for example because it "
+                f"is a lambda or an object. Set it with --set {self.path}=..., or use the original configuration."
+            )
         return ConfigValueError(
             f"{self.position}: the secret {self.path} was masked when this configuration was saved and its value is "
             f"not available. Set it with --set {self.path}=..., or write an environment variable: {{{{ $NAME }}}}."

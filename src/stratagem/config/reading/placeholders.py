@@ -1,7 +1,7 @@
 """Placeholders in configuration files: ``{{ fileDirname }}``, ``{{ $NAME:default }}`` and ``{{ _base_.key }}``.
 
-A saved configuration contains ``{{ $SECRET:key }}`` instead of a secret. It can be loaded but raises an error when it is
-used.
+A saved configuration contains ``{{ $SECRET:key }}`` instead of a secret, and ``{{ $UNSAVED:key }}`` instead of a value
+that it cannot contain. It can be loaded but raises an error when the value is used.
 
 Values are not substituted in the text, where a quote or a backslash in a value would change its meaning. Each placeholder is
 replaced with an identifier that is valid in every language, and the identifier is replaced with the value after the text is
@@ -25,7 +25,7 @@ from stratagem.utils.lazy import MaskedSecret
 from stratagem.utils.secrets.names import is_secret_name
 from stratagem.utils.secrets.values import remember_placeholder, remember_secret
 
-__all__ = ["BaseValues", "Placeholders", "masked_marker"]
+__all__ = ["BaseValues", "Placeholders", "masked_marker", "unsaved_marker"]
 
 BaseValues = Callable[[], Mapping[str, Any]]
 
@@ -40,6 +40,8 @@ _PLACEHOLDER = re.compile(
 )
 # The variable of a placeholder that stands for a masked secret; its "default" is the key of the secret.
 _MASKED = "SECRET"
+# Likewise, for a value that could not be written.
+_UNSAVED = "UNSAVED"
 # A default with these characters cannot be written unescaped in every language.
 _NEEDS_ESCAPING = re.compile(r"""['"\\]|[^ -~]""")
 # Quoted strings, in languages that require quotes around strings. YAML and Python can parse a bare identifier.
@@ -51,8 +53,17 @@ _QUOTED = {
 
 def masked_marker(path: KeyPath) -> str:
     """Return the marker that replaces the secret at a path in a saved configuration."""
+    return _marker(_MASKED, path)
+
+
+def unsaved_marker(path: KeyPath) -> str:
+    """Return the marker that replaces the value at a path that a saved configuration cannot contain."""
+    return _marker(_UNSAVED, path)
+
+
+def _marker(variable: str, path: KeyPath) -> str:
     key = re.sub(r"[^-\w./ ]", "_", path_text(path))
-    return f"{{{{ ${_MASKED}:{key} }}}}"
+    return f"{{{{ ${variable}:{key} }}}}"
 
 
 @final
@@ -112,7 +123,10 @@ class Placeholders:
             return self._file(match["file"])
         if _is_masked(match):
             path = _default(match)
-            return MaskedSecret(f"{{{{ ${_MASKED}:{path} }}}}", path, self._where(match))
+            variable = match["variable"]
+            return MaskedSecret(
+                f"{{{{ ${variable}:{path} }}}}", path, self._where(match), is_secret=variable == _MASKED
+            )
         text = self._variable(match)
         value = parse_scalar(text) if bare else text
         template = self._template(match)
@@ -132,7 +146,7 @@ class Placeholders:
         )
         masked = [value for value in values.values() if isinstance(value, MaskedSecret)]
         if masked:
-            return MaskedSecret(template, masked[0].path, masked[0].position)
+            return MaskedSecret(template, masked[0].path, masked[0].position, is_secret=masked[0].is_secret)
         filled = self._identifier.sub(lambda identifier: str(values[identifier[0]]), text)
         return InterpolatedStr(filled, template) if template != filled else filled
 
@@ -259,7 +273,7 @@ def _default(match: re.Match[str]) -> str:
 
 
 def _is_masked(match: re.Match[str]) -> bool:
-    return match["variable"] == _MASKED and match["default"] is not None
+    return match["variable"] in (_MASKED, _UNSAVED) and match["default"] is not None
 
 
 def _is_of_environment(value: Any, read: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 from stratagem.config.keys import KeyPath
 from stratagem.config.reading.limits import check_size_limits, children_of_data
-from stratagem.errors import ConfigParsingError, ConfigValueError
+from stratagem.errors import ConfigParsingError
 
 __all__ = ["parse", "lines", "write"]
 
@@ -53,11 +54,7 @@ def _toml_path(text: str) -> KeyPath:
 
 
 def write(data: Mapping[str, Any]) -> str:
-    """Return plain data as TOML.
-
-    Raises:
-        ConfigValueError: if a value is ``None``, which TOML cannot represent.
-    """
+    """Return plain data without None as TOML."""
     return "\n".join(_toml_table(data, ())) + "\n"
 
 
@@ -67,25 +64,28 @@ def _toml_table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]
         yield f"\n[{'.'.join(map(_toml_key, path))}]"
     for key, value in data.items():
         if key not in tables:
-            yield f"{_toml_key(key)} = {_toml_value(value, (*path, key))}"
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
     for key, value in tables.items():
         yield from _toml_table(value, (*path, str(key)))
 
 
-def _toml_value(value: Any, path: tuple[str, ...]) -> str:
-    if value is None:
-        raise ConfigValueError(
-            f"{'.'.join(path)} is None, which TOML cannot represent. Write .yaml, .json or .py instead."
-        )
+def _toml_value(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item, path) for item in value)}]"
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item, path)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dt.date | dt.time):
+        return value.isoformat()
+    return _toml_text(value)
+
+
+def _toml_text(value: Any) -> str:
+    # TOML requires that DEL is escaped, unlike JSON.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_key(key: object) -> str:
     text = str(key)
-    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else json.dumps(text, ensure_ascii=False)
+    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _toml_text(text)

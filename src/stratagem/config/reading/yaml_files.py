@@ -128,6 +128,23 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# YAML 1.1 treats these as line breaks, which only double quotes preserve.
+_LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _LINE_BREAKS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+# Quote the strings that this loader or a YAML 1.1 loader would read as something else, such as 1e5, 0o17 and yes.
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
+}
+
+
 def write(data: Any) -> str:
     """Return plain data as YAML, without sorting the keys."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
