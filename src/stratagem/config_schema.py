@@ -151,6 +151,7 @@ SECTIONS: Mapping[str, Rule] = {
             "experiment_name",
             "load_from",
             "resume",
+            "resume_optimizer",
             "resume_param_scheduler",
             "new_parameters",
             "launcher",

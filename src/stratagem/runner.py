@@ -48,8 +48,8 @@ _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
-    "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
-    "requeue",
+    "resume_optimizer", "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness",
+    "compile", "default_scope", "requeue",
 )  # fmt: skip
 
 _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
@@ -135,6 +135,8 @@ class Runner:
         data_preprocessor: added to the model's configuration if it has none.
         load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.
         resume: False, a path, or True to resume from ``load_from`` or from the latest checkpoint under ``work_dir``.
+        resume_optimizer: whether a resumed run continues the optimizer state of the checkpoint. Set it to False in the
+            session that changes the optimizer.
         resume_param_scheduler: whether a resumed run uses the schedules and optimizer options (learning rate, weight decay
             ...) of the checkpoint; if False, it uses those given here.
         new_parameters: regular expressions; parameters and buffers whose full names match one of them may be missing from
@@ -175,6 +177,7 @@ class Runner:
         data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        resume_optimizer: bool = True,
         resume_param_scheduler: bool = True,
         new_parameters: Sequence[str] = (),
         launcher: str | None = None,
@@ -210,7 +213,11 @@ class Runner:
             if name is not None:
                 allow_in_texts(os.fspath(name))
         self._resume_source = ResumeSource(
-            load_from, resume, resume_param_scheduler=resume_param_scheduler, new_parameters=new_parameters
+            load_from,
+            resume,
+            resume_optimizer=resume_optimizer,
+            resume_param_scheduler=resume_param_scheduler,
+            new_parameters=new_parameters,
         )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
         self._model = with_preprocessor(model, data_preprocessor)

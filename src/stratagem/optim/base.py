@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError
 from stratagem.optim.gradient_policy import GradientPolicy
-from stratagem.optim.implementation import IMPLEMENTATION_KEYS
+from stratagem.optim.implementation import KEPT_KEYS
+from stratagem.optim.optimizer_class import optimizer_class
 
 __all__ = ["BaseOptimWrapper", "momentum_of"]
 
@@ -171,13 +172,17 @@ class BaseOptimWrapper(ABC):
         return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, with this wrapper's counts under ``counts``."""
+        """Return the optimizer's state, with its class under ``class`` and this wrapper's counts under ``counts``."""
         state = self.optimizer.state_dict()
         if self._training_weights is not None:
             weights = self._training_weights
             slots = {index: {**own, _TRAINING_WEIGHT: weights[index]} for index, own in state["state"].items()}
             state = {**state, "state": slots}
-        return {**state, "counts": {key: getattr(self, name) for key, name in _COUNTS.items()}}
+        return {
+            **state,
+            "class": optimizer_class(self.optimizer),
+            "counts": {key: getattr(self, name) for key, name in _COUNTS.items()},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state returned by ``state_dict``. Tensors are not copied, as in torch.
@@ -189,7 +194,7 @@ class BaseOptimWrapper(ABC):
             CheckpointMismatchError: if the groups or their sizes differ.
         """
         groups = [
-            {**saved, **{key: own[key] for key in IMPLEMENTATION_KEYS if key in own}}
+            {**saved, **{key: own[key] for key in KEPT_KEYS if key in own}}
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
         ]
         if len(groups) != len(state_dict["param_groups"]) or len(groups) != len(self.param_groups):

@@ -13,12 +13,14 @@ from torch.optim import SGD, Adam, AdamW
 from stratagem.errors import ConfigValueError
 from stratagem.tensors.dtensor import mesh_of
 
-__all__ = ["IMPLEMENTATION_KEYS", "Implementation", "implementation_options"]
+__all__ = ["IMPLEMENTATION_KEYS", "KEPT_KEYS", "Implementation", "implementation_options"]
 
 Implementation = Literal["auto", "fused", "foreach", "loop"]
 
 # The implementation depends on the machine, so these parameter group options are not saved in checkpoints.
 IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
+# The options that belong to the optimizer of this run when a state is loaded; Adam and AdamW differ in the last one.
+KEPT_KEYS: Final = (*IMPLEMENTATION_KEYS, "decoupled_weight_decay")
 _CHOICES: Final = ("auto", "fused", "foreach", "loop")
 # If the user sets one of these, no implementation is selected.
 _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")

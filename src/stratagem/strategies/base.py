@@ -531,6 +531,7 @@ class BaseStrategy(ABC):
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
         callback: CheckpointCallback | None = None,
+        resume_optimizer: bool = True,
         resume_param_scheduler: bool = True,
         new_parameters: Sequence[str] = (),
     ) -> StateTree | None:
@@ -541,11 +542,13 @@ class BaseStrategy(ABC):
         only.
 
         With ``resume_param_scheduler=False``, schedules and optimizer options are taken from this run's configuration
-        and continue from the position of the checkpoint. The optimizer state is restored in both cases. See
+        and continue from the position of the checkpoint. The optimizer state is restored in both cases, unless
+        ``resume_optimizer=False``. See
         :meth:`load_checkpoint` and :meth:`resume` for ``callback`` and ``new_parameters``.
         """
         how = Resuming(
             callback=callback,
+            resume_optimizer=resume_optimizer,
             resume_param_scheduler=resume_param_scheduler,
             new_parameters=tuple(new_parameters),
             optim=self.optim_wrapper_or_none,

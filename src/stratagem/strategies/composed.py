@@ -33,6 +33,7 @@ from stratagem.strategies.base import BaseStrategy, CheckpointCallback, Checkpoi
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
+from stratagem.strategies.state.optim_state import require_same_class
 from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.utils import generator_state, mask_text, restore_generator_state, with_canonical_keys
@@ -239,6 +240,8 @@ class ComposedStrategy(BaseStrategy):
         # Check for missing parts before changing anything.
         state = get_model_state(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
+        if "optimizer" in parts:
+            require_same_class(self.optim_wrapper, parts["optimizer"])
         # Load strictly, because the optimizer state of a different model must not be applied to these parameters.
         report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:

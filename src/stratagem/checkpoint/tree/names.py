@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
-from stratagem.optim.implementation import IMPLEMENTATION_KEYS
+from stratagem.optim.implementation import IMPLEMENTATION_KEYS, KEPT_KEYS
 from stratagem.utils import named_parameters
 
 __all__ = [
@@ -122,7 +122,7 @@ def optimizer_by_index(
         CheckpointMismatchError: if the groups differ in number or in their parameters.
     """
     saved_groups = list(state["param_groups"])
-    kept = [{key: now[key] for key in IMPLEMENTATION_KEYS if key in now} for now in current]
+    kept = [{key: now[key] for key in KEPT_KEYS if key in now} for now in current]
     by_name = _is_by_name(state)
     if by_name:
         own_names = {name for group in names for name in group}

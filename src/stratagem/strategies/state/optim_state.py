@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
+from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
 from stratagem.parallel import AnyOptim
 from stratagem.tensors.dtensor import is_sharded, shard_like
 
-__all__ = ["read_optim", "require_one_optimizer", "write_optim"]
+__all__ = ["read_optim", "require_one_optimizer", "require_same_class", "write_optim"]
+
+logger = logging.getLogger(__name__)
 
 
 def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
@@ -56,6 +60,34 @@ def write_optim(
         for index, slots in by_index["state"].items()
     }
     optim.load_state_dict({**by_index, "state": own})
+
+
+def require_same_class(optim: AnyOptim, state: Mapping[str, Any]) -> None:
+    """Require that a saved state belongs to the same classes of optimizers, before anything is loaded.
+
+    Adam and AdamW without weight decay compute the same, so either continues the state of the other.
+
+    Raises:
+        CheckpointMismatchError: if a class differs.
+    """
+    for name, wrapper in optim.each().items():
+        saved = state.get(name) if name else state
+        if not isinstance(saved, Mapping) or "param_groups" not in saved:
+            continue  # write_optim reports missing optimizers
+        own = optimizer_class(wrapper.optimizer)
+        difference = describe_difference(wrapper.optimizer, saved)
+        if difference is None:
+            continue
+        if continues_equally(wrapper.optimizer, saved):
+            logger.info(
+                "%s continues the moments in the checkpoint, although %s: both have no weight decay.", own, difference
+            )
+            continue
+        used = f"{own} for {name!r}" if name else own
+        raise CheckpointMismatchError(
+            f"This run uses the optimizer {used}, but the optimizer state in the checkpoint does not fit: {difference}. Use the "
+            f"same optimizer, or set resume_optimizer=False to start {own} without a state."
+        )
 
 
 def require_one_optimizer(state: Mapping[str, Any]) -> None:

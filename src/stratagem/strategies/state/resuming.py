@@ -45,6 +45,7 @@ class Resuming:
     """The options of :meth:`BaseStrategy.load_or_resume`, and the prepared optimizers and schedules."""
 
     callback: CheckpointCallback | None
+    resume_optimizer: bool
     resume_param_scheduler: bool
     new_parameters: tuple[str, ...]
     optim: AnyOptim | None
@@ -54,6 +55,9 @@ class Resuming:
         """Resume; with ``resume_param_scheduler=False``, keep the configured schedules and options. Collective."""
         # Omit it if empty, since custom strategies may not accept the argument.
         new: dict[str, Any] = {"new_parameters": self.new_parameters} if self.new_parameters else {}
+        if not self.resume_optimizer:
+            new["resume_optimizer"] = False
+            strategy.logger.info("resume_optimizer=False: the optimizers start without the state of the checkpoint.")
         if self.resume_param_scheduler or self.optim is None:
             rest = strategy.resume(filename, callback=self.callback, **new)
             strategy.resumed_from = os.fspath(filename)

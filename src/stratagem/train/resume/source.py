@@ -23,7 +23,7 @@ from stratagem.utils import mask_text
 __all__ = ["ResumeSource", "restore_data_position"]
 
 # Keys of the configuration that always differ in a resumed run.
-_RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
+_RESUMING = ("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters")
 
 
 @final
@@ -33,6 +33,7 @@ class ResumeSource:
     Args:
         load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
+        resume_optimizer: whether to restore the state of the optimizers; that of a checkpoint of this launch always is.
         resume_param_scheduler: whether to restore the schedules and the optimizer options.
         new_parameters: regular expressions for the names of parameters that may be missing from the checkpoint.
 
@@ -49,6 +50,7 @@ class ResumeSource:
         load_from: str | os.PathLike[str] | None,
         resume: bool | str | os.PathLike[str],
         *,
+        resume_optimizer: bool = True,
         resume_param_scheduler: bool,
         new_parameters: Sequence[str],
     ) -> None:
@@ -59,6 +61,10 @@ class ResumeSource:
             )
         self.changes: tuple[str, ...] = ()
         self._load_from, self._resume = load_from, resume
+        if not isinstance(resume_optimizer, bool):
+            raise ConfigTypeError(f"resume_optimizer must be True or False, got {resume_optimizer!r}.")
+        # Omit it if True, because custom strategies may not accept the argument.
+        self._fresh: dict[str, Any] = {} if resume_optimizer else {"resume_optimizer": False}
         self._how: dict[str, Any] = {
             "resume_param_scheduler": resume_param_scheduler,
             "new_parameters": _patterns(new_parameters),
@@ -85,7 +91,11 @@ class ResumeSource:
 
         def load_or_resume(resume: bool | str | os.PathLike[str]) -> Mapping[str, Any] | None:
             return run.strategy.load_or_resume(
-                load_from=None if own else load_from, resume=resume, callback=call_hooks, **self._how
+                load_from=None if own else load_from,
+                resume=resume,
+                callback=call_hooks,
+                **self._how,
+                **({} if own else self._fresh),
             )
 
         if own:

@@ -1,0 +1,82 @@
+"""Whether the saved state of an optimizer can be continued by the optimizer of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch.optim import Optimizer
+
+from stratagem.optim.probe import state_keys_of
+
+__all__ = ["continues_equally", "describe_difference", "optimizer_class"]
+
+# Implementations of Adam, which may decouple the weight decay from the gradient (AdamW).
+_ADAM: Final = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "CPUAdam", "HybridAdam"})
+_SAME: Final = {"FusedLion": "Lion", "DeepSpeedCPULion": "Lion", "FusedSGD": "SGD", "DeepSpeedCPUAdagrad": "Adagrad"}
+_DECOUPLED: Final = "decoupled_weight_decay"
+# Options that some optimizers of torch have and others do not.
+_DISTINCTIVE: Final = frozenset(
+    {
+        "alpha", "amsgrad", "beta2_decay", "betas", "centered", "dampening", "etas", "initial_accumulator_value", "lambd",
+        "lr_decay", "momentum_decay", "nesterov", "ns_steps", "rho", "step_sizes", "t0",
+    }
+)  # fmt: skip
+# Entries that depend on options, which a resumed run takes from the checkpoint.
+_OPTIONAL_STATE: Final = frozenset({"momentum_buffer", "max_exp_avg_sq", "grad_avg", "training_weight"})
+
+
+def optimizer_class(optimizer: Optimizer) -> str:
+    """Return the name of an optimizer's algorithm: that of its class, but the same for all implementations of AdamW."""
+    inner = getattr(optimizer, "optim", None)
+    if isinstance(inner, Optimizer):  # ZeroRedundancyOptimizer
+        return optimizer_class(inner)
+    name = type(optimizer).__name__
+    if name not in _ADAM:
+        return _SAME.get(name, name)
+    decoupled = any(group.get(_DECOUPLED) for group in optimizer.param_groups)
+    # DeepSpeed and ColossalAI use different names.
+    modes = (getattr(optimizer, mode, False) for mode in ("adam_w_mode", "adamw_mode"))
+    return "AdamW" if name == "AdamW" or decoupled or any(bool(mode) for mode in modes) else "Adam"
+
+
+def continues_equally(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
+    """Return whether the state of a different class may be continued: Adam and AdamW are equal without weight decay."""
+    classes = {optimizer_class(optimizer), saved_class(state)}
+    groups = [*optimizer.param_groups, *state["param_groups"]]
+    return classes == {"Adam", "AdamW"} and not any(group.get("weight_decay") for group in groups)
+
+
+def saved_class(state: Mapping[str, Any]) -> str | None:
+    """Return the class of a saved optimizer state; None for states of earlier versions and other programs, if unknown."""
+    if "class" in state:
+        return str(state["class"])
+    flags = {group.get(_DECOUPLED) for group in state["param_groups"] if "amsgrad" in group}
+    return None if len(flags) != 1 or flags == {None} else "AdamW" if flags == {True} else "Adam"
+
+
+def describe_difference(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
+    """Return how a saved state shows that it belongs to a different optimizer; None if it fits.
+
+    A state without its class is compared by its options and by the entries that the optimizer stores for a parameter.
+    """
+    own, saved = optimizer_class(optimizer), saved_class(state)
+    if saved is not None and own != saved:
+        return f"it belongs to {saved}"
+    if "class" in state:
+        return None
+    here = set(optimizer.param_groups[0])
+    for group in state["param_groups"]:
+        differing = set(group) - here
+        if "maximize" in group:
+            # Other programs do not save all options.
+            differing |= here - set(group)
+        if differing & _DISTINCTIVE:
+            return f"it has other options ({', '.join(sorted(differing & _DISTINCTIVE))})"
+    expected = state_keys_of(optimizer)
+    for slots in state["state"].values() if expected is not None else ():
+        found = {key for key in slots if slots[key] is not None}
+        differing = (found ^ (expected or set())) - _OPTIONAL_STATE
+        if found and differing:
+            return f"it has {', '.join(sorted(found))} for each parameter instead of {', '.join(sorted(expected or ['nothing']))}"
+    return None

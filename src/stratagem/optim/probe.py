@@ -1,0 +1,47 @@
+"""Run an optimizer on small tensors without changing it, to find out what it does."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["probe_copy", "state_keys_of"]
+
+
+def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]]) -> Optimizer:
+    """Return a copy of an optimizer with other parameters, in groups with the same options, and without state or hooks."""
+    probe = copy.copy(optimizer)
+    probe.state = defaultdict(dict)
+    probe.param_groups = [
+        {**{key: _copied(value) for key, value in group.items()}, "params": list(some)}
+        for group, some in zip(optimizer.param_groups, parameters, strict=True)
+    ]
+    for name in [name for name in vars(probe) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
+        setattr(probe, name, OrderedDict())
+    return probe
+
+
+def state_keys_of(optimizer: Optimizer) -> set[str] | None:
+    """Return the names of the entries that an optimizer stores for a parameter; None if they cannot be determined."""
+    groups = optimizer.param_groups
+    like = next((each for group in groups for each in group["params"] if each.requires_grad), None)
+    if like is None:
+        return None
+    parameter = nn.Parameter(torch.ones((2,) * like.ndim, dtype=torch.float32, device=like.device))
+    parameter.grad = torch.full_like(parameter, 0.1)
+    probe = probe_copy(optimizer, [[parameter], *([] for _ in groups[1:])])
+    try:
+        probe.step()
+    except Exception:  # noqa: BLE001 -- any optimizer, of any library
+        return None
+    return {key for key, value in probe.state[parameter].items() if value is not None}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
