@@ -317,7 +317,7 @@ def test_state_round_trips() -> None:
     models[1].load_state_dict(models[0].state_dict())
     state = copy.deepcopy(first.state_dict())
     second.load_state_dict(state)
-    assert state.keys() == {"state", "param_groups", "counts"}
+    assert state.keys() == {"state", "param_groups", "class", "counts"}
     assert (second.inner_count, second.num_steps_applied, second.num_steps_attempted) == (2, 2, 2)
     for model, wrapper in zip(models, (first, second), strict=True):
         wrapper.update_params(model(data).square().mean())
