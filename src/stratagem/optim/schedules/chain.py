@@ -141,10 +141,10 @@ def record_references(optimizer: Optimizer) -> None:
     vars(optimizer)[_REFERENCES] = {key: value for key, value in optimizer.defaults.items() if _is_number(value)}
 
 
-def scale_option(optimizer: Optimizer, key: str, factor: float) -> None:
+def scale_option(optimizer: Optimizer, groups: Sequence[dict[str, Any]], key: str, factor: float) -> None:
     """Multiply an option of all groups by a factor. The ratios of the groups, to which schedules apply, do not change."""
-    reference = _reference(optimizer, key, [float(group[key]) for group in optimizer.param_groups])
-    for group in optimizer.param_groups:
+    reference = _reference(optimizer, key, [float(group[key]) for group in groups])
+    for group in groups:
         group[key] = group[key] * factor
     vars(optimizer).setdefault(_REFERENCES, {})[key] = reference * factor
 

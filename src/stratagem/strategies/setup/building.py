@@ -170,7 +170,7 @@ def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rul
     factor = real_batch / base_batch
     if rule == "sqrt":
         factor = math.sqrt(factor)
-    scale_option(wrapper.optimizer, "lr", factor)
+    scale_option(wrapper.optimizer, wrapper.param_groups, "lr", factor)
     return factor
 
 
