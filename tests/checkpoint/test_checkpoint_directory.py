@@ -238,7 +238,7 @@ def test_parts_stay_inside_the_directory(name: Any, tmp_path: Path) -> None:
 
 def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
     """``model`` and ``state_dict`` would use the same file, so having both is rejected."""
-    with pytest.raises(CheckpointError, match="'state_dict' and 'model', which use the same file"):
+    with pytest.raises(CheckpointError, match="'state_dict' and 'model', which would be saved to the same file"):
         FORMAT.save({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.zeros(1)}}, tmp_path / "c")
     FORMAT.save({"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}

@@ -69,7 +69,7 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
     url = os.fspath(filename)
     fault = path_fault(url if is_url(filename) else absolute(filename))
     if fault is not None:
-        raise CheckpointError(f"{fault}, so a checkpoint could not be read from it. Choose a different name.")
+        raise CheckpointError(f"{fault}, so a checkpoint saved there could not be loaded. Choose a different name.")
     if is_url(filename) and (CheckpointLoader.is_read_only(url) or not is_remote_scheme(url.partition("://")[0])):
         raise CheckpointError(
             f"{mask_text(url)}: cannot save checkpoints to this URL. Use a local path or a URL that fsspec can write "

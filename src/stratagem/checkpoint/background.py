@@ -129,7 +129,7 @@ def _write(
         write_to(filename, lambda path: write(tensors, path, rank_group), rank_group)
     except CheckpointError:
         raise
-    except Exception as error:  # Every error must contain the name of the missing checkpoint.
+    except Exception as error:  # Always name the checkpoint that was not written.
         raise save_error(Path(filename), error) from error
     if then is not None:
         then(rank_group)

@@ -77,7 +77,7 @@ def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
     has_manifest = (path / MANIFEST).is_file()
     if not has_manifest and _is_deepspeed(path, number):
         return _inspect_deepspeed(path, number)
-    # Stratagem writes both files, so the checkpoint is incomplete if one is missing.
+    # Stratagem writes both the manifest and the state file, so the checkpoint is incomplete if either is missing.
     expected_checkpoint = number is not None or (path / STATE).is_file()
     if not (has_manifest or expected_checkpoint):
         return None
@@ -91,8 +91,8 @@ def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
 
 
 def _is_deepspeed(path: Path, number: int | None) -> bool:
-    # If the name is not a checkpoint name, accept only the outer of DeepSpeed's two folders, which contains the file
-    # "latest".
+    # DeepSpeed creates two nested folders. Unless the folder is named like a checkpoint, accept only the outer one,
+    # which contains the file "latest".
     try:
         return (number is not None or (path / "latest").is_file()) and is_deepspeed_folder(path)
     except CheckpointError:

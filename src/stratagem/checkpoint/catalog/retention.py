@@ -115,7 +115,7 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         operations.remove_file(path)
         return
-    # If this process is killed before the removal, the run removes temporary names at its next start.
+    # If this process is killed before the removal, the next start of the run removes the temporary folder.
     temporary = temporary_path(path)
     operations.rename(path, temporary)
     # Sync the rename first, so that a power loss cannot restore the name with only some of the files.

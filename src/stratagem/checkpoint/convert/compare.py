@@ -13,7 +13,7 @@ from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 
 __all__ = ["CheckpointDifference", "compare"]
 
-# The number of elements that are compared at a time, to avoid reading a memory-mapped tensor as a whole.
+# The number of elements to compare at a time, so that a memory-mapped tensor is never read into memory as a whole.
 _CHUNK_ELEMENTS = 1 << 22
 
 

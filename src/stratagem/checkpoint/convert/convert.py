@@ -30,9 +30,9 @@ __all__ = ["TARGETS", "Target", "convert_checkpoint", "default_format", "open_ch
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-# The keys under which the meta of a checkpoint contains the text of a configuration.
+# The keys of a checkpoint's meta that may hold the text of a configuration.
 _CONFIGURATIONS = ("cfg", "config")
-# Hugging Face's size limit for one file of a model.
+# The maximum size of a weights file in the Hugging Face layout.
 _HF_FILE_BYTES = 5_000_000_000
 
 
@@ -145,7 +145,7 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _divide_into_files(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Divide the weights, in order, among files within the size limit."""
+    """Split the weights, in order, into files that do not exceed the size limit."""
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in weights.items():

@@ -65,7 +65,7 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
     ):
         for name, box, content in boxes:
             data = _as_memoryview(content)
-            # Compute the digest in a second thread while this thread writes the same memory.
+            # Compute the digest in a second thread while this thread writes the data to the file.
             digest = executor.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
             for offset, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
@@ -74,7 +74,7 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
                     begin += size
                     waiting += size
                     if waiting >= _WRITE_AT_ONCE:
-                        # Start writing to the disk now instead of only in the final fsync.
+                        # Start writeback to disk now, so that little is left for the final fsync.
                         begin_writeback(descriptor)
                         waiting = 0
             written.append(WrittenBox(name, box, digest.result() if digest else _digest(data)))
@@ -104,9 +104,9 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 
 def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
-    # Read in file order, which is the fastest order for disks and readahead.
+    # Read in file order, which is fastest for disks and benefits from readahead.
     ordered = sorted(boxes, key=lambda written_box: (layout.starts[written_box.name], written_box.box))
-    # One thread reads while the other computes.
+    # While one thread reads, the other computes a digest.
     with ThreadPoolExecutor(2, "checkpoint check") as pool:
         digests = pool.map(lambda written_box: _digest_in_file(descriptor, layout, written_box), ordered)
         for written_box, digest in zip(ordered, digests, strict=True):
@@ -133,8 +133,8 @@ def _split_range(offset: int, length: int, max_length: int) -> Iterator[tuple[in
 
 def _as_memoryview(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as stored in a file; a contiguous CPU tensor is not copied."""
-    # Materialize lazy conjugation and negation, which are only flags on the memory. A tensor with one element may have
-    # any stride and is still contiguous.
+    # Materialize lazy conjugation and negation, which torch stores only as flags on the tensor. as_strided() normalizes
+    # the strides, because a tensor with one element is contiguous regardless of its strides.
     dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     return memoryview(torch.as_strided(dense, (dense.numel(),), (1,)).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 

@@ -142,7 +142,7 @@ def written_boxes(described: Mapping[str, Any], layout: FileLayout) -> list[Writ
     """Return the boxes that a manifest lists for the tensors of a file with this layout.
 
     Raises:
-        CheckpointDamagedError: if manifest and file list different tensors, or the boxes do not cover a tensor.
+        CheckpointDamagedError: if the manifest and the file list different tensors, or the boxes do not cover a tensor.
     """
     if set(described) != set(layout.specs):
         raise CheckpointDamagedError("its tensors differ from the tensors listed in the manifest.")

@@ -85,6 +85,6 @@ def _flatten_parts(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], 
     for name, stem in _FILE_OF.items():
         if name in tree and stem in tree:
             raise CheckpointError(
-                f"The checkpoint has parts {name!r} and {stem!r}, which use the same file. Rename {stem!r}."
+                f"The checkpoint has parts {name!r} and {stem!r}, which would be saved to the same file. Rename {stem!r}."
             )
     return {name: flatten_state(part, where=name) for name, part in tree.items()}

@@ -1,11 +1,11 @@
 """Read checkpoints written by ColossalAI's Booster: a folder ``model`` and a folder ``optimizer``, each with an index.
 
-``ColossalAIStrategy(checkpoint_format="colossalai")`` adds them to a Stratagem checkpoint that holds everything else: the
-parameter names, and float32 weights if the model computes in another dtype. Without it, as saved by MMEngine's strategy or
-a user's script, the optimizer state is keyed by index, and the position is read from ``meta.pth`` and ``scheduler`` if
-they exist.
+``ColossalAIStrategy(checkpoint_format="colossalai")`` adds these folders to a Stratagem checkpoint, which holds
+everything else: the parameter names, and float32 weights if the model computes in another dtype. Checkpoints written by
+MMEngine's strategy or by a script contain only the Booster's folders. Their optimizer state is keyed by index, and the
+training progress is read from ``meta.pth`` and ``scheduler`` if they exist.
 
-ColossalAI is not needed to read them, and no code from them is executed.
+ColossalAI is not needed to read these checkpoints, and no code from them is executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["ENGINE_ORDER", "ENGINE_PART", "TIED", "ColossalAIFolder"]
 
-# The part of the Stratagem checkpoint with information that ColossalAI's files lack: the parameter names in
+# The part of the Stratagem checkpoint that holds information missing from ColossalAI's files: the parameter names in
 # ColossalAI's order, and the names of tied parameters.
 ENGINE_PART: Final = "colossalai"
 ENGINE_ORDER: Final = "order"
@@ -39,7 +39,7 @@ _SCHEDULERS: Final = "scheduler"
 
 @final
 class ColossalAIFolder:
-    """Read the folders of ColossalAI's Booster."""
+    """Read checkpoint folders written by ColossalAI's Booster."""
 
     @staticmethod
     def can_read(path: Path) -> bool:
@@ -108,7 +108,7 @@ def _read(file: Path, device: torch.device | str) -> Any:
 
 
 def _read_position(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """Read the parts that MMEngine's strategy adds: the positions of the run and its schedulers."""
+    """Read the parts that MMEngine's strategy adds: the progress of the run and its schedulers."""
     tree: dict[str, Any] = {}
     if (path / _META).is_file():
         with open_torch_file(path / _META, device) as checkpoint:

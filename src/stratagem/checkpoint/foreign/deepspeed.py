@@ -78,7 +78,8 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
         try:
             tree = _DeepSpeedFiles(models, optims).tree(("state_dict", "optimizer") if parts is None else parts)
         except CheckpointError as error:
-            # Add the name of the folder outside these contexts, each of which would add the name of a file.
+            # Raise the error, with the folder's name, outside these contexts, because each of them would also add a
+            # file name.
             failure = type(error)(f"{folder}: {error}")
             failure.__cause__ = error
     if failure is not None:
@@ -120,7 +121,7 @@ def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in range(len(found))]
 
 
-# The implementation of the optimizer is selected again when a run resumes.
+# Options that are not restored: a resumed run chooses the optimizer's implementation (fused or foreach) itself.
 _EXCLUDED_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
 
 

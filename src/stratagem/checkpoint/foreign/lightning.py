@@ -1,7 +1,7 @@
-"""Read checkpoints of Lightning: ``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks`` and more.
+"""Read Lightning checkpoints (``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks``, ...).
 
-Weights, optimizer state and position are converted. Scheduler states are not converted, because the state of torch's
-schedulers contains the curve, which belongs to the configuration in Stratagem.
+Weights, optimizer state and training progress are converted. Scheduler states are not, because the state of a torch
+scheduler includes the parameters of its schedule, which Stratagem reads from the configuration.
 """
 
 from __future__ import annotations

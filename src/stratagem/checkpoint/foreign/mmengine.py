@@ -1,8 +1,8 @@
-"""Read checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
+"""Read MMEngine checkpoints: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
 
-Weights, optimizer state, and the positions of the run and its schedulers are converted. MMEngine's scheduler state also
-contains the curve (for OneCycleLR, as a function), which belongs to the configuration in Stratagem. The message hub
-contains log histories as objects and is ignored.
+Weights, optimizer state, and the progress of the run and its schedulers are converted. MMEngine's scheduler state also
+includes the parameters of the schedule (for OneCycleLR, a function), which Stratagem reads from the configuration. The
+message hub stores log histories as Python objects and is ignored.
 """
 
 from __future__ import annotations

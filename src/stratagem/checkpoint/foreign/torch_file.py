@@ -69,7 +69,7 @@ def verify_torch_file(path: Path) -> int:
 def _errors_with_path(path: Path) -> Iterator[None]:
     """Check that ``path`` is a file, and add its name to errors."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, but its name requires a single file.")
+        raise CheckpointError(f"{path} is a folder, but a checkpoint with this suffix must be a single file.")
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
     try:

@@ -1,7 +1,7 @@
-"""Read and write directories of ``torch.distributed.checkpoint`` (DCP), without executing code from them.
+"""Read and write ``torch.distributed.checkpoint`` (DCP) directories, without executing code from them.
 
-Their metadata file ``.metadata`` is a pickle. It is read by an unpickler that allows only the classes that torch writes
-there; tensors and values are read with ``weights_only=True``.
+The metadata file ``.metadata`` is a pickle, which is read by an unpickler that allows only the classes that torch
+writes to it. Tensors and other values are read with ``weights_only=True``.
 
 DCP stores only leaves: it drops empty containers, turns all keys into strings, and rejects trees in which two paths look
 the same once they are joined by dots. A directory written by this module therefore also contains the tree's JSON
@@ -40,7 +40,7 @@ __all__ = ["DcpDirectory", "is_dcp_directory", "save_dcp"]
 _METADATA = ".metadata"
 # The keys of the tree's JSON description, and of tensors whose path is ambiguous once it is joined by dots.
 _TREE, _OTHER_TENSORS = "stratagem_tree", "stratagem_tensors"
-# All names that torch's metadata of format version 1 refers to.
+# All classes and functions that DCP metadata of format version 1 refers to.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -181,7 +181,7 @@ class DcpDirectory:
 
 
 def save_dcp(tree: StateTree, path: Path) -> None:
-    """Write a tree as a directory of ``torch.distributed.checkpoint``, published as ``path`` with a single rename.
+    """Write a tree as a ``torch.distributed.checkpoint`` directory, published as ``path`` with a single rename.
 
     Raises:
         CheckpointError: if a value cannot be stored, or the file system reports an error.
@@ -190,7 +190,7 @@ def save_dcp(tree: StateTree, path: Path) -> None:
     leaves, paths = _flat_state(tree)
     try:
         with atomic_directory(path) as temporary, warnings.catch_warnings():
-            # Suppress torch's warning that only this process saves, which is intended.
+            # Suppress torch's warning that only this process saves, because that is intended.
             warnings.simplefilter("ignore", UserWarning)
             dcp.save(leaves, storage_writer=dcp.FileSystemWriter(temporary), planner=_planner(paths), no_dist=True)
     except (OSError, RuntimeError) as error:
@@ -198,7 +198,7 @@ def save_dcp(tree: StateTree, path: Path) -> None:
 
 
 def _flat_state(tree: StateTree) -> tuple[dict[str, Any], dict[str, TreePath]]:
-    """Return the leaves to save by their names, and the path of each name in the nested state dict of other tools."""
+    """Return the leaves to save, keyed by name, and the path of each name in the nested state dict that other tools read."""
     tensors, skeleton = flatten_tree(tree)
     paths = _dcp_paths(skeleton)
     leaves: dict[str, Any] = {_joined(paths[name]): tensor for name, tensor in tensors.items()}
@@ -206,7 +206,7 @@ def _flat_state(tree: StateTree) -> tuple[dict[str, Any], dict[str, TreePath]]:
     inner = {path[:end] for path in paths.values() for end in range(1, len(path))}
     for path, value in plain_leaves(skeleton):
         name = _joined(path)
-        # An ambiguous value is stored in the description alone.
+        # Store a value whose name is ambiguous only in the description.
         if name not in leaves and name != _TREE and path not in inner:
             leaves[name], mapping[name] = value, path
     return {**leaves, _TREE: json.dumps(skeleton)}, {**mapping, _TREE: (_TREE,)}
@@ -249,7 +249,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise CheckpointError(
-            f"it refers to {module}.{name}, which torch does not write to metadata, so it was not read."
+            f"it refers to {module}.{name}, which torch never writes to metadata, so the file was not read."
         )
 
 
@@ -264,7 +264,7 @@ def _read_metadata(file: Path) -> Any:
     except Exception as error:  # The error class depends on where the file is damaged.
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
     if not isinstance(read, metadata.Metadata):
-        raise CheckpointError(f"{file} is not metadata of torch.distributed.checkpoint.")
+        raise CheckpointError(f"{file} is not a torch.distributed.checkpoint metadata file.")
     return read
 
 

@@ -49,7 +49,8 @@ def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
 
 def is_released(path: Path, meta: Mapping[str, Any], parts: Collection[str]) -> bool:
     """Return whether a single file with this ``meta`` and these parts was written by :func:`release_checkpoint`."""
-    # Older versions did not add this key, but their files have such a name and lack parts that all checkpoints have.
+    # Older versions did not add this key. Recognize their files by the digest in the name and by the absence of parts
+    # that every checkpoint of a run has.
     return isinstance(meta.get(_RELEASED), str) or (
         _NAME.fullmatch(path.name) is not None and not {"hooks", "generators"} & set(parts)
     )

@@ -1,7 +1,8 @@
 """Save and load a checkpoint as a single file in torch's format (``.pth``), for tools that expect it.
 
-Loading executes no code from the file. Files of MMEngine, Lightning and plain scripts can be loaded as well: their weights
-and, if present, optimizer state and position; see :mod:`stratagem.checkpoint.foreign`.
+Loading executes no code from the file. Checkpoints saved by MMEngine, Lightning or a script with ``torch.save`` can
+also be loaded: their weights and, if present, the optimizer state and the training progress; see
+:mod:`stratagem.checkpoint.foreign`.
 """
 
 from __future__ import annotations
@@ -108,9 +109,10 @@ def _read(path: Path, device: torch.device | str, parts: Collection[str] | None)
 
 
 def _with_own_memory(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Copy the tensors that start at the same address as one with another dtype, since torch does not save such tensors.
+    """Copy each tensor that shares its start address with one of another dtype, since ``torch.save`` rejects such
+    tensors.
 
-    An empty tensor of a file-backed checkpoint starts where the next tensor does.
+    In a memory-mapped checkpoint, an empty tensor has the same address as the next tensor.
     """
     dtypes: dict[int, torch.dtype] = {}
     for tensor in tensors:
@@ -133,7 +135,7 @@ def _torch_save(writer: _StorageWriter, tree: Any) -> None:
     try:
         torch.save(tree, cast("Any", writer))
     except RuntimeError as error:
-        # Torch only reports an unexpected file position if a write fails.
+        # If a write fails, torch reports only an unexpected file position.
         raise writer.failure or error from error
 
 

@@ -60,7 +60,7 @@ def fetch_http(url: str, folder: Path, *, name: str | None = None, token: str = 
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         digest = _download(source, copy, recorded)
-        # Write the digest after the file, because a digest without a file would constrain later downloads.
+        # Write the digest after the file: if a digest was left without a file, later downloads would have to match it.
         write_atomic(record, f"{digest}\n")
     except urllib.error.HTTPError as error:
         error.close()

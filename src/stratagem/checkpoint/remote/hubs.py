@@ -113,7 +113,7 @@ def fetch_open_mmlab(url: str, cache: Path) -> Path:
 
 
 def _fetch_file(root: str, file: str, folder: Path, digest: str) -> Path:
-    """Fetch a file of a repository, and for an index also the files that it lists."""
+    """Fetch a file from a repository; if it is an index, also fetch the files listed in it."""
     address = f"{root}/{urllib.parse.quote(file)}" + (f"#{digest}" if digest else "")
     token = os.environ.get("HF_TOKEN", "")
     path = fetch_http(address, folder / Path(file).parent, name=Path(file).name, token=token)

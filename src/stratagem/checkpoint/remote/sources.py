@@ -1,4 +1,4 @@
-"""Load checkpoints from paths, URLs and the names of model collections."""
+"""Load checkpoints from paths, URLs and model hubs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | N
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     tree = DcpDirectory(path).load(parts=parts, allocate=allocate)
-    # Most programs use this name for the model state.
+    # Most programs store the model state under "model".
     if "model" in tree and "state_dict" not in tree:
         tree["state_dict"] = tree.pop("model")
     return tree
@@ -155,7 +155,7 @@ def _to_device(node: Any, device: torch.device | str) -> Any:
 
 
 def _similar_names(path: Path) -> str:
-    """Return a hint with similar names next to a missing path."""
+    """Return a hint that lists similar names in the folder of a missing path."""
     entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return f" {did_you_mean(path.name, entries)}" if entries else f" The folder {path.parent} does not exist either."
 

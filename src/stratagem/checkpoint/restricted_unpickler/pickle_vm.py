@@ -134,7 +134,7 @@ class _PickleVM:
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("the name of a class is not a string")
+            raise TypeError("module and class names must be strings")
         self.stack.append(PickledGlobal(module, name))
 
     def reduce(self, *, with_kwargs: bool = False) -> None:
@@ -154,7 +154,7 @@ def _key(key: Any) -> Any:
     """Check that a value may be used as a key, because hashing deeply nested values could overflow the C stack."""
     parts = key if isinstance(key, tuple) else (key,)
     if not all(isinstance(part, _SCALARS) for part in parts):
-        raise TypeError(f"a {type(key).__name__} is used as a key")
+        raise TypeError(f"cannot use this {type(key).__name__} as a dictionary key or set member")
     return key
 
 

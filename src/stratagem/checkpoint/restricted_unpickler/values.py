@@ -213,7 +213,7 @@ class ValueBuilder:
         expanded = tensor.numel() * tensor.element_size() - storage.nbytes()
         self._expanded_bytes += max(0, expanded)
         if self._expanded_bytes > self._reader.size + _MAX_EXPANDED_BYTES:
-            raise CheckpointDamagedError(f"{where}: its expanded tensors are much larger than the file.")
+            raise CheckpointDamagedError(f"{where}: its expanded tensors would be much larger than the file.")
         return self._with_metadata(tensor, metadata, where)
 
     def _with_metadata(self, tensor: torch.Tensor, node: Any, where: str) -> torch.Tensor:

@@ -179,19 +179,19 @@ def _unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 
 
 def tensor_paths(skeleton: Any) -> dict[str, TreePath]:
-    """Return the path in the tree for the name of each tensor, for the result of :func:`flatten_tree`."""
+    """Return a mapping from tensor names to paths in the tree, given the JSON from :func:`flatten_tree`."""
     return {node[key]: path for path, node, key in _leaves(skeleton, ()) if key is not None}
 
 
 def plain_leaves(skeleton: Any) -> Iterator[tuple[TreePath, Any]]:
-    """Yield the path and value of each value without tensors and dicts, for the result of :func:`flatten_tree`."""
+    """Yield the path and value of each leaf other than a tensor, given the JSON from :func:`flatten_tree`."""
     for path, node, key in _leaves(skeleton, ()):
         if key is None:
             yield path, unflatten_tree({}, node)
 
 
 def _leaves(node: Any, path: TreePath) -> Iterator[tuple[TreePath, Any, str | None]]:
-    """Yield path, JSON, and the marker of a tensor or None for each leaf. Lists are leaves if they hold only plain values."""
+    """Yield the path, the JSON and the tensor marker (None for other values) of each leaf. A list of plain values is a leaf."""
     if not isinstance(node, dict | list):
         yield path, node, None
         return
@@ -231,7 +231,7 @@ def _plain(value: Any) -> Any:
 
 
 def _free_name(path: str, tensors: Mapping[str, StoredTensor]) -> str:
-    """Make a path unique by appending ``'``, as for ``{"a/b": x, "a": {"b": y}}`` and ``{1: x, "1": y}``."""
+    """Make a path unique by appending ``'``, for example in ``{"a/b": x, "a": {"b": y}}`` and ``{1: x, "1": y}``."""
     while path in tensors or path == _RESERVED:
         path += "'"
     return path

@@ -81,7 +81,7 @@ def load_state_dict(
     """
     canonical = canonical_names(model)
     own_state = model.state_dict()
-    # Match by canonical names, and load by the names in the model, which include wrappers inside it.
+    # Match keys by canonical name. Load them by the model's own names, which may include those of inner wrappers.
     own_names = {canonical(key): key for key in own_state}
     own = with_canonical_keys(own_state, model)
     matched, shape_mismatches = _match(state, own, revise_keys)
@@ -283,7 +283,7 @@ def _has_other_shape(value: Any, own: Any) -> bool:
 
 
 def _as_placed(value: Any, own: Any) -> Any:
-    """Return the tensor with the placement of the model's tensor; if it is sharded, only this rank's part is read."""
+    """Return the tensor sharded like the model's tensor; if that is sharded, only this rank's part is read."""
     return shard_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 

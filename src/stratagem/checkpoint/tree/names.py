@@ -49,9 +49,9 @@ def possible_names(name: str) -> Iterator[str]:
 
 
 def with_known_names(state: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Return ``state`` with each unknown key replaced by the known name that remains without wrappers, if there is one.
+    """Return ``state`` with each unknown key replaced by its name without wrapper prefixes, if that name is known.
 
-    Earlier versions saved the names of compiled parts of a model with ``_orig_mod``.
+    Earlier versions kept ``_orig_mod`` in the names of compiled submodules.
     """
     return {_known_name(key, known): value for key, value in state.items()}
 
@@ -112,11 +112,12 @@ def optimizer_by_index(
     """Convert an optimizer state dict keyed by parameter name to one that torch's optimizers can load.
 
     Args:
-        state: the result of :func:`optimizer_by_name`, or a state dict of torch, whose indices are not changed.
+        state: the result of :func:`optimizer_by_name`, or a state dict saved by a torch optimizer, whose indices are
+            kept.
         names: the parameter names of the optimizer to load into, one list for each group.
         current: the parameter groups of the optimizer to load into.
-        allow_missing: patterns of parameter names that may be missing from ``state``. They start without state, and groups
-            that consist of them keep their own options.
+        allow_missing: patterns of parameter names that may be missing from ``state``. These parameters start without
+            state, and groups that contain only such parameters keep their current options.
 
     Raises:
         CheckpointMismatchError: if the groups differ in number or in their parameters.

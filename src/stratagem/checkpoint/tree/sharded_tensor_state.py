@@ -1,4 +1,4 @@
-"""Represent a tensor of which each rank holds some boxes, for engines that shard tensors themselves."""
+"""Represent a tensor whose boxes are distributed across ranks, for engines that shard tensors themselves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardedTensorState:
 
     @classmethod
     def from_flat_range(cls, values: Tensor, start: int, shape: Sequence[int]) -> Self:
-        """Return the state of a rank that holds ``values``, consecutive elements of the row-major tensor from ``start``."""
+        """Return the state of a rank that holds ``values``: consecutive elements of a row-major tensor from ``start``."""
         flat = values.detach().reshape(-1)
         shards: dict[TensorBox, Tensor] = {}
         done = 0
@@ -98,8 +98,8 @@ def take_box(value: Tensor | ShardedTensorState, box: TensorBox) -> Tensor:
         return box.of(value.detach())
     if box not in value.shards:
         raise CheckpointMismatchError(
-            f"{value!r} does not have the box at {list(box.start)} with shape {list(box.shape)} on this rank: it is sharded "
-            "differently. Save it to a checkpoint first; from a checkpoint, every rank can read any box."
+            f"{value!r} does not have the box at {list(box.start)} with shape {list(box.shape)} on this rank, because the "
+            "tensor is sharded differently. Save it to a checkpoint first: every rank can read any box of a checkpoint."
         )
     return value.shards[box]
 
