@@ -39,7 +39,7 @@ def test_one_process_is_equal_to_itself_and_after_resuming(stratagem: Command, c
         "one process, again": "bitwise identical",
         "one process, stopped and resumed": "bitwise identical",
     }
-    assert "Disabled, because they depend on how the batch is divided: param_scheduler." in done.out
+    assert "Disabled, because they depend on how the batch is split: param_scheduler." in done.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,7 +85,7 @@ def train(
         str | None,
         typer.Option(
             metavar="[PATH]",
-            help="Resume from a checkpoint. Without PATH, resume from the latest one of the run, if any.",
+            help="Resume from a checkpoint. Without PATH, resume from the latest checkpoint of the run, if any.",
         ),
     ] = None,
     load_from: Annotated[
@@ -143,7 +143,7 @@ def test(
 def sample(
     config: ConfigFile,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or the folder of a run to use its latest one.")
+        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or a run folder, whose latest checkpoint is used.")
     ],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The number of tokens to generate.")] = 300,
@@ -197,7 +197,7 @@ def parity(
     steps: Annotated[int, typer.Option(metavar="K", min=2, help="The number of optimizer steps.")] = 6,
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of processes that share a batch.")] = 2,
     eval_layers: Annotated[
-        bool, typer.Option("--eval-layers", help="Put dropout and batch normalization in evaluation mode.")
+        bool, typer.Option("--eval-layers", help="Put dropout and batch normalization into evaluation mode.")
     ] = False,
     tolerance: Annotated[
         float, typer.Option(metavar="X", help="The largest relative difference that counts as rounding.")
@@ -305,7 +305,7 @@ def doctor(
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(runs_app, name="runs")
 
-find_app = typer.Typer(help="Find a learning rate or a batch size by short trial runs.", no_args_is_help=True)
+find_app = typer.Typer(help="Find a learning rate or a batch size with short trial runs.", no_args_is_help=True)
 app.add_typer(find_app, name="find")
 
 
@@ -356,8 +356,8 @@ def batch(
 ) -> None:
     """Find the largest batch size of CONFIG that fits into memory.
 
-    Doubles the batch size until memory runs out, and plots the throughput of each size. The CPU has no reliable
-    out-of-memory errors, so sizes up to --max-batch are measured there. Writes no files except FILE.
+    Doubles the batch size until memory runs out, and plots the throughput of each size. On the CPU, running out of
+    memory does not reliably raise an error, so only sizes up to --max-batch are measured. Writes no files except FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
     lazy_command("stratagem.cli.find:batch_size")(options, limit=limit, steps=steps, out=out)

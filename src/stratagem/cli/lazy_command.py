@@ -1,4 +1,4 @@
-"""Import the implementation of a command when it runs; the ``--traceback`` option that all commands share."""
+"""Import the implementation of a command only when it runs, and define the ``--traceback`` option of all commands."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ class RunOptions:
             )
         if self.max_restarts and self.launcher == "ray":
             raise LaunchError(
-                "--max-restarts cannot be combined with --launcher ray: only ranks on this machine are restarted. Omit it, and "
-                "run the command again with --resume after a failure."
+                "--max-restarts cannot be combined with --launcher ray: only ranks on this machine can be restarted. Omit "
+                "--max-restarts, and after a failure run the command again with --resume."
             )
         if self.nproc is not None and self.launcher not in (None, "pytorch", "ray"):
             raise LaunchError(
-                f"--nproc {self.nproc} cannot be combined with --launcher {self.launcher!r}: it starts processes on this "
-                "machine (pytorch) or on Ray (ray). Omit one of them."
+                f"--nproc {self.nproc} cannot be combined with --launcher {self.launcher!r}, because --nproc can only start "
+                "processes on this machine (--launcher pytorch) or on a Ray cluster (--launcher ray). Omit one of the options."
             )
 
 

@@ -23,7 +23,7 @@ from stratagem.storage import write_atomic
 
 __all__ = ["Allocation", "batch_script", "submit"]
 
-# The formats of https://slurm.schedmd.com/sbatch.html#OPT_time.
+# The time formats that sbatch accepts: https://slurm.schedmd.com/sbatch.html#OPT_time.
 _TIME = re.compile(
     r"(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?|(?P<hours>\d+):(?P<min>\d+):(?P<sec>\d+)"
     r"|(?P<minutes>\d+)(?::(?P<seconds>\d+))?"

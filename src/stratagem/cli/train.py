@@ -28,7 +28,7 @@ __all__ = ["train"]
 
 # The time that a failed rank has to shut down before it is terminated.
 _SHUTDOWN_GRACE_S = 10.0
-# This option applies only to the session that it is given for, so suggested commands omit it.
+# This option applies only to the current session, so suggested commands omit it.
 _RESUME_SCHEDULES = "resume_param_scheduler"
 
 

@@ -109,8 +109,7 @@ def _read(path: Path, device: torch.device | str, parts: Collection[str] | None)
 
 
 def _with_own_memory(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Copy each tensor that shares its start address with one of another dtype, since ``torch.save`` rejects such
-    tensors.
+    """Copy each tensor that has the same address as a tensor of another dtype, since ``torch.save`` rejects them.
 
     In a memory-mapped checkpoint, an empty tensor has the same address as the next tensor.
     """

@@ -17,7 +17,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
-        help="A checkpoint of Stratagem, a .pth or .safetensors file, a Hugging Face or torch DCP folder, or a URL.",
+        help="A Stratagem checkpoint, a .pth or .safetensors file, a Hugging Face or torch DCP folder, or a URL.",
     ),
 ]
 
@@ -54,7 +54,7 @@ def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoints, or folders of checkpoints.")],
     traceback: Traceback = False,
 ) -> None:
-    """Verify the digests of all files in checkpoints.
+    """Verify the digests of all files in the given checkpoints.
 
     Exits with status 1 if a checkpoint is damaged.
     """
@@ -86,8 +86,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="stratagem, pth, safetensors, huggingface or dcp. Default: by the suffix of TARGET (.pth or "
-            ".safetensors), or stratagem if it has none.",
+            help="stratagem, pth, safetensors, huggingface or dcp. Default: the format for the suffix of TARGET (.pth or "
+            ".safetensors), or stratagem if TARGET has no suffix.",
         ),
     ] = None,
     traceback: Traceback = False,
@@ -124,7 +124,7 @@ def consolidate(
     source: Source,
     target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],
     averaged: Annotated[
-        bool, typer.Option("--averaged", help="Use the averaged weights (EMA) instead of the model's, if averaged.")
+        bool, typer.Option("--averaged", help="Write the averaged weights (EMA) instead of the model's weights.")
     ] = False,
     traceback: Traceback = False,
 ) -> None:

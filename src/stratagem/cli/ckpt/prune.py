@@ -63,7 +63,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
 def _select_removable(
     saved: Sequence[SavedCheckpoint], *, keep_last: int, keep_best: int, keep_every: int | None
 ) -> list[SavedCheckpoint]:
-    # Checkpoints of interruptions come last, because `keep_every` refers to the numbers in the first group.
+    # Put the checkpoints of interrupted runs last, because `keep_every` applies only to the first group.
     groups = sorted(
         {each.retention_tag.group for each in saved if each.retention_tag.group}, key=lambda name: name == INTERRUPTED
     )

@@ -48,7 +48,7 @@ def _check_local_ranks(nproc: int) -> list[Finding]:
         try:
             launch_locally(nproc, ("-m", "stratagem.cli.doctor.ranks", str(file)))
         except typer.Exit as error:
-            advice = "See their error above. Also check the limits of processes and memory: ulimit -a."
+            advice = "See the error message above. Also check the process and memory limits: ulimit -a."
             found = f"{nproc} ranks on this machine exited with status {error.exit_code}"
             return [Finding.problem("all-reduce", found, advice)]
         return read_findings(file)

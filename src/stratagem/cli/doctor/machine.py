@@ -25,7 +25,7 @@ else:
 
 __all__ = ["check_machine", "check_open_files", "check_requirement"]
 
-_OPEN_FILES = 4096  # The soft limit that runs set.
+_OPEN_FILES = 4096  # Runs raise the soft limit to this value.
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- torch stores the batches of data workers there
 _SHARED_BYTES = 2**30
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\d.]+)$")
@@ -39,7 +39,7 @@ def check_machine() -> list[Finding]:
 def _versions() -> list[Finding]:
     own = f"stratagem {__version__}, Python {platform.python_version()}"
     if _installed("stratagem") is None:
-        advice = "Its requirements cannot be checked. Run `pip install -e .` in its folder."
+        advice = "The versions of its dependencies cannot be checked. Run `pip install -e .` in its folder."
         return [Finding.warning("versions", f"{own}, not installed (imported from source)", advice)]
     matches = [_REQUIREMENT.match(requirement) for requirement in importlib.metadata.requires("stratagem") or ()]
     required = [
@@ -117,7 +117,7 @@ def _limits() -> list[Finding]:
     if _SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(_SHARED_MEMORY).free
         found = f"{free / 2**30:.1f} GiB free in {_SHARED_MEMORY}"
-        advice = "Data workers need it to pass batches. Start the container with --shm-size=8g or --ipc=host."
+        advice = "Data workers pass batches through shared memory. Start the container with --shm-size=8g or --ipc=host."
         enough = free >= _SHARED_BYTES
         findings.append(
             Finding.ok("shared memory", found) if enough else Finding.warning("shared memory", found, advice)

@@ -39,7 +39,7 @@ class ParityReport:
 
     Attributes:
         comparisons: the differences between each variant and its reference, keyed by variant.
-        batch_dependence: the layers of the model whose results depend on how the batch is divided.
+        batch_dependence: the layers of the model whose results depend on how the batch is split.
     """
 
     comparisons: dict[str, Comparison] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
         record: if given, this process only trains the variants with several processes, and records them in this folder.
 
     Raises:
-        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
+        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
         TrainingError: if training in several processes fails.
         typer.Exit: with status 1, if a difference is unexplained.
     """
@@ -182,7 +182,7 @@ def _steps(config: Config, settings: ParitySettings) -> int:
     size = loader.get("batch_size")
     if not isinstance(size, int):
         raise ConfigValueError(
-            f"train_dataloader has batch_size={size!r}; it must be a number, so that the batch can be divided."
+            f"train_dataloader has batch_size={size!r}; it must be a number, so that the batch can be split."
         )
     with switch_scope(config.get("default_scope")):
         dataset = build_dataloader(copy.deepcopy(loader), seed=0, training=True).dataset
@@ -226,12 +226,12 @@ def _show(options: RunOptions, config: Config, settings: ParitySettings, report:
 
 
 def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> list[str]:
-    """Return explanations of the results, and what was not compared."""
+    """Return notes that explain the results and list what was not compared."""
     verdicts = _verdicts(config, settings, report)
     notes = []
     if "equal up to rounding" in verdicts:
         notes.append(
-            "Dividing the batch differently changes the order of sums and thus the rounding. Relative differences up to "
+            "Splitting a batch differently changes the summation order and thus the rounding. Relative differences up to "
             f"{settings.tolerance:g} count as rounding (--tolerance)."
         )
     if "not comparable" in verdicts:
@@ -245,7 +245,7 @@ def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> li
         ]
         notes.append(
             f"A training step of this model {' and '.join(causes)}, so the results legitimately depend on how the batch is "
-            "divided. Use --eval-layers to put dropout and batch normalization in evaluation mode and compare the rest."
+            "split. Use --eval-layers to put dropout and batch normalization into evaluation mode and compare the other layers."
         )
     if "DIFFERENT" in verdicts:
         notes.append("DIFFERENT: neither rounding nor layers that depend on the batch explain the difference.")
@@ -256,5 +256,5 @@ def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> li
         )
     left_out = [key for key in ("param_scheduler", "auto_scale_lr") if config.get(key) is not None]
     if left_out:
-        notes.append(f"Disabled, because they depend on how the batch is divided: {', '.join(left_out)}.")
+        notes.append(f"Disabled, because they depend on how the batch is split: {', '.join(left_out)}.")
     return notes

@@ -23,7 +23,7 @@ __all__ = [
     "accumulation_count",
 ]
 
-# Sections that the comparison does not need, or that depend on how the batch is divided.
+# Sections that the comparison does not need, or whose effect depends on how the batch is split.
 _REMOVED = (
     "param_scheduler", "auto_scale_lr", "resume", "val_dataloader", "val_cfg", "val_evaluator",
     "test_dataloader", "test_cfg", "test_evaluator",

@@ -45,7 +45,8 @@ def print_chart(chart: Chart, console: Console) -> None:
 def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) -> Iterator[Text]:
     columns = _spaced(low, high, 2 * width, log=log_x)
     curves = [np.interp(columns, line.x, line.y) for line in panel.lines]
-    # Faint lines do not affect the range of the axis: outliers of a diverging sweep would flatten all other lines.
+    # Ignore faint lines when choosing the axis range, because outliers of a diverging sweep would flatten all other
+    # lines.
     strong = [curve for curve, line in zip(curves, panel.lines, strict=True) if not line.faint]
     bottom, top = _y_range(np.concatenate(strong), log=panel.log)
     bits = np.zeros((_HEIGHT, width), dtype=np.int64)

@@ -30,7 +30,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "grid.linewidth": 0.8,
-    # Names of files and parameters may contain "$", which is not a formula here.
+    # File and parameter names may contain "$", which must not start a formula.
     "text.parse_math": False,
 }
 
