@@ -143,7 +143,8 @@ def test(
 def sample(
     config: ConfigFile,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or a run folder, whose latest checkpoint is used.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or a run folder, whose latest checkpoint is used."),
     ],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The number of tokens to generate.")] = 300,

@@ -54,7 +54,9 @@ def _check_atomic_save(folder: Path) -> Finding:
     took = time.monotonic() - began
     if new.exists() or (published / "file").read_bytes() != _CONTENT:
         return Finding.problem(
-            _SUBJECT, f"{folder.parent}: a folder was incomplete after it was renamed", "Choose a different folder: --work-dir."
+            _SUBJECT,
+            f"{folder.parent}: a folder was incomplete after it was renamed",
+            "Choose a different folder: --work-dir.",
         )
     found = f"{folder.parent}: sync and rename work, {1e3 * took:.0f} ms"
     if took > _SLOW_S:

@@ -117,7 +117,9 @@ def _limits() -> list[Finding]:
     if _SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(_SHARED_MEMORY).free
         found = f"{free / 2**30:.1f} GiB free in {_SHARED_MEMORY}"
-        advice = "Data workers pass batches through shared memory. Start the container with --shm-size=8g or --ipc=host."
+        advice = (
+            "Data workers pass batches through shared memory. Start the container with --shm-size=8g or --ipc=host."
+        )
         enough = free >= _SHARED_BYTES
         findings.append(
             Finding.ok("shared memory", found) if enough else Finding.warning("shared memory", found, advice)
