@@ -26,6 +26,7 @@ from stratagem.strategies.setup.building import with_preprocessor
 from stratagem.strategies.setup.same_config_check import require_one_config
 from stratagem.train import (
     BaseMetric,
+    EMAHook,
     EpochBasedTrainLoop,
     Evaluator,
     Hook,
@@ -386,6 +387,11 @@ class Runner:
             loop = self._evaluation_loop(phase)
             self.strategy.prepare(self._model, compile=self._compile)
             self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
+        if self._resume_source.has_average and not any(isinstance(hook, EMAHook) for hook in self.run.events.hooks):
+            self.strategy.logger.warning(
+                "The checkpoint contains averaged weights, with which its run evaluated. This evaluation uses the trained "
+                "weights, because there is no EMAHook: add it to custom_hooks to use the averaged ones."
+            )
         self.run.events.call("before_run", self.run)
         with report_dead_workers():
             metrics: dict[str, Any] = loop.run()

@@ -125,13 +125,29 @@ def test_convert_lists_omitted_parts(stratagem: Command, run: Path, tmp_path: Pa
     converted = stratagem("ckpt", "convert", run / "epoch_1", tmp_path / "w.safetensors")
     assert converted.status == 0
     assert "left out: meta, average" in converted.out
-    assert load_file(tmp_path / "w.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
 
 
-def test_consolidate_can_use_the_average(stratagem: Command, run: Path, tmp_path: Path) -> None:
-    """`ckpt consolidate --averaged` writes the averaged weights."""
-    assert stratagem("ckpt", "consolidate", run / "epoch_1", tmp_path / "a.safetensors", "--averaged").status == 0
+@pytest.mark.parametrize("command", ["convert", "consolidate"])
+def test_exported_weights_are_those_that_the_run_evaluated(
+    stratagem: Command, run: Path, tmp_path: Path, command: str
+) -> None:
+    """If a run averaged its weights, the averaged ones are exported; `--raw` exports the trained ones."""
+    exported = stratagem("ckpt", command, run / "epoch_1", tmp_path / "a.safetensors")
+    assert "--raw writes the trained ones" in exported.out
     assert load_file(tmp_path / "a.safetensors")["w"].tolist() == [[0.25, 0.25], [0.25, 0.25]]
+    assert stratagem("ckpt", command, run / "epoch_1", tmp_path / "raw.safetensors", "--raw").status == 0
+    assert load_file(tmp_path / "raw.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_contradicting_options_for_the_exported_weights_are_rejected(
+    stratagem: Command, run: Path, tmp_path: Path
+) -> None:
+    """`--raw` applies to formats that contain only weights, and excludes `--averaged`."""
+    both = stratagem("ckpt", "consolidate", run / "epoch_1", tmp_path / "a.safetensors", "--averaged", "--raw")
+    assert "--averaged and --raw exclude each other" in both.err
+    whole = stratagem("ckpt", "convert", run / "epoch_1", tmp_path / "a.pth", "--raw")
+    assert "The format 'pth' contains the trained weights" in whole.err
+    assert list(tmp_path.glob("a.*")) == []
 
 
 def test_consolidate_finds_the_average_of_a_run(stratagem: Command, config: str, tmp_path: Path) -> None:

@@ -89,3 +89,19 @@ def test_all_implementations_take_the_same_steps() -> None:
         results.append(model.weight.detach())
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_updates_every_value_of_16_bit_parameters(dtype: torch.dtype, momentum: float) -> None:
+    """On the CPU, torch's fused kernel leaves most values of 16-bit parameters unchanged, so it is not used."""
+    model = nn.Linear(16, 16, bias=False, dtype=dtype)
+    before = model.weight.detach().clone()
+    wrapper = build_optim_wrapper(model, dict(optimizer=dict(type="SGD", lr=1.0, momentum=momentum)))
+    assert isinstance(wrapper, BaseOptimWrapper)
+    wrapper.update_params(model.weight.sum())
+    assert torch.equal(model.weight.detach(), before - 1)
+    with pytest.raises(ConfigValueError, match="does not update all values of 16-bit parameters"):
+        implementation_options(SGD, {}, [model.weight], implementation="fused")
+    with pytest.raises(ConfigValueError, match="omit fused=True"):
+        implementation_options(SGD, {"fused": True}, [model.weight])

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
+from stratagem.checkpoint.convert.convert import convert_checkpoint
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.model import BaseModel
 from stratagem.train import EMAHook, Hook
 from tests.strategies.test_synced_buffers import Trace
 from tests.strategies.test_synced_buffers import data as synced_data
@@ -352,3 +356,57 @@ def test_averaged_buffers_of_several_ranks(ranks: Ranks, tmp_path: Path, source:
     )
     assert alone.val()["meansquarederror"] == pytest.approx(whole[0][0][8], rel=1e-5)
     alone.close()
+
+
+class TiedHalf(BaseModel):
+    """A bfloat16 model with tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        self.second = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: torch.Tensor, classes: torch.Tensor, numbers: torch.Tensor, mode: str = "tensor") -> Any:
+        scores = self.second(torch.tanh(self.first(inputs.bfloat16()))).float()[:, :3]
+        if mode == "loss":
+            return {"loss": nn.functional.cross_entropy(scores, classes)}
+        return {"preds": scores, "target": classes}
+
+
+def test_exports_of_the_best_checkpoint_contain_the_weights_that_scored(make_runner: MakeRunner, tmp_path: Path):
+    """Converted and published files of a best checkpoint score as in the validation, also with tied bfloat16 weights."""
+    evaluated: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Evaluated(Hook):
+        def before_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+            state = run.strategy.unwrap_model().state_dict()
+            evaluated[run.iter] = {name: value.clone() for name, value in state.items()}
+
+    saving = {
+        **QUIET_HOOKS,
+        "checkpoint": {"interval": -1, "save_best": "accuracy", "rule": "greater", "published_keys": ["state_dict"]},
+    }
+    make_runner(
+        model=TiedHalf(), custom_hooks=[EMAHook(momentum=0.25), Evaluated()], default_hooks=saving, **VALIDATION
+    ).train()
+    (best,) = [path for path in (tmp_path / "run").glob("best_*") if path.is_dir()]
+    meta = CheckpointLoader.load_checkpoint(best, "cpu")["meta"]
+    expected = evaluated[meta["iter"]]
+    convert_checkpoint(best, tmp_path / "best.safetensors")
+    (published,) = (tmp_path / "run").glob("best_*-*.pth")
+    for weights in (load_file(tmp_path / "best.safetensors"), torch.load(published)["state_dict"]):
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    convert_checkpoint(best, tmp_path / "raw.safetensors", raw=True)
+    raw = load_file(tmp_path / "raw.safetensors")
+    assert not torch.equal(raw["first.weight"], expected["first.weight"])
+
+
+def test_evaluating_averaged_weights_without_the_hook_is_reported(make_runner: MakeRunner, tmp_path: Path):
+    """An evaluation that does not use the average in a checkpoint logs a warning."""
+    make_runner(custom_hooks=[EMAHook()], train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
+    runner = make_runner(work_dir=tmp_path / "test", load_from=tmp_path / "run" / "iter_2", log_level="WARNING", **TEST)
+    lines = Lines(runner.strategy)
+    runner.test()
+    assert "This evaluation uses the trained weights" in lines.text

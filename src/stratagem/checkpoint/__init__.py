@@ -24,6 +24,7 @@ from stratagem.checkpoint.remote.checkpoint_urls import find_latest_remote, remo
 from stratagem.checkpoint.remote.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.boxes import TensorBox, boxes_of_range
+from stratagem.checkpoint.tree.evaluated import evaluated_weights, has_averaged_weights
 from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree, unflatten_tree
 from stratagem.checkpoint.tree.gather import gather_tree
 from stratagem.checkpoint.tree.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, match_state, weights_to_cpu
@@ -85,7 +86,9 @@ __all__ = [
     "checkpoints_of_run",
     "checkpoints_by_run",
     "save_remote",
+    "evaluated_weights",
     "flatten_tree",
+    "has_averaged_weights",
     "take_box",
     "take_range",
     "verify_checkpoint",

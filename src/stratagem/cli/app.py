@@ -156,6 +156,9 @@ def sample(
         int, typer.Option(metavar="K", min=0, help="Sample from the K most likely tokens. 0 samples from all.")
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="The random seed.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Use the trained weights, not the averaged ones with which the run evaluated.")
+    ] = False,
     overrides: Overrides = None,
     traceback: Traceback = False,
 ) -> None:
@@ -168,7 +171,7 @@ def sample(
     request = lazy_command("stratagem.cli.sample:Request")(
         prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
     )
-    lazy_command("stratagem.cli.sample:sample")(options, request, checkpoint=checkpoint)
+    lazy_command("stratagem.cli.sample:sample")(options, request, checkpoint=checkpoint, raw=raw)
 
 
 @app.command()

@@ -56,10 +56,16 @@ def implementation_options(
     decided += [key for key in IMPLEMENTATION_KEYS if options.get(key) is False]
     meshes = len({mesh_of(parameter) for parameter in parameters})
     shards = any(mesh_of(parameter) is not None for parameter in parameters)
+    skips = _fused_step_skips_values(optimizer_type, parameters)
+    if skips and (implementation == "fused" or options.get("fused")):
+        raise ConfigValueError(
+            "The fused implementation of SGD does not update all values of 16-bit parameters on the CPU (an error in torch "
+            f"{torch.__version__}). Use implementation='auto', or omit fused=True."
+        )
     if implementation == "auto":
         if decided or sparse_gradients or meshes > 1:
             return {}
-        fused = "fused" in offered and _can_fuse(parameters)
+        fused = "fused" in offered and not skips and _can_fuse(parameters)
         fused = fused and not _is_faster_in_a_loop(optimizer_type, options, parameters)
         if fused and (not shards or optimizer_type in _FUSED_ON_SHARDS):
             return {"fused": True}
@@ -93,6 +99,15 @@ def _can_fuse(parameters: Sequence[Tensor]) -> bool:
     return all(
         device.type in _FUSED_DEVICES and dtype.is_floating_point and layout == torch.strided
         for device, dtype, layout in kinds
+    )
+
+
+def _fused_step_skips_values(optimizer_type: Callable[..., Any], parameters: Sequence[Tensor]) -> bool:
+    """Return whether torch's fused kernel leaves values unchanged: SGD on the CPU with 16-bit parameters (torch 2.13)."""
+    is_sgd = isinstance(optimizer_type, type) and issubclass(optimizer_type, SGD)
+    return is_sgd and any(
+        parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
+        for parameter in parameters
     )
 
 

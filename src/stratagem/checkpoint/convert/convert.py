@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Final, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
 from stratagem.checkpoint.remote.sources import CheckpointLoader
 from stratagem.checkpoint.tree.boxes import TensorBox
+from stratagem.checkpoint.tree.evaluated import evaluated_weights
 from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
@@ -30,6 +31,7 @@ __all__ = ["TARGETS", "Target", "convert_checkpoint", "default_format", "open_ch
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+_WEIGHTS_ONLY: Final = ("safetensors", "huggingface")
 # The keys of a checkpoint's meta that may hold the text of a configuration.
 _CONFIGURATIONS = ("cfg", "config")
 # The maximum size of a weights file in the Hugging Face layout.
@@ -43,7 +45,9 @@ def default_format(path: Path) -> Target:
     return "pth" if path.suffix in SINGLE_FILES else "stratagem"
 
 
-def convert_checkpoint(source: str | Path, target: Path, target_format: str | None = None) -> list[str]:
+def convert_checkpoint(
+    source: str | Path, target: Path, target_format: str | None = None, *, raw: bool = False
+) -> list[str]:
     """Convert ``source``, a checkpoint in any supported format, to ``target``; return the names of the omitted parts.
 
     Only one tensor is in memory at a time.
@@ -53,6 +57,8 @@ def convert_checkpoint(source: str | Path, target: Path, target_format: str | No
         target: the path to write; it must not exist.
         target_format: one of :data:`TARGETS`; by default selected by the name of ``target``. ``"safetensors"`` and
             ``"huggingface"`` contain only the weights.
+        raw: whether formats with only the weights contain the trained weights even if the run averaged them. By default, they
+            contain the averaged ones, with which the run evaluated. The other formats always contain both.
 
     Raises:
         CheckpointError: if ``target`` exists, the format is unknown, or it does not support a value.
@@ -63,10 +69,15 @@ def convert_checkpoint(source: str | Path, target: Path, target_format: str | No
     path = absolute(target)
     if path.exists():
         raise CheckpointError(f"{path} already exists. Choose a different target, or remove it first.")
+    if raw and chosen not in _WEIGHTS_ONLY:
+        raise CheckpointError(
+            f"--raw applies to {' and '.join(_WEIGHTS_ONLY)}, which contain only the weights. The format {chosen!r} contains the "
+            "trained weights in state_dict, and the averaged ones in average. Omit it."
+        )
     with open_checkpoint(source) as tree:
-        if chosen in ("safetensors", "huggingface"):
+        if chosen in _WEIGHTS_ONLY:
             weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
-            write_weights(weights, path, folder=chosen == "huggingface")
+            write_weights(weights if raw else evaluated_weights(tree, weights), path, folder=chosen == "huggingface")
             return [part for part in tree if part != "state_dict"]
         kept = _without_secrets(tree)
         if chosen == "dcp":

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from stratagem.checkpoint.formats.choice import SINGLE_FILES, format_for
 from stratagem.checkpoint.formats.single_file import SingleFileFormat
+from stratagem.checkpoint.tree.evaluated import evaluated_weights
+from stratagem.checkpoint.tree.names import AVERAGE_PART
 from stratagem.errors import ConfigKeyError
 from stratagem.storage import fsync_directory, operations
 from stratagem.storage.temporary import temporary_path
@@ -25,6 +27,9 @@ _NAME: Final = re.compile(r".+-[0-9a-f]{8}\.pth")
 def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
     """Write selected parts of a checkpoint to ``<stem>-<sha256[:8]>.pth`` in the same folder; return the path.
 
+    If the run averaged its weights, ``state_dict`` contains the averaged ones, with which it evaluated, unless ``average`` is
+    selected as well: then it contains the trained ones.
+
     Raises:
         ConfigKeyError: if the checkpoint does not have one of the parts.
         CheckpointError: if the checkpoint cannot be read or the file cannot be written.
@@ -36,6 +41,8 @@ def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
     stem = path.stem if path.suffix in SINGLE_FILES else path.name
     temporary = temporary_path(path.with_name(f"{stem}.pth"))
     released_tree = {part: tree[part] for part in parts}
+    if "state_dict" in parts and AVERAGE_PART not in parts and isinstance(tree["state_dict"], Mapping):
+        released_tree["state_dict"] = evaluated_weights(tree, tree["state_dict"])
     if isinstance(tree.get("meta"), Mapping) and "meta" in parts:
         released_tree["meta"] = {**tree["meta"], _RELEASED: path.name}
     SingleFileFormat().save(released_tree, temporary)

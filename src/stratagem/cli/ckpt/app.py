@@ -90,10 +90,18 @@ def convert(
             ".safetensors), or stratagem if TARGET has no suffix.",
         ),
     ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Write the trained weights, not the averaged ones with which the run evaluated."),
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Convert CKPT to another format, one tensor at a time."""
-    lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form)
+    """Convert CKPT to another format, one tensor at a time.
+
+    If the run averaged its weights (EMAHook), safetensors and huggingface contain the averaged ones. The other formats contain
+    both.
+    """
+    lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form, raw=raw)
 
 
 @ckpt_app.command()
@@ -124,9 +132,14 @@ def consolidate(
     source: Source,
     target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],
     averaged: Annotated[
-        bool, typer.Option("--averaged", help="Write the averaged weights (EMA) instead of the model's weights.")
+        bool,
+        typer.Option("--averaged", help="Require averaged weights (EMA). They are used by default if there are any."),
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Write the trained weights, not the averaged ones with which the run evaluated."),
     ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Write the weights of CKPT into one safetensors file."""
-    lazy_command("stratagem.cli.ckpt.convert:consolidate")(source, target, averaged=averaged)
+    lazy_command("stratagem.cli.ckpt.convert:consolidate")(source, target, averaged=averaged, raw=raw)

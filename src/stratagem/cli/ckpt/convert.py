@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 from rich.filesize import decimal
-from torch import Tensor
 
-from stratagem.checkpoint import AVERAGE_PART, StateTree, flatten_tree, get_model_state
+from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, flatten_tree, get_model_state, has_averaged_weights
 from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
@@ -19,21 +17,25 @@ from stratagem.utils import absolute, is_url, mask_text
 __all__ = ["consolidate", "convert"]
 
 
-def convert(source: str, target: Path, form: str | None) -> None:
+def convert(source: str, target: Path, form: str | None, *, raw: bool) -> None:
     """Convert ``source`` to another format, and print which parts that format cannot store."""
     with shared_console().status(f"Converting {mask_text(source)} ..."):
-        left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form)
+        left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form, raw=raw)
     typer.echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
+    if AVERAGE_PART in left_out and not raw:
+        typer.echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
     if left_out:
         typer.echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
 
 
-def consolidate(source: str, target: Path, *, averaged: bool) -> None:
+def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None:
     """Write the weights of ``source`` into a single safetensors file.
 
     Raises:
         CheckpointError: if ``target`` exists or has another suffix, or if averaged weights are requested but missing.
     """
+    if averaged and raw:
+        raise CheckpointError("--averaged and --raw exclude each other. Specify one of them.")
     if target.suffix != ".safetensors":
         raise CheckpointError(f"The target is a safetensors file, but {target} does not end in .safetensors.")
     if target.exists():
@@ -42,20 +44,15 @@ def consolidate(source: str, target: Path, *, averaged: bool) -> None:
         shared_console().status(f"Reading {mask_text(source)} ..."),
         open_checkpoint(source if is_url(source) else Path(source)) as tree,
     ):
-        weights = _weights(tree, source, averaged=averaged)
+        weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
+        has_averages = has_averaged_weights(tree)
+        if averaged and not has_averages:
+            raise CheckpointError(
+                f"{mask_text(source)} has no averaged weights ({AVERAGE_PART}): the run had no EMAHook, or averaging had not "
+                "started."
+            )
+        weights = weights if raw else evaluated_weights(tree, weights)
         write_weights(weights, absolute(target), folder=False)
+    if has_averages and not raw:
+        typer.echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
     typer.echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")
-
-
-def _weights(tree: StateTree, source: str, *, averaged: bool) -> dict[str, Tensor]:
-    weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
-    if not averaged:
-        return weights
-    average = tree.get(AVERAGE_PART)
-    averages = average.get("averages") if isinstance(average, Mapping) else None
-    if not averages:
-        raise CheckpointError(
-            f"{mask_text(source)} has no averaged weights ({AVERAGE_PART}): the run had no EMAHook, or averaging had not "
-            "started."
-        )
-    return {**weights, **averages}

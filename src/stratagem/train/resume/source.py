@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint import CheckpointInfo, list_checkpoints
+from stratagem.checkpoint import CheckpointInfo, has_averaged_weights, list_checkpoints
 from stratagem.config import changed_values
 from stratagem.data import EpochLoader
 from stratagem.distributed import ProcessIdentity, RankGroup, all_gather_object
@@ -60,6 +60,8 @@ class ResumeSource:
                 "a checkpoint. Set only one of them."
             )
         self.changes: tuple[str, ...] = ()
+        # Whether the loaded checkpoint contains averaged weights.
+        self.has_average = False
         self._load_from, self._resume = load_from, resume
         if not isinstance(resume_optimizer, bool):
             raise ConfigTypeError(f"resume_optimizer must be True or False, got {resume_optimizer!r}.")
@@ -87,6 +89,7 @@ class ResumeSource:
             self._load_from, self._resume = None, False
 
         def call_hooks(checkpoint: dict[str, Any]) -> None:
+            self.has_average = has_averaged_weights(checkpoint)
             run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
         def load_or_resume(resume: bool | str | os.PathLike[str]) -> Mapping[str, Any] | None:
