@@ -1,7 +1,7 @@
 """The built-in entries of the registries: for each registry, its names and the ``"module:name"`` strings that they refer to.
 
-Entries are strings, so this table imports nothing; a registry imports an entry when it is first looked up. To register
-a new hook, loop or strategy, add it to this table.
+Entries are strings, so this table imports nothing; a registry imports an entry the first time its name is looked up. To add
+a built-in hook, loop or strategy, add its name to this table.
 """
 
 from __future__ import annotations

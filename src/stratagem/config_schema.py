@@ -46,7 +46,7 @@ _OPTIM_WRAPPER = Section(
 
 
 def _optim_wrapper(value: Any) -> Section:
-    # A custom constructor may define its own keys, such as one wrapper per name.
+    # A custom constructor may define its own keys, for example one key per wrapper.
     default = "DefaultOptimWrapperConstructor"
     is_custom = isinstance(value, Mapping) and value.get("constructor", default) != default
     return Section(keys=_OPTIM_WRAPPER.keys, others=_FREE) if is_custom else _OPTIM_WRAPPER

@@ -32,7 +32,7 @@ __all__ = [
 
 
 class StratagemError(Exception):
-    """Base class of all exceptions of this package. The message states what happened, where, and what to do."""
+    """Base class of all Stratagem exceptions. The message states what happened, where, and how to fix it."""
 
     exit_status: ClassVar[int] = 1
 

@@ -210,7 +210,8 @@ class Runner:
         if not isinstance(requeue, bool):
             raise ConfigTypeError(f"requeue must be True or False, got {requeue!r}.")
         for name in (work_dir, experiment_name):
-            # The value is part of folder names and logs, so it is never masked, regardless of the variable that it came from.
+            # These values are part of folder names and logs, so they are never masked, even if they come from an
+            # environment variable.
             if name is not None:
                 allow_in_texts(os.fspath(name))
         self._resume_source = ResumeSource(
@@ -322,7 +323,8 @@ class Runner:
         folder = Path(run.work_dir)
         with (
             run.guard.monitored(),
-            # Torch reports a dead worker wherever the main thread is, also while the run is recorded or its folder unlocked.
+            # Torch may report a dead worker at any point in the main thread, even while the run is recorded or its folder
+            # unlocked.
             report_dead_workers(),
             run.interrupt.listening(),
             run.work_dir_locks.holding(folder),

@@ -4,8 +4,9 @@
 
 These three functions are the reference: other implementations of a step must produce the same bits. There are three functions
 because each is an entry point. :func:`train_step` is the method of ``BaseModel`` that a model may override.
-:func:`update_params` and :func:`apply_gradients` are the methods ``update_params`` and ``step`` of the optimizer wrappers; a
-model with several optimizers calls ``backward`` and ``step`` itself, and an engine replaces them.
+:func:`update_params` and :func:`apply_gradients` are the methods ``update_params`` and ``step`` of the optimizer wrappers;
+a model with several optimizers calls ``backward`` and ``step`` itself, and the optimizer wrapper of an engine overrides
+``step``.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def update_params(
 def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     """Update the parameters with the accumulated gradients, unless one of them is NaN or Inf.
 
-    The guard of the gradient policy belongs to a run: it also starts the backward pass (``guard.begin``), so that a bad loss
-    reaches all gradients. ``allows_norm`` is the option ``nonfinite`` of the wrapper, which works without a run.
+    The guard of the gradient policy is set by a run. It also starts the backward pass (``guard.begin``), so that a bad loss
+    reaches all gradients. ``allows_norm`` implements the wrapper's option ``nonfinite``, which also works without a run.
 
     Args:
         optim: the optimizer wrapper.
@@ -220,5 +221,5 @@ def _mean(name: str, value: Any) -> Tensor:
 def _tensor_mean(value: Tensor) -> Tensor:
     if value.ndim == 0:
         return value
-    # torch.mean does not support integers, such as counts.
+    # torch.mean does not support integer tensors, such as counts.
     return value.mean() if value.is_floating_point() or value.is_complex() else value.mean(dtype=torch.float32)

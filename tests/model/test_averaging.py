@@ -269,7 +269,7 @@ def test_an_average_of_another_type_is_not_continued() -> None:
     average.update()
     state = average.state_dict()
     with pytest.raises(
-        CheckpointMismatchError, match="is of type ExponentialMovingAverage, and this run averages with Stochastic"
+        CheckpointMismatchError, match="is of type ExponentialMovingAverage, but this run uses Stochastic"
     ):
         StochasticWeightAverage(net).load_state_dict(state)
     other = ExponentialMovingAverage(net, momentum=0.5, interval=2)

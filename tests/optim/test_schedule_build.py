@@ -208,5 +208,7 @@ def test_a_built_scheduler_of_torch_is_rejected() -> None:
     """The error names ``eta_max``, the argument that replaces ``max_lr``."""
     optim = wrapper()
     built = torch.optim.lr_scheduler.OneCycleLR(optim.optimizer, max_lr=0.1, total_steps=8)
-    with pytest.raises(ConfigTypeError, match="torch's OneCycleLR is not supported.*its eta_max is torch's max_lr"):
+    with pytest.raises(
+        ConfigTypeError, match="torch's OneCycleLR is not supported.*its eta_max corresponds to torch's max_lr"
+    ):
         build_param_schedulers(built, optim)  # type: ignore[arg-type]

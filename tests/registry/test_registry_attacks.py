@@ -303,7 +303,7 @@ def test_a_model_name_from_data_must_be_a_listed_model(target: str, tmp_path: Pa
     name = "model_name" if target.startswith("timm") else "name"
     (tmp_path / "base.yaml").write_text(f"model: {{{name}: 'local-dir:./evil'}}\n")
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
-    with pytest.raises(ConfigValueError, match="It may be the name of a model of the library"):
+    with pytest.raises(ConfigValueError, match="It may be the name of a model in the library"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
 
 

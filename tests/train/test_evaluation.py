@@ -118,7 +118,7 @@ def test_outputs_without_predictions_and_targets_are_rejected(outputs: Any):
 @pytest.mark.parametrize("wrong", [3, "Accuracy", [object()], {"a": None}])
 def test_an_invalid_metric_is_rejected(wrong: Any):
     """The error for an invalid metric describes valid ones."""
-    with pytest.raises(ConfigTypeError, match="Expected a metric of torchmetrics"):
+    with pytest.raises(ConfigTypeError, match="Expected a torchmetrics metric"):
         Evaluator(wrong)
 
 

@@ -24,9 +24,9 @@ class AveragedModel(ABC):
     at any time; until then, ``apply`` does nothing. Averages of float16 and bfloat16 weights are stored as float32, because
     small changes of an average would be rounded away in half precision.
 
-    Frozen parameters are copied instead of averaged until they are trained. Parameters that cannot be averaged, such as
-    integer, bool and float8 weights of a quantized model, are not part of the average: the model's current values are used
-    with it.
+    Frozen parameters are copied instead of averaged until they are trained. Parameters that cannot be averaged, such as the
+    integer, bool and float8 weights of a quantized model, are left out of the average: when the average is applied, they
+    keep the model's current values.
 
     Args:
         model: the model whose parameters are averaged; it is not copied.
@@ -36,7 +36,7 @@ class AveragedModel(ABC):
             with the average.
 
     Attributes:
-        averages: a mapping from names to tensors: the averages, and copies of frozen parameters.
+        averages: a mapping from parameter names to their averages, or to copies of frozen parameters.
         averaged_buffers: the names of the averaged buffers.
         statistics: recomputed BatchNorm buffers that belong to the average, by name; ``update`` discards them.
         steps: the number of calls to ``update``.
@@ -77,10 +77,10 @@ class AveragedModel(ABC):
 
     @abstractmethod
     def share(self) -> float:
-        """Return the weight of the current parameters in the average at ``steps``."""
+        """Return the weight with which the current parameters enter the average at update number ``steps``."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that determine the average; saved with it."""
+        """Return the options that determine the average; they are saved with it."""
         return {"type": type(self).__name__, "interval": self.interval}
 
     def not_averaged(self) -> list[str]:
@@ -111,7 +111,7 @@ class AveragedModel(ABC):
         self.statistics = {}
 
     def apply(self, replacements: Mapping[str, Tensor] | None = None) -> None:
-        """Copy the average into the model, and back up the training weights, which requires memory for one more copy.
+        """Back up the training weights, which takes memory for one more copy, and copy the average into the model.
 
         Args:
             replacements: tensors to use instead of some of the averages, by name.
@@ -173,17 +173,17 @@ class AveragedModel(ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state from ``state_dict``. The argument is not modified.
 
-        A state without ``settings``, of an earlier version, is accepted.
+        A state without ``settings``, as saved by an earlier version, is also accepted.
 
         Raises:
-            CheckpointMismatchError: if the type of the average, names or shapes differ.
+            CheckpointMismatchError: if the type of the average, a parameter name or a shape differs.
         """
         saved: Mapping[str, Tensor] = state_dict["averages"]
         kind = (state_dict.get("settings") or self.settings())["type"]
         if kind != type(self).__name__:
             raise CheckpointMismatchError(
-                f"The saved average is of type {kind}, and this run averages with {type(self).__name__}: continuing would mix "
-                "both. Use the type of the saved average, or start a new average."
+                f"The saved average is of type {kind}, but this run uses {type(self).__name__}, and the two cannot be mixed. "
+                "Use the type of the saved average, or start a new average."
             )
         not_averaged = set(self.not_averaged())
         differing = sorted((saved.keys() - not_averaged) ^ self.averages.keys()) or [
@@ -203,7 +203,7 @@ class AveragedModel(ABC):
         self.steps = int(state_dict["steps"])
 
     def differences(self, state_dict: Mapping[str, Any]) -> list[str]:
-        """Return a phrase for each option that differs from those of a saved state."""
+        """Return a phrase for each option whose value differs from the one in a saved state."""
         own = self.settings()
         saved = state_dict.get("settings") or own
         return [

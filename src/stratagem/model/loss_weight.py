@@ -30,7 +30,7 @@ class AveragingLoss(Protocol):
 
     @property
     def weight(self) -> Tensor | None:
-        """The weight of each class; None if all count 1."""
+        """The weight of each class; None if every class has weight 1."""
 
 
 @final
@@ -85,7 +85,7 @@ def weight_of_targets(loss: AveragingLoss, predictions: Any, targets: Any) -> Te
 
 
 def zero_without_targets(loss: Tensor, weight: Tensor | float) -> Tensor:
-    """Return the loss, or 0 if its weight is 0: the mean over no targets would be NaN, and its gradient is 0."""
+    """Return the loss, or 0 if its weight is 0, because the mean over no targets is NaN."""
     if not isinstance(weight, Tensor):
         return loss
     return torch.where(weight == 0, torch.zeros_like(loss), loss)
@@ -95,9 +95,9 @@ def zero_without_targets(loss: Tensor, weight: Tensor | float) -> Tensor:
 class LabelCount:
     """Counts the labels that the loss of a network averages over.
 
-    Labels of -100 are ignored, as in transformers. A causal language model predicts each label from the previous positions, so
-    the first one does not count. The class of a transformers model determines whether that is the case. For other networks,
-    the loss of the first batch is compared with the cross entropy of its logits.
+    Labels of -100 are ignored, as in transformers. A causal language model predicts each label from the preceding tokens,
+    so the first label does not count. For a transformers model, the class determines whether the first label counts; for
+    other networks, the loss of the first batch is compared with the cross entropy of its logits.
 
     Args:
         network: a network whose output contains the loss.
@@ -120,7 +120,7 @@ class LabelCount:
         Args:
             batch: the arguments of the network.
             loss: the loss.
-            logits: the predictions; used only if the network does not determine whether the first label counts.
+            logits: the predictions; used only if the class of the network does not determine whether the first label counts.
         """
         labels = batch.get("shift_labels", batch.get(self._key))
         if not self._is_average or not isinstance(labels, Tensor):
@@ -142,7 +142,7 @@ def _class_name(network: nn.Module) -> str:
 
 
 def _skips_first(kind: str, config: Any) -> bool | None:
-    """Return whether the first label does not count; None if the class does not determine that."""
+    """Return whether the loss skips the first label; None if the class of the network does not determine that."""
     if getattr(config, "is_encoder_decoder", False) or any(each in kind for each in _ALIGNED):
         return False
     return True if "CausalLM" in kind or "ConditionalGeneration" in kind else None
@@ -150,7 +150,7 @@ def _skips_first(kind: str, config: Any) -> bool | None:
 
 @torch.no_grad()
 def _compare(loss: Tensor, logits: Any, labels: Tensor, ignore_index: int) -> bool | None:
-    """Return whether the loss is the cross entropy without the first label; None if this batch does not determine it.
+    """Return whether the loss is the cross entropy without the first label; None if this batch does not show which.
 
     Computes one sample at a time, because the logits of a language model are large. Synchronizes with the device.
     """

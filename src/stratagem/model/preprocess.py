@@ -28,9 +28,9 @@ _BUILT_IN = frozenset({dict, list, tuple})
 def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """Move all tensors in ``data`` to ``device``, without changing ``data``.
 
-    Containers are mappings, sequences, sets and dataclasses, at any depth. A container without anything to move
-    is returned unchanged; any other is replaced by one of the same type with the same other attributes. Objects with a ``to``
-    method, such as packed sequences, are moved by it. Anything else is returned unchanged.
+    Containers are mappings, sequences, sets and dataclasses, at any depth. A container with nothing to move is returned as
+    is; otherwise, a new container of the same type, with the same other attributes, is returned. Objects with a ``to``
+    method, such as packed sequences, are moved by calling it. Anything else is returned unchanged.
 
     Raises:
         ConfigTypeError: if the class of a container cannot be created with the moved values.
@@ -56,7 +56,7 @@ def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) ->
 
 
 def _move_by_method(data: Any, device: torch.device, non_blocking: bool) -> Any:
-    """Return ``data.to(device)``. Not every ``to`` has an argument ``non_blocking``, and some move in place and return None."""
+    """Return ``data.to(device)``. Not every ``to`` accepts ``non_blocking``, and some move in place and return None."""
     kind: Any = type(data)
     options = {"non_blocking": True} if non_blocking and _accepts_non_blocking(kind) else {}
     moved = data.to(device, **options)
@@ -116,7 +116,7 @@ def _copied(data: Any) -> Any:
 def _with_fields(data: Any, values: dict[str, Any]) -> Any:
     if all(getattr(data, name) is value for name, value in values.items()):
         return data
-    # The constructor may compute fields or not accept them.
+    # Do not call the constructor, which may compute fields or not accept them as arguments.
     copied = copy.copy(data)
     for name, value in values.items():
         object.__setattr__(copied, name, value)
@@ -129,15 +129,15 @@ def _created(data: Any, values: Any) -> Any:
     except Exception as error:
         kind = f"{type(data).__module__}.{type(data).__qualname__}"
         raise ConfigTypeError(
-            f"The batch contains a {kind}, which cannot be moved to the device: {kind}(values) raised {error!r}. Give "
-            "the class a method to(device), or yield a dict, a list or a dataclass from the collate function."
+            f"The batch contains a {kind}, which cannot be moved to the device: {kind}(values) raised {error!r}. Add a "
+            "method to(device) to the class, or return a dict, a list or a dataclass from collate_fn."
         ) from error
 
 
 class BaseDataPreprocessor(nn.Module):
     """Move batches to the model's device. Subclass it to normalize or stack the data as well.
 
-    It is a submodule of the model, so it moves to the model's device.
+    The preprocessor is a submodule of the model, so it is moved to the same device.
 
     Args:
         non_blocking: whether copies from pinned memory may overlap with computation.
@@ -151,7 +151,7 @@ class BaseDataPreprocessor(nn.Module):
         self.non_blocking = non_blocking
 
     def __call__(self, data: Any, training: bool = False) -> Any:
-        # On the hot path: calling a module is expensive if there is nothing to do.
+        # This runs in every step, and calling a module takes time even if there is nothing to move.
         idle = self.device == _CPU and type(self).forward is BaseDataPreprocessor.forward
         if idle and not (self._forward_hooks or self._forward_pre_hooks):
             return data

@@ -27,9 +27,10 @@ class SupervisedModel(BaseModel):
         loss: a module, its configuration or a function, called as ``loss(predictions, targets)``.
         data_preprocessor: as in :class:`BaseModel`.
         weight: the weight of a micro-batch in a step, if gradients are accumulated or averaged over ranks: a function that is
-            called as ``weight(predictions, targets)``, or False to weight all micro-batches equally. By default, it is what the
-            loss divides by, for cross entropy, negative log likelihood and modules with an ``ignore_index``: the number of
-            targets that are not ignored, or the sum of their class weights. Other losses are weighted equally.
+            called as ``weight(predictions, targets)``, or False to weight all micro-batches equally. By default, for cross
+            entropy, negative log likelihood and modules with an ``ignore_index``, the weight is the divisor of the loss:
+            the number of targets that are not ignored, or the sum of their class weights. All other losses are weighted
+            equally.
 
     In validation it returns ``{"preds": ..., "target": ...}``, the arguments that torchmetrics metrics expect.
     """
@@ -118,7 +119,7 @@ class ModelWithLoss(BaseModel):
             if not isinstance(loss, Tensor):
                 raise TrainingError(
                     f"{type(self.network).__name__} returned a {type(output).__name__} with loss={loss!r}. Include the "
-                    "targets in the batch, from which it computes the loss, or use SupervisedModel with a separate loss."
+                    "targets in the batch, so that the network can compute the loss, or use SupervisedModel with a separate loss."
                 )
             return _weighted(loss, self._weight_of(args, kwargs, output, loss, given))
         if mode == "predict":

@@ -1,4 +1,4 @@
-"""Update buffers once per forward pass if activation checkpointing repeats it in the backward pass."""
+"""Update buffers only once if activation checkpointing repeats a forward pass in the backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stratagem.utils.torch_private import backward_pass_id
 
 __all__ = ["BufferReplay", "Contexts", "update_buffers_once"]
 
-# The contexts of a forward pass and of its recomputation.
+# The context managers for a forward pass and for its recomputation.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 # Larger buffers are compared with a copy once, instead of being copied in each forward pass.
@@ -24,11 +24,11 @@ _thread = threading.local()
 
 
 def update_buffers_once(model: nn.Module) -> None:
-    """Make all modules of a model discard the changes of their buffers in forward passes within a backward pass.
+    """Make every module of a model discard the buffer changes of forward passes that run during a backward pass.
 
     Such a forward pass is a recomputation, whichever function started it (``torch.utils.checkpoint``, reentrant or not, or
-    that of an engine or a library). Modules that are compiled together with the checkpoint are not covered. Calling it again
-    has no effect.
+    a function from an engine or another library). Modules that are compiled together with the checkpoint are not covered.
+    Calling this function again has no effect.
     """
     for module in model.modules():
         has_buffers = any(buffer is not None for buffer in module._buffers.values())
@@ -40,7 +40,7 @@ def update_buffers_once(model: nn.Module) -> None:
 
 @final
 class _Replace:
-    """Replaces the buffers of a module by copies before a recomputation."""
+    """Replaces the buffers of a module with copies before a recomputation."""
 
     def __init__(self, stack: list[dict[str, Tensor | None]]) -> None:
         self._stack = stack
@@ -67,24 +67,25 @@ class _Discard:
 
 @final
 class BufferReplay:
-    """Makes the recomputation of a module start with copies of the buffers that its forward pass started with.
+    """Makes the recomputation of a module start from copies of the buffers as they were before its forward pass.
 
-    The recomputed activations are therefore those of the forward pass, also if they depend on buffers that are updated, and
-    the buffers of the module are not changed.
+    The recomputed activations therefore equal those of the forward pass, even if they depend on buffers that the forward
+    pass updates, and the recomputation does not change the buffers of the module.
 
     Args:
         module: the checkpointed module.
-        others: returns further contexts for each forward pass, entered after those of the buffers.
+        others: a function that returns additional context managers for each forward pass and its recomputation; they are
+            entered after those for the buffers.
     """
 
     def __init__(self, module: nn.Module, others: Callable[[], Contexts] | None = None) -> None:
         self._module = module
         self._others = others
-        # Large buffers that the last forward pass did not change, with their version and the mode of their module.
+        # Large buffers that the last forward pass did not change, with their version and the training mode of their module.
         self._constant: dict[tuple[nn.Module, str], tuple[int, bool]] = {}
 
     def contexts(self) -> Contexts:
-        """Return the contexts of a forward pass and of its recomputation."""
+        """Return the context managers for a forward pass and for its recomputation."""
         before: dict[tuple[nn.Module, str], Tensor] = {}
         forward, recomputation = (None, None) if self._others is None else self._others()
         return _both(self._forward(before), forward), _both(self._recomputation(before), recomputation)
@@ -108,7 +109,7 @@ class BufferReplay:
     def _recomputation(self, before: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
         current = {slot: slot[0]._buffers[slot[1]] for slot in before}
         replays = getattr(_thread, "replays", False)
-        # The buffers themselves must not be written to: autograd may have saved them for this backward pass.
+        # Do not write to the buffers themselves, because autograd may have saved them for this backward pass.
         for (owner, key), copy in before.items():
             owner._buffers[key] = copy.clone()
         _thread.replays = True

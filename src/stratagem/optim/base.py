@@ -23,9 +23,10 @@ from stratagem.optim.optimizer_class import optimizer_class
 
 __all__ = ["BaseOptimWrapper", "momentum_of"]
 
-# Maps the keys of a saved state to the attributes that they store.
+# Maps each key in a saved state to the attribute whose value is saved under it.
 _COUNTS: Final = {"inner_count": "inner_count", "attempts": "num_steps_attempted", "updates": "num_steps_applied"}
-# The key of the training weights of a schedule-free optimizer; the model's state contains the evaluation weights.
+# The key under which the training weights of a schedule-free optimizer are saved; the model's state contains the evaluation
+# weights.
 _TRAINING_WEIGHT: Final = "training_weight"
 
 
@@ -138,8 +139,8 @@ class BaseOptimWrapper(ABC):
     def evaluating(self) -> Iterator[None]:
         """Switch the parameters to the evaluation weights inside a ``with`` block.
 
-        The training weights are restored bit for bit afterwards. ``eval`` followed by ``train`` does not
-        guarantee that: each computes its weights from the weights of the other mode.
+        The training weights are restored bit for bit afterwards. Calling ``eval`` and then ``train`` does not guarantee
+        this, because each computes its weights from those of the other mode.
         """
         if not _is_schedule_free(self.optimizer) or self._training_weights is not None:
             yield
@@ -187,8 +188,9 @@ class BaseOptimWrapper(ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state returned by ``state_dict``. Tensors are not copied, as in torch.
 
-        The state of an unwrapped optimizer is also accepted. ``fused`` and ``foreach`` keep their values in this
-        process. Load the model's state first: the parameters of a schedule-free optimizer become the training weights.
+        The state of an unwrapped optimizer is also accepted. The options ``fused`` and ``foreach`` keep the values of this
+        process. Load the model's state first, because this method switches the parameters of a schedule-free optimizer to
+        the training weights.
 
         Raises:
             CheckpointMismatchError: if the groups or their sizes differ.

@@ -34,12 +34,12 @@ def _nothing_pending() -> None:
 class GradientPolicy:
     """The policy for synchronizing and checking the gradients of one optimizer.
 
-    The strategy passes it to the optimizer wrapper when the model is placed. A run adds the guard with
+    The strategy passes the policy to the optimizer wrapper when it places the model. A run adds the guard with
     ``dataclasses.replace``.
 
     Attributes:
-        sync_context: a function of the model and a bool, whether this micro-batch synchronizes gradients across ranks,
-            that returns the context for the forward pass.
+        sync_context: a function ``(model, sync)`` that returns the context for the forward pass; ``sync`` is whether this
+            micro-batch synchronizes gradients across ranks.
         always_set_grad_sync: whether ``sync_context`` is also entered in windows of a single micro-batch, since another
             optimizer of the same model may have disabled synchronization.
         complete: a function that is called before each update to average gradients that are not synchronized yet.

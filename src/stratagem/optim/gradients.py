@@ -48,7 +48,7 @@ class Clipping:
     error_if_nonfinite: bool = False
 
     def apply(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
-        """Clip gradients in place; ``norm`` is the norm of all gradients, required for clipping by norm."""
+        """Clip gradients in place; ``norm`` is the norm of all gradients, which clipping by norm requires."""
         if self.by_norm and norm is not None:
             scale(gradients, torch.clamp(self.limit / (norm + _EPSILON), max=1.0))
         elif gradients:

@@ -176,8 +176,8 @@ class _Flag:
         # The kernel requires float32, regardless of the default dtype.
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
-        # Check the parameters once instead of the gradients in each update, which would be slow. Gradients are assumed
-        # to have the same device, dtype and layout.
+        # Inspect the parameters once, because inspecting the gradients in each update would be slow. Each gradient is
+        # assumed to have the device, dtype and layout of its parameter.
         kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
 
@@ -206,8 +206,8 @@ class _Flag:
             # Multiplying by 1 does not change any bits.
             mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
-            # Either the gradients are sparse, which does not depend on the parameters, or a group on another device was
-            # added later.
+            # Either the gradients are sparse, which the parameters do not show, or a group on another device was added
+            # later.
             self._alike = False
         return self._alike
 

@@ -40,13 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 class AccumulatingOptimWrapper(BaseOptimWrapper):
-    """Gradient accumulation, for all precisions. Windows are counted from the first micro-batch of the run.
+    """Gradient accumulation, for all precisions.
 
-    A window may continue across the end of an epoch or a validation. A window may be shorter at the end of a run, or if
-    a run resumes in the middle of a window without its gradients. It is averaged over its actual length. If a hook
-    stops a run inside a window, the loop calls ``discard_accumulation``, so the weights remain unchanged since the last
-    update. An interrupted run completes its window before it stops. A strategy saves the gradients of an incomplete
-    window in its checkpoints and restores them.
+    An accumulation window consists of the micro-batches of one update; windows are counted from the first micro-batch of
+    the run. A window may continue across the end of an epoch or a validation. It may be shorter at the end of a run, or if
+    a run resumes in the middle of a window without its gradients. It is averaged over its actual length. If a hook stops a
+    run inside a window, the loop calls ``discard_accumulation``, so the weights remain unchanged since the last update. An
+    interrupted run completes its window before it stops. A strategy saves the gradients of an incomplete window in its
+    checkpoints and restores them.
 
     Args:
         optimizer: the optimizer that updates the parameters.
@@ -97,7 +98,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
 
-    update_params = update_params  # the function of stratagem.step, bound as a method
+    update_params = update_params  # the function from stratagem.step, bound as a method
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.grad_scaler is not None:
@@ -106,7 +107,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         loss.backward(**(kwargs if guard is None else guard.begin(loss, kwargs)))
         self.inner_count += 1
 
-    step = apply_gradients  # the function of stratagem.step, bound as a method
+    step = apply_gradients  # the function from stratagem.step, bound as a method
 
     def zero_grad(self, **kwargs: Any) -> None:
         if kwargs or self._has_own_zero_grad:
@@ -148,7 +149,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         self.max_counts = max_counts
-        # A window that is incomplete at this position continues.
+        # An accumulation window that was incomplete after init_counts micro-batches continues.
         if init_counts != self.inner_count or not self.pending_micro_batches:
             self.inner_count = self.window_start = init_counts
             self.reset_weights()

@@ -40,7 +40,7 @@ class Replica(DistributedDataParallel):
     """A ``DistributedDataParallel`` that trains with the ``train_step`` of its model.
 
     In the step, calls to ``self(...)`` go through ``DistributedDataParallel``, so that gradients are synchronized.
-    Outside the step, ``self`` is the model. Attributes that the replica lacks are looked up on the model.
+    Outside the step, ``self(...)`` calls the model directly. Attributes that this wrapper lacks are looked up on the model.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
@@ -114,7 +114,7 @@ class Replicated(Placement):
     """Places a replica of the model on each rank.
 
     Args:
-        logger: the logger for conversions of layers.
+        logger: the logger that reports converted layers.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm; None leaves them unchanged.
         separate: whether each trainable child module is wrapped separately. A model with several optimizers needs this if
             a step uses only some of its parts.
@@ -182,7 +182,8 @@ class Replicated(Placement):
         if own:
             raise PlacementError(
                 f"model_wrapper='separate' wraps each child module, but {type(model).__name__} has trainable parameters "
-                f"outside of them ({', '.join(own[:5])}). Move them into a child module, or their gradients are not synchronized."
+                f"outside of them ({', '.join(own[:5])}). Their gradients would not be synchronized. Move them into a child "
+                "module."
             )
         # A shallow copy of the model has the replicas as children. The original model keeps its children and parameter
         # names.
@@ -210,7 +211,7 @@ class Replicated(Placement):
     def _sync_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:
             return NO_CONTEXT
-        # The model's step passes the model itself instead of the replica that wraps it.
+        # The train_step of a model passes the model itself, so look up the replica that wraps it.
         wrapped = self._replicas.get(model, model)
         if isinstance(wrapped, DistributedDataParallel):
             return cast("AbstractContextManager[object]", wrapped.no_sync())

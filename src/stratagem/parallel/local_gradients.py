@@ -20,8 +20,8 @@ __all__ = ["LocalGradients", "average_gradients"]
 class LocalGradients:
     """Detects backward passes whose gradients DDP does not average, and averages those gradients before the update.
 
-    DDP averages once after each forward pass: in the next backward pass. Gradients of additional passes, for example
-    when a step calls ``backward`` for each of two losses, are only accumulated on each rank.
+    DDP averages gradients only in the first backward pass after each forward pass. Gradients of additional backward passes,
+    for example when a step calls ``backward`` for each of two losses, are only accumulated on each rank.
 
     Args:
         replica: the ``DistributedDataParallel`` whose parameters have the gradients.
@@ -53,7 +53,7 @@ class LocalGradients:
         return found
 
     def follow(self, output: Any, *, averaged: bool) -> None:
-        """Record the backward passes that reach this output of a forward pass; ``averaged`` unless under ``no_sync``."""
+        """Record the backward passes that reach this output of a forward pass; ``averaged`` is False under ``no_sync``."""
         self._averages = averaged
         self._is_next_averaged = self._is_next_averaged or averaged
         can_be_seen = False
@@ -61,7 +61,8 @@ class LocalGradients:
             if tensor.requires_grad:
                 can_be_seen = True
                 tensor.register_hook(self._note_pass)
-        # The loss may be stored elsewhere; averaging gradients twice does not change them.
+        # Without such a tensor, the backward pass cannot be observed. Assume that it was missed: averaging gradients twice
+        # does not change them.
         self.missed = self.missed or not can_be_seen
 
     def complete(self) -> None:

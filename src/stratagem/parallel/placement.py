@@ -108,7 +108,7 @@ class Placement(ABC):
     def note_restored_gradients(  # noqa: B027 -- most placements have nothing to do
         self, model: nn.Module
     ) -> None:
-        """Record that a checkpoint restored this rank's gradients of an accumulation window."""
+        """Record that this rank's gradients of an incomplete accumulation window were restored from a checkpoint."""
 
     def global_numel(self, parameter: nn.Parameter) -> int:
         """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""

@@ -21,7 +21,7 @@ _SCOPE = "_scope_"
 
 
 class SupportsBuild(Protocol):
-    """The methods of a registry that building uses."""
+    """The registry methods that building an object requires."""
 
     @property
     def name(self) -> str: ...

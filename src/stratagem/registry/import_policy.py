@@ -22,12 +22,13 @@ __all__ = [
 ]
 
 _allowed: set[str] = set()
-# Objects whose __module__ is the module that defines them. An instance belongs to the module that created it.
+# Objects whose __module__ names the module that defines them. All other objects, such as instances, belong to the module
+# that contains them.
 _IMPORTABLE = (type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class TargetImportError(ConfigError, RuntimeError):
-    """Importing an existing module of a dotted path failed."""
+    """A module in a dotted path exists, but importing it failed."""
 
 
 def allow_packages(*names: str) -> None:
@@ -57,7 +58,7 @@ def is_allowed(key: str) -> bool:
 
 
 def is_of_allowed_package(key: str) -> bool:
-    """Return whether ``key`` names an allowed package or something in one."""
+    """Return whether ``key`` names an allowed package or an object in an allowed package."""
     return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
 
 

@@ -128,7 +128,7 @@ class ModelZoo(NameSource):
         if ":" in model and not is_allowed(name):
             raise ConfigValueError(
                 f"A data file names {str(name)!r}, a location from which the library would load a model and its "
-                "configuration. Name a model of the library, or write this part of the configuration in Python."
+                "configuration. Name a model in the library, or write this part of the configuration in Python."
             )
         # After a dot comes the name of the weights, as in timm.resnet18.a1_in1k. A colon marks a location such as hf-hub:name.
         if ":" not in model and model.partition(".")[0] not in import_object(self._list_function)():
@@ -136,5 +136,5 @@ class ModelZoo(NameSource):
         return partial(import_object(self._factory), model)
 
     def names(self) -> Iterable[str]:
-        """Return the names of all models of the library."""
+        """Return the names of all models in the library."""
         return [f"{self._prefix}{name}" for name in import_object(self._list_function)()]

@@ -260,7 +260,7 @@ class Registry:
         """Look up ``scope.name`` in the registry with that scope."""
         scope, name = self.split_scope_key(key)
         registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
-        # Part of a name from a data file also comes from the data file.
+        # If the full name comes from a data file, so does this part of it.
         return None if registry is None else registry._find(DataName(name) if isinstance(key, DataName) else name)
 
     def _find(self, name: str) -> Target | None:

@@ -36,7 +36,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the contents of a regular file or of a link to one; a named pipe is an error rather than waited for."""
+    """Return the contents of a regular file or of a link to one; raise an error for a named pipe instead of waiting for it."""
     return read_regular(path)
 
 
@@ -77,9 +77,9 @@ def write_fully(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def begin_writeback(descriptor: int) -> None:
-    """Ask the system to start writing cached data to the disk, without waiting. The data may leave the cache.
+    """Ask the system to start writing cached data to the disk, without waiting. The data may then be evicted from the cache.
 
-    Does nothing if the system does not support this.
+    Do nothing if the system does not support this.
     """
     if hasattr(os, "posix_fadvise"):
         # This is only a hint; if it fails, the system writes the data later.
@@ -103,7 +103,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Sync the entries of a directory to the disk; does nothing if the file system does not support it."""
+    """Sync the entries of a directory to the disk; do nothing if the file system does not support it."""
     if sys.platform == "win32":  # Windows cannot open a directory and has no call to sync its entries.
         return
     try:
@@ -124,7 +124,7 @@ def fsync_tree(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a symbolic link or a directory tree; does nothing if the path does not exist."""
+    """Remove a file, a symbolic link or a directory tree; do nothing if the path does not exist."""
     if not path.is_dir() or path.is_symlink():
         operations.remove_file(path)
         return

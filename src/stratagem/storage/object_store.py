@@ -45,7 +45,8 @@ _MAX_ATTEMPTS = 3
 class Published:
     """A published file or folder: its URL, time of publication (seconds since the epoch) and size in bytes.
 
-    The URL may contain the secrets of the URL that it was listed from. ``metadata`` was recorded by the publisher.
+    The URL may contain the secrets of the URL that it was listed from. ``metadata`` contains the values that the publisher
+    recorded.
     """
 
     name: str
@@ -63,7 +64,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     Args:
         local: the file or folder.
         url: the target.
-        metadata: plain JSON values to record with it for :func:`list_published`.
+        metadata: plain JSON values to record with the publication; :func:`list_published` returns them.
 
     Raises:
         MissingDependencyError: if the package for the file system is not installed.

@@ -114,7 +114,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file or symbolic link; does nothing if it does not exist."""
+    """Remove a file or symbolic link; do nothing if it does not exist."""
     path.unlink(missing_ok=True)
 
 

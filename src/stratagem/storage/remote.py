@@ -133,7 +133,7 @@ class RemoteFolder:
         return str(self._system.ukey(self._join(path)))
 
     def remove(self, path: str) -> None:
-        """Remove a file; does nothing if it does not exist."""
+        """Remove a file; do nothing if it does not exist."""
         with suppress(FileNotFoundError):
             self._system.rm_file(self._join(path))
 

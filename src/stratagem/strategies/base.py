@@ -54,7 +54,7 @@ _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
 
 class BaseStrategy(ABC):
-    """Set up the environment, and build, initialize, place, compile, save, load and resume the training components.
+    """Base class of strategies, which build, initialize, place, compile, save, load and resume the components of a run.
 
     A subclass implements the four abstract methods and is registered in ``STRATEGIES``; the other methods support them.
 
@@ -67,9 +67,9 @@ class BaseStrategy(ABC):
         auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
             actual batch size to ``base_batch_size`` (``"linear"``, the default) or by the square root of this ratio
             (``"sqrt"``).
-        buffers: the buffers for evaluation and for the weights in a checkpoint if each rank updates them from its own
-            samples, as in BatchNorm: ``"rank0"`` uses the buffers of rank 0, and ``"mean"`` averages the running means
-            and variances of BatchNorm over the ranks. Training continues with the buffers of each rank.
+        buffers: which buffers evaluations and checkpoints use if each rank updates its buffers from its own samples, as in
+            BatchNorm: ``"rank0"`` uses the buffers of rank 0, and ``"mean"`` averages the running means and variances of
+            BatchNorm over the ranks. Training continues with the buffers of each rank.
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
@@ -224,7 +224,7 @@ class BaseStrategy(ABC):
         """Return a module unchanged, or build it from a configuration with ``MODELS``; see :func:`building.build_model`."""
         return building.build_model(model)
 
-    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002 -- the contract's
+    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002 -- public name
         """Compile a method of the model in place if ``compile`` is set; see :func:`building.compile_model`."""
         if building.compile_model(model, compile):
             self.logger.info("Compiling the model with torch.compile: the first iterations are slow.")
@@ -250,8 +250,8 @@ class BaseStrategy(ABC):
     def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Return an optimizer wrapper, or its configuration, completed with the strategy's options.
 
-        This implementation returns it unchanged. An engine whose configuration has options for accumulation, clipping or the
-        optimizer adds them.
+        This implementation returns ``optim_wrapper`` unchanged. The strategy for an engine whose own configuration sets
+        accumulation, clipping or the optimizer overrides this method to add these options.
         """
         return optim_wrapper
 
@@ -343,7 +343,7 @@ class BaseStrategy(ABC):
         *,
         optim_wrapper: OptimSpec | None = None,
         param_scheduler: SchedulerSpec | None = None,
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the public name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Build, initialize, place, compile and connect the model, its optimizers and their schedulers. Collective.
@@ -434,8 +434,9 @@ class BaseStrategy(ABC):
     def synchronized_buffers(self) -> AbstractContextManager[tuple[torch.Tensor, ...]]:
         """Return a context in which all ranks have the same buffers, as the option ``buffers`` specifies.
 
-        Evaluations run in it; a training loop that does not use the runner should use it around ``val_step``. It yields the
-        buffers that are replaced. Entering it is collective. On exit, the buffers of this rank are restored bit for bit.
+        Evaluations run inside this context; a training loop that does not use the runner should enter it around
+        ``val_step``. The context yields the buffers that are replaced. Entering the context is collective. On exit, the
+        buffers of this rank are restored bit for bit.
 
         Raises:
             StateError: if a persistent buffer has different shapes or dtypes on the ranks.
@@ -570,7 +571,7 @@ class BaseStrategy(ABC):
             )  # fmt: skip
 
     def collect_env(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return a description of this machine and software, and the settings of this run."""
+        """Return a description of the hardware, the installed software and the settings of this run."""
         runtime: dict[str, Any] = dict(self._env_kwargs)
         runtime.update(self.randomness)
         runtime["Distributed launcher"] = self.launcher

@@ -60,7 +60,7 @@ class ComposedStrategy(BaseStrategy):
         """Require that a launcher started this process.
 
         Raises:
-            LaunchError: if no launcher did.
+            LaunchError: if no launcher started this process.
         """
         if not is_distributed():
             raise LaunchError(
@@ -82,7 +82,7 @@ class ComposedStrategy(BaseStrategy):
         *,
         optim_wrapper: OptimSpec | None = None,
         param_scheduler: SchedulerSpec | None = None,
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the public name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         run_length = dispatch_kwargs or {}

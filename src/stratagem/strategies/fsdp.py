@@ -30,12 +30,13 @@ class FSDPStrategy(ComposedStrategy):
             ``ModuleList``; or a class, the name of a class, or a list of them; ``dict(classes=...)``,
             ``dict(modules=["layers.*"])`` or ``dict(min_params=1_000_000)``; or a function ``(name, module) -> bool``.
         reshard_after_forward: whether gathered parameters are freed after the forward pass. True saves memory; False
-            saves an all-gather in the backward pass; a number reshards them to groups of that many ranks; None is True
-            for wrapped modules and False for the rest. Or a mapping from patterns of module names to these.
+            saves an all-gather in the backward pass; a number reshards them to groups of that many ranks; None means True
+            for wrapped modules and False for all other parameters. A mapping from module name patterns to such values sets
+            each wrapped module separately.
         mixed_precision: a dtype to compute in, such as ``"bfloat16"``, or a mapping with ``param_dtype``,
             ``reduce_dtype``, ``output_dtype``, ``buffer_dtype`` and ``cast_forward_inputs``.
         replicate: the number of replicas of the sharded model (HSDP).
-        tp: the number of ranks that layers are sharded across (tensor parallelism). They process the same samples.
+        tp: the number of ranks that layers are sharded across (tensor parallelism). These ranks process the same samples.
         tp_plan: maps patterns of module names to ``"colwise"``, ``"rowwise"`` etc., see
             :data:`~stratagem.parallel.fsdp.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
         cpu_offload: whether shards, gradients and the optimizer state are stored in CPU memory.
@@ -58,7 +59,8 @@ class FSDPStrategy(ComposedStrategy):
 
     Raises:
         LaunchError: if no launcher started this process.
-        PlacementError: if ``replicate`` and ``tp`` do not divide the number of processes, or an option belongs to DDP.
+        PlacementError: if ``replicate`` and ``tp`` do not divide the number of processes, or an option of ``DDPStrategy``
+            is given.
         ConfigError: or a subclass, if an option is invalid.
     """
 

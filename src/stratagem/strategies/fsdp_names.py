@@ -13,7 +13,7 @@ __all__ = ["from_model_wrapper", "state_of"]
 _TYPES: Final = ("MMFullyShardedDataParallel", "FullyShardedDataParallel")
 _SAME: Final = {"mixed_precision": "mixed_precision", "ignored_modules": "ignored", "ignored_parameters": "ignored"}
 _SHARDING: Final = {"FULL_SHARD": None, "SHARD_GRAD_OP": False}
-# Options that cannot be changed here, with the only accepted values.
+# MMEngine options that cannot be changed in this FSDPStrategy, each with the only value that is accepted.
 _ALWAYS: Final = {
     "use_orig_params": True,
     "backward_prefetch": "BACKWARD_PRE",
@@ -46,8 +46,7 @@ def from_model_wrapper(model_wrapper: Mapping[str, Any], options: Mapping[str, A
     """
     if not isinstance(model_wrapper, Mapping):
         raise ConfigTypeError(
-            f"model_wrapper must be a mapping with options of MMFullyShardedDataParallel, got {model_wrapper!r}. Omit it "
-            "otherwise."
+            f"model_wrapper must be a mapping of MMFullyShardedDataParallel options, or omitted, got {model_wrapper!r}."
         )
     translated: dict[str, Any] = {}
     for name, value in model_wrapper.items():

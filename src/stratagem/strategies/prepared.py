@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @final
 class Prepared(Generic[T]):
-    """An attribute that ``prepare`` sets. Reading it earlier raises a :class:`NotPreparedError` with the hint."""
+    """An attribute that ``prepare`` sets. Reading it earlier raises a :class:`NotPreparedError` that contains ``hint``."""
 
     def __init__(self, hint: str) -> None:
         self._hint = hint

@@ -64,7 +64,7 @@ def local_box(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def local_slice(full: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a full tensor that this rank holds of ``like``, as a view, so the rest of ``full`` is not read."""
+    """Return a view of the part of ``full`` that corresponds to this rank's shard of ``like``; the rest is not read."""
     return full[local_box(like)] if is_sharded(like) else full
 
 

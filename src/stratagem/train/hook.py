@@ -1,4 +1,4 @@
-"""The base class of hooks, which are called at events of a run."""
+"""The base class for hooks, whose methods a run calls at events such as the end of an epoch."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Hook:
     """Base class of hooks. Override the methods of the events that you need; only overridden methods are called.
 
     The first argument of every method is the :class:`~stratagem.train.run.context.Run`. ``batch_idx`` is the index of the
-    batch in the epoch. ``run.iter`` and ``run.epoch`` count completed iterations and epochs, so they do not include the current
-    ones.
+    batch in the epoch. ``run.iter`` and ``run.epoch`` count completed iterations and epochs, so the current iteration and
+    epoch are not included.
     """
 
     priority: int | str | Priority = Priority.NORMAL
@@ -76,8 +76,8 @@ class Hook:
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         """Called on every rank before a checkpoint is written; entries added to ``checkpoint`` are saved.
 
-        The saved entries are those of rank 0, except for tensors that are sharded across the ranks. Every rank must add the
-        same entries, so a method that takes part in collectives needs no special case.
+        The saved entries are those of rank 0, except for tensors that are sharded across the ranks. Every rank must add
+        entries under the same names. Since every rank calls the method, it may run collectives.
         """
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Hook:
         """Called by default for ``after_train_iter``, ``after_val_iter`` and ``after_test_iter``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save in checkpoints: plain values and tensors. Called on every rank; rank 0's is saved.
+        """Return the state to save in checkpoints: plain values and tensors. Called on every rank; the state of rank 0 is saved.
 
         An empty state is not saved. Hooks of one class that save a state need different values of ``state_key``.
         ``CheckpointHook`` has ``Priority.VERY_LOW``, so the state of hooks with a higher priority includes the iteration or
@@ -165,14 +165,14 @@ class Hook:
     def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool | None:
         """Return whether a state was saved by this hook; by default None, because it is unknown.
 
-        Only used for checkpoints of earlier versions, which contain the states of hooks of one class by position.
+        Only used for checkpoints of earlier versions, which number the states of hooks of the same class by their order.
         """
         return None
 
     def get_triggered_stages(self) -> list[str]:
         """Return the events whose methods are called: by default, the events that the class overrides.
 
-        A hook that does not need all of them can return fewer, which saves the calls.
+        A hook whose configuration does not require some of these events can omit them to avoid unnecessary calls.
         """
         return [event for event in EVENTS if self._overrides(event)]
 
@@ -227,7 +227,7 @@ class Events:
         }
 
     def named(self) -> dict[str, Hook]:
-        """Return a mapping from the keys of their states to the hooks that have one.
+        """Return the hooks that have a state, keyed by the names under which checkpoints store their states.
 
         Raises:
             ConfigValueError: if two hooks have the same key.

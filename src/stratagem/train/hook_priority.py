@@ -31,7 +31,7 @@ def get_priority(priority: int | str | Priority) -> int:
 
     Raises:
         ConfigValueError: if the number is out of range or the name is unknown.
-        ConfigTypeError: if it is neither.
+        ConfigTypeError: if ``priority`` is neither an integer nor a name.
     """
     if isinstance(priority, bool) or not isinstance(priority, int | str):
         raise ConfigTypeError(

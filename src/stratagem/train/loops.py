@@ -30,7 +30,7 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     """Train on the next ``count`` batches, or on all remaining ones if None; return the number of iterations.
 
     Stops early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
-    complete. The ranks stop after the same iteration: the one of the request if all of them request it, otherwise the next.
+    complete. The ranks stop after the same iteration: the current one if all of them request to stop, otherwise the next one.
     """
     progress, interrupt, timer = run.progress, run.interrupt, run.step_timer
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]

@@ -1,4 +1,4 @@
-"""String classes that record their origin: names from data files, and strings with values of environment variables."""
+"""String classes that record their origin: names from data files, and strings that contain environment variable values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_dotted_name(text: str) -> bool:
 
 
 class DataName(str):
-    """A key in a data file, or a string in one that could select what is imported: a dotted path, a type or a scope.
+    """A key from a data file, or a string from a data file that could select an import: a dotted path, a type or a scope.
 
     It behaves like any other ``str``. Registries check for this class: they do not import the object that such a string
     names unless its package is allowed, and they restrict the arguments whose keys have this class. Merging, copying
@@ -41,7 +41,7 @@ class DataName(str):
 
 @final
 class InterpolatedStr(str):
-    """A string with values of environment variables; ``template`` is the string with the placeholders.
+    """A string that contains environment variable values; ``template`` is the same string with the placeholders.
 
     It behaves like any other ``str``. Saved and displayed configurations contain the template instead.
     """

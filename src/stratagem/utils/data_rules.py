@@ -172,7 +172,7 @@ _NUMBERS: Final = AllowedValues("a number or a list of numbers", _is_numbers)
 _LABELS: Final = AllowedValues("a mapping of labels", _is_labels)
 # A name with a colon would specify a location from which the model is downloaded.
 _MODEL_NAME: Final = AllowedValues(
-    "the name of a model of the library",
+    "the name of a model in the library",
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
 )
 
@@ -208,7 +208,7 @@ _COMPILE: Final = DataRules(
         "dynamic": AllowedValues("True, False or None", lambda value: value is None or isinstance(value, bool)),
         "disable": _FLAG,
         "backend": AllowedValues(
-            "the name of a backend of torch, or of a backend that the program registered", _is_backend
+            "the name of a torch backend, or of a backend that the program registered", _is_backend
         ),
         "target": AllowedValues(
             "the name of a public method of the model",
@@ -235,7 +235,7 @@ _PROCESS_GROUP: Final = DataRules(
 )
 
 
-# Libraries of models ------------------------------------------------------------------------------------------------
+# Model libraries ----------------------------------------------------------------------------------------------------
 
 
 def _comes_from(target: Any, *modules: str) -> bool:
@@ -268,7 +268,7 @@ def _loads_model(target: Any) -> bool:
 
 
 def _makes_model(target: Any) -> bool:
-    """Return whether the target is a model of transformers, or a function or class method of the library."""
+    """Return whether the target is a transformers model, or a function or class method of the transformers library."""
     if isinstance(target, type):
         # Exclude subclasses that the program defines.
         return _comes_from(target, "transformers") and bool(_bases(target) & _MODELS)
@@ -312,7 +312,7 @@ _TRANSFORMERS_MODEL: Final = DataRules(
         ),
         "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification"),
     },
-    # If trust_remote_code is not set, transformers asks in the terminal whether to run code of the repository.
+    # If trust_remote_code is not set, transformers asks in the terminal whether to run code from the repository.
     {"use_safetensors": True, "trust_remote_code": False},
 )  # fmt: skip
 _TRANSFORMERS_PART: Final = DataRules(_is_from_pretrained, _SOURCE, {"trust_remote_code": False})
@@ -348,7 +348,7 @@ _TORCHVISION: Final = DataRules(
         **dict.fromkeys(
             ("weights", "weights_backbone"),
             AllowedValues(
-                "the name of weights of the library, such as 'DEFAULT'",
+                "the name of weights in the library, such as 'DEFAULT'",
                 lambda value: value is None or (isinstance(value, str) and re.fullmatch(r"[\w.]+", value) is not None),
             ),
         ),

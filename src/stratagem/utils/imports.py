@@ -54,8 +54,8 @@ def import_module(name: str, *, extra: str | None = None) -> ModuleType:
 
     Args:
         name: The module.
-        extra: The extra of Stratagem that installs the package. If given, the package is never imported from the
-            working directory.
+        extra: The ``pip`` extra that installs the package, as in ``pip install stratagem[<extra>]``. If given, the package
+            is never imported from the working directory.
 
     Raises:
         MissingDependencyError: if the package or one of its dependencies is not installed.

@@ -49,7 +49,7 @@ def set_random_seed(
             f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be between 0 and 2**32 - 1."
         )
     random.seed(seed)
-    np.random.seed(seed)  # Transforms of other libraries use the global generator.
+    np.random.seed(seed)  # Transforms from other libraries use the global generator.
     torch.manual_seed(seed)
     if deterministic:
         _be_deterministic()

@@ -170,7 +170,7 @@ def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Sequence
 
 
 def inner_wrappers() -> dict[type[nn.Module], str]:
-    """Return the classes of torch that wrap a part of a model, and the attribute of each that holds the wrapped module.
+    """Return the torch classes that wrap a part of a model, and the attribute of each that holds the wrapped module.
 
     Private: ``torch._dynamo.OptimizedModule``, which ``torch.compile(module)`` returns, and the wrapper of activation
     checkpointing. A class is only returned once its module has been imported, since no instances exist before.

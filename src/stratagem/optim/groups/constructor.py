@@ -179,7 +179,7 @@ def group_parameters(
 
 
 def unwrap_data_parallel(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP or DataParallel, or the model itself, which may have an attribute ``module``."""
+    """Return the module inside DDP or DataParallel; any other model is returned as is, even if it has an attribute ``module``."""
     if isinstance(model, DistributedDataParallel | DataParallel):
         inner: nn.Module = model.module
         return inner

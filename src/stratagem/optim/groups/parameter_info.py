@@ -56,7 +56,8 @@ class _Type(NamedTuple):
 
 def iter_parameters(model: nn.Module) -> list[ParameterInfo]:
     """Return every parameter under each of its names, with a module's direct parameters before its children's parameters."""
-    # Iterative, and with cached module classes, so that models with thousands of tensors take milliseconds.
+    # Iterate instead of recursing, and cache the properties of each module class, so that a model with thousands of tensors
+    # takes only milliseconds.
     infos: list[ParameterInfo] = []
     stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]
     types: dict[type[nn.Module], _Type] = {}

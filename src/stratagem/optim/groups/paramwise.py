@@ -23,7 +23,7 @@ class LayerDecay:
     r"""Layer-wise learning rate decay: smaller learning rates for layers closer to the input (arXiv:1801.06146).
 
     Attributes:
-        rate: the factor between the learning rates of a layer and the next one.
+        rate: the ratio of a layer's learning rate to that of the next layer.
         layers: a regular expression whose first group is the index of a layer, such as ``r"blocks\.(\d+)\."``.
         first: regular expressions for parameters before layer 0, such as ``"patch_embed"``. All other parameters are treated as
             if they came after the last layer, and keep the full learning rate.
@@ -54,9 +54,9 @@ class ParamwiseRules:
     """The rules in ``paramwise_cfg``.
 
     Attributes:
-        custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers,
-            other options are set. The longest matching key is used. For parameters that match a key, all other rules
-            except ``layer_decay`` are ignored.
+        custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers, all
+            other options replace the optimizer's values. The longest matching key is used. For parameters that match a key,
+            all other rules except ``layer_decay`` are ignored.
         match: how keys are matched with names: as substrings, as whole components, or as regular expressions.
         bias_lr_mult: the learning rate multiplier for biases, except in normalization layers and deformable convolutions.
         bias_decay_mult: the weight decay multiplier for biases, except in normalization layers with ``norm_decay_mult`` and
@@ -67,7 +67,7 @@ class ParamwiseRules:
         flat_decay_mult: the weight decay multiplier for all other parameters with one dimension.
         bypass_duplicate: for a shared parameter whose names have different options, use the options of its first name.
         layer_decay: layer-wise learning rate decay, multiplied with the other rules.
-        freeze: regular expressions for parameters that are not trainable.
+        freeze: regular expressions for the names of parameters to freeze (``requires_grad=False``).
     """
 
     custom_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

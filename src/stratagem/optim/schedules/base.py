@@ -28,10 +28,10 @@ _UNITS: Final = ("epoch", "iter", "step")
 class ParamScheduler(ABC):
     """Change one option of all parameter groups during a run. Subclasses implement ``transform``.
 
-    The scheduler is active in the range ``[begin, end)`` of positions. Before ``begin``, nothing changes; from ``end``
-    on, the last transformation stays in effect. Schedulers for the same option of an optimizer form a chain. Each
-    transforms the result of the previous schedulers in the chain, and the first one transforms the group's initial
-    value.
+    A position is an epoch, an iteration or an optimizer update, depending on ``by_epoch`` and ``by``. The scheduler is
+    active in the range ``[begin, end)`` of positions. Before ``begin``, nothing changes; from ``end`` on, the last
+    transformation stays in effect. Schedulers for the same option of an optimizer form a chain. Each transforms the result
+    of the previous schedulers in the chain, and the first one transforms the group's initial value.
 
     Args:
         optimizer: the optimizer or its wrapper.
@@ -115,7 +115,7 @@ class ParamScheduler(ABC):
         Args:
             value: the result of the previous schedulers in the chain.
             initial: the initial value of the group.
-            ratio: ``initial`` relative to the optimizer's own value, for example ``lr_mult`` of the group: 0 if it is frozen.
+            ratio: ``initial`` relative to the optimizer's own value, such as the group's ``lr_mult``; 0 for a frozen group.
             number: the index of the group.
         """
         del ratio, number
@@ -174,7 +174,7 @@ class ParamScheduler(ABC):
         self._chain.apply()
 
     def _restore_settings(self, description: Mapping[str, Any]) -> None:
-        """Restore the settings of a saved scheduler. Subclasses extend it."""
+        """Restore the settings of a saved scheduler. Subclasses extend this method."""
         for name in ("type", "param_name"):
             own = self.describe()[name]
             if description[name] != own:
@@ -232,7 +232,7 @@ class ParamScheduler(ABC):
                 logger.info("%s: %s %d, %s", type(self).__name__, self.unit, position, self.get_last_value())
 
     def _update_shape(self) -> bool:
-        """Update the value that all groups share for the new position; return whether it changed."""
+        """Compute the part of the value that all groups share at the new position; return whether it changed."""
         return True
 
     def __repr__(self) -> str:
@@ -243,7 +243,7 @@ class ParamScheduler(ABC):
 
 
 def flatten_description(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description without nesting, and with tuples instead of lists, for comparison."""
+    """Return a flattened copy of a description with tuples instead of lists, so that two descriptions can be compared."""
     values: dict[str, Any] = {}
     for name, value in description.items():
         values |= flatten_description(value) if isinstance(value, Mapping) else {name: value}

@@ -20,8 +20,9 @@ __all__ = ["BoundScheduler", "CurveScheduler"]
 class BoundScheduler(ParamScheduler, ABC):
     """A scheduler that accepts the fields of a dataclass and the arguments of ``ParamScheduler``.
 
-    Subclasses specify the dataclass as ``settings``, and ``key`` if the option is fixed instead of ``param_name``. The
-    signature is generated from them, so that help, configuration checks and errors know every argument.
+    Subclasses pass the dataclass as ``settings`` and, if they only schedule one option, its name as ``key`` (they then have
+    no argument ``param_name``). The signature is generated from both, so that help, configuration checks and error messages
+    know every argument.
     """
 
     settings_type: ClassVar[type[Any]]

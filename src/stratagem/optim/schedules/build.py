@@ -182,7 +182,7 @@ def _torch_scheduler(found: type[LRScheduler]) -> ConfigTypeError:
     own = (
         f"type={name!r}, without torch's module path" if name in PARAM_SCHEDULERS else "a scheduler of stratagem.optim"
     )
-    renamed = " (its eta_max is torch's max_lr)" if name == "OneCycleLR" else ""
+    renamed = " (its eta_max corresponds to torch's max_lr)" if name == "OneCycleLR" else ""
     return ConfigTypeError(
         f"param_scheduler: torch's {name} is not supported, because it overwrites the values of other schedules and the ratios "
         f"of parameter groups. Use {own}{renamed}."

@@ -48,9 +48,9 @@ class Chain:
         groups = optimizer.param_groups
         self.initial_key = f"initial_{key}"
         self.links: list[Link] = []
-        # The optimizer's own value, relative to which settings such as eta_max apply to each group.
+        # The optimizer's own value. A setting such as eta_max is multiplied by the ratio of each group's value to it.
         self._reference = 0.0
-        # The first group that has a value, and its ratio; they determine the reference of loaded values.
+        # The index of a group with a nonzero value, and its ratio; together they determine the reference value after loading.
         self._anchor: tuple[int, float] | None = None
         # Loading a state replaces the optimizer's list of groups, so keep a reference to the optimizer.
         self._optimizer = optimizer

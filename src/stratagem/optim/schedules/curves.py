@@ -35,7 +35,7 @@ class Curve(ABC):
     """Base class of curves; the fields of a curve are its configuration options.
 
     Attributes:
-        counted: the fields that are numbers of positions, which are multiplied when epochs are converted to iterations.
+        counted: the fields that count positions; they are multiplied by the epoch length when epochs are converted to iterations.
         per_group: the fields that are values of the option. A number is multiplied by the ratio of each group, so that groups
             keep their ratios; a list contains the value of each group.
     """
@@ -267,14 +267,14 @@ class Poly(Curve):
 @final
 @dataclass(frozen=True)
 class OneCycle(Curve):
-    """Increase to ``eta_max`` and decrease again (1cycle policy, arXiv:1708.07120).
+    """Increase the value to ``eta_max`` and decrease it again (1cycle policy, arXiv:1708.07120).
 
-    The optimizer's own value does not matter, only the ratio of each group to it: a group with ``lr_mult=0.1`` increases to
-    ``0.1 * eta_max``. If ``eta_max`` is a list, it contains the maximum of each group.
+    The optimizer's own value has no effect; only the ratio of each group's value to it matters: a group with
+    ``lr_mult=0.1`` increases to ``0.1 * eta_max``. If ``eta_max`` is a list, it contains the maximum of each group.
 
-    It starts at ``eta_max / div_factor`` and ends at that value divided by ``final_div_factor``. ``pct_start`` is the
-    fraction of the range in which it increases. With ``three_phase``, it returns to the start value over an equal fraction of
-    the range, and decreases to the end value over the remainder.
+    The value starts at ``eta_max / div_factor`` and ends at its start value divided by ``final_div_factor``. ``pct_start``
+    is the fraction of the range in which it increases. With ``three_phase``, it returns to the start value over an equal
+    fraction of the range, and decreases to the end value over the remainder.
     """
 
     eta_max: PerGroup
@@ -299,7 +299,7 @@ class OneCycle(Curve):
 
     def at(self, position: int, span: int) -> float:
         total = span if self.total_steps is None else self.total_steps
-        # With a list, the shape is a fraction of the maximum.
+        # If eta_max is a list, the shape is a fraction of each group's maximum.
         highest = self.eta_max if isinstance(self.eta_max, int | float) else 1.0
         first = highest / self.div_factor
         last = first / self.final_div_factor
@@ -334,7 +334,7 @@ class OneCycle(Curve):
 class WarmupStableDecay(TowardsFloor):
     """Linear warm-up, a constant phase, and a decay to the minimum at the last position (arXiv:2404.06395).
 
-    ``decay`` and ``warmup`` are numbers of positions. ``shape`` is the shape of the decay: ``"sqrt"`` is
+    ``warmup`` and ``decay`` are the lengths of these phases in positions. ``shape`` is the shape of the decay: ``"sqrt"`` is
     ``1 - sqrt(progress)`` (arXiv:2405.18392).
     """
 

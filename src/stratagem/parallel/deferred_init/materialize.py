@@ -32,7 +32,7 @@ class InitialWeights:
     single process. No process ever holds the whole model, except with ``"whole"``.
 
     Args:
-        world: this process.
+        world: the ranks and the device of this process.
         source: the ranks that compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every
             rank computes all values and keeps its shard, without communication. ``"whole"``: every process builds the
             whole model directly, and rank 0 broadcasts its values; for models whose constructors read tensor values.
@@ -67,7 +67,7 @@ class InitialWeights:
             ) from error
 
     def initialize(self, model: nn.Module, init: Callable[[nn.Module], object]) -> None:
-        """Initialize a model with ``init``, after calling ``reset_parameters()`` of modules on the meta device."""
+        """Call ``reset_parameters()`` on modules on the meta device that are not initialized yet, and then ``init(model)``."""
         if not any(tensor.is_meta for tensor in model.parameters()):
             init(model)
             return
@@ -85,7 +85,7 @@ class InitialWeights:
         Returns a mapping from names to meta tensors, to pass to :meth:`materialize_into`.
         """
         self._detached = move_to_meta(model)
-        # Use detached copies, because memory may be allocated for the tensors in place.
+        # Return detached tensors, because memory may later be allocated for the model's own tensors in place.
         return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
     def materialize_into(self, model: nn.Module, metas: Mapping[str, Tensor], *, parameters: bool = True) -> None:

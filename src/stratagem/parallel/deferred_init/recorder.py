@@ -1,12 +1,12 @@
-"""Record the operations that initialize a model on the meta device, and replay them later in memory.
+"""Record the operations that initialize a model on the meta device, and replay them later on tensors with values.
 
 A model that is built on the meta device has shapes but no values. An :class:`OpRecorder` records every operation that
-would have written a value, in order. Replayed in memory, from the same state of the random generators, the operations
+would have written a value, in order. When the operations are replayed from the same state of the random generators, they
 produce the same values, bit for bit. A tensor is yielded and freed as soon as no later operation reads or changes it, so
 that only the tensors in progress need memory.
 
-This follows "deferred initialization" in torchdistx (2022), with one difference: only the operations that the requested
-tensors depend on are replayed, and all operations that draw random numbers, so that the generators end in the same state.
+This follows "deferred initialization" in torchdistx (2022), with one difference: a replay is limited to the operations that
+the requested tensors depend on and to those that draw random numbers, so that the generators end in the same state.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RecordedOp:
 
 @final
 class OpRecorder:
-    """Records operations on meta tensors in order, and replays them in memory; see the module's documentation."""
+    """Records operations on meta tensors in order, and replays them on tensors with values; see the module docstring."""
 
     def __init__(self) -> None:
         self._ops: list[RecordedOp] = []

@@ -20,7 +20,7 @@ __all__ = ["checkpoint_activations"]
 
 _KEYS: Final = ("policy", "save_ops", "preserve_rng_state")
 _WHAT: Final = "activation_checkpointing"
-# Operators that are expensive to recompute relative to the memory of their results.
+# Operators that are expensive to recompute, compared to the memory that their results occupy.
 _COSTLY: Final = (
     "mm",
     "bmm",

@@ -24,8 +24,8 @@ class Layout:
 
     Attributes:
         replicate: the number of replicas of the model, each of which is sharded.
-        shard: the number of ranks that the parameters of a replica are sharded across. Each processes different samples.
-        tp: the tensor-parallel size: the number of ranks that a layer is sharded across. They process the same samples.
+        shard: the number of ranks that the parameters of a replica are sharded across. These ranks process different samples.
+        tp: the tensor-parallel size: the number of ranks that a layer is sharded across. These ranks process the same samples.
     """
 
     replicate: int

@@ -57,7 +57,7 @@ class FSDPPlacement(Placement):
     Args:
         logger: the logger for the names of wrapped modules.
         options: the options of FSDP.
-        world: this process.
+        world: the ranks and the device of this process.
         diff_rank_rng: whether ranks draw different random numbers in training.
         full_state: whether checkpoints are gathered and written by rank 0.
 
@@ -320,8 +320,8 @@ class FSDPPlacement(Placement):
                 ) from error
             finally:
                 if not is_training:
-                    # Without a backward pass, gathered parameters are not freed, and later changes of the shards, such as
-                    # averaged weights, would have no effect.
+                    # Without a backward pass, torch does not free the gathered parameters. Later changes to the shards,
+                    # such as averaged weights, would then have no effect.
                     for module in _sharded_modules(model):
                         module.reshard()
 
@@ -414,7 +414,7 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 @contextmanager
 def _swapping_parameters() -> Iterator[None]:
-    """Preserve the identity of parameters when they are moved off the meta device, so that tied parameters stay tied."""
+    """Keep the same parameter objects when parameters are moved off the meta device, so that tied parameters stay tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -71,7 +71,7 @@ def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
     return {"data_preprocessor": data_preprocessor, **model}
 
 
-def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the contract's name
+def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the public name
     """Compile a method of ``model`` in place if ``compile`` enables it. Return whether it was compiled.
 
     Args:
@@ -156,7 +156,7 @@ def _wrapper(built: Any) -> AnyOptim:
 
 
 def is_scheduled(wrapper: BaseOptimWrapper) -> bool:
-    """Return whether a learning-rate schedule was built for this optimizer, since schedules store the initial value."""
+    """Return whether a learning-rate schedule, which stores the initial learning rates, was already built for this optimizer."""
     return any("initial_lr" in group for group in wrapper.param_groups)
 
 

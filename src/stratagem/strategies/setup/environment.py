@@ -48,7 +48,7 @@ class Environment:
 
     Attributes:
         world: the rank, device and seed of this process.
-        randomness: the settings of randomness, with the seed that is used.
+        randomness: the randomness settings, including the seed in use.
         notices: messages for the log.
         seed_given: whether the seed was configured rather than drawn.
     """
@@ -146,7 +146,9 @@ def _keep_determinism(undo: ExitStack) -> None:
 def _raise_open_files(limit: int, undo: ExitStack) -> None:
     """Raise the soft limit on open files, because data workers and many shards need more than the usual 1,024."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise ConfigValueError(f"env_kwargs: resource_limit must be a number of open files, got {limit!r}.")
+        raise ConfigValueError(
+            f"env_kwargs: resource_limit must be the maximum number of open files, an integer >= 0, got {limit!r}."
+        )
     if not _HAS_RESOURCE:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -46,9 +46,9 @@ def restore_accumulation_state(
 ) -> None:
     """Restore the incomplete windows that :func:`gather_accumulation_state` saved, with the gradients of this rank.
 
-    If the number of ranks has changed, the gradients are divided among the ranks so that synchronization yields the
-    same result. An optimizer starts a new window without these gradients if the length of its windows has changed, or
-    if float16 overflowed in the window and it now trains without a loss scale.
+    If the number of ranks has changed, the gradients are redistributed so that synchronization yields the same result. An
+    optimizer starts a new window without these gradients if the length of its windows has changed, or if float16 overflowed
+    in the window and it now trains without a loss scale.
 
     Args:
         optim: the optimizer wrapper, or an ``OptimWrapperDict`` for several optimizers.
@@ -56,7 +56,7 @@ def restore_accumulation_state(
         optim_state: the optimizer part of the same checkpoint. It contains the loss scale with which the gradients were
             computed; if the current scale differs, they are multiplied by the ratio.
         model: the unwrapped model.
-        world: this process in the run.
+        world: the rank of this process and the number of ranks.
     """
     parameters = named_parameters(model)
     window = _with_known_names(window, parameters)
@@ -94,13 +94,13 @@ def restore_accumulation_state(
         if rescaled[parameter] != 1.0:
             # At least float32, because the ratio of two scales may exceed the range of float16.
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * rescaled[parameter]
-        # A copy with the dtype and strides that a backward pass would produce.
+        # Make a copy with the dtype and strides that a backward pass would produce.
         gradient = torch.empty_like(parameter).detach().copy_(gradient)
         parameter.grad = gradient.to_sparse(1) if name in own["sparse"] else gradient
 
 
 def _with_known_names(window: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Replace names that contain wrappers inside the model, which earlier versions saved."""
+    """Replace parameter names that include wrappers inside the model, as saved by earlier versions."""
 
     def renamed(names: Sequence[str]) -> list[str]:
         return list(with_known_names(dict.fromkeys(names), known))

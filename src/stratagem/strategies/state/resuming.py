@@ -53,7 +53,7 @@ class Resuming:
 
     def resume(self, strategy: Resumable, filename: str | os.PathLike[str]) -> StateTree:
         """Resume; with ``resume_param_scheduler=False``, keep the configured schedules and options. Collective."""
-        # Omit it if empty, since custom strategies may not accept the argument.
+        # Omit an empty new_parameters, since custom strategies may not accept this argument.
         new: dict[str, Any] = {"new_parameters": self.new_parameters} if self.new_parameters else {}
         if not self.resume_optimizer:
             new["resume_optimizer"] = False

@@ -56,10 +56,10 @@ class Buffer:
 
 
 def require_buffer_source(source: Any) -> BufferSource:
-    """Return the source.
+    """Check ``source``, the value of the strategy option ``buffers``, and return it.
 
     Raises:
-        ConfigValueError: if it is unknown.
+        ConfigValueError: if the value is unknown.
     """
     if source not in BUFFER_SOURCES:
         raise ConfigValueError(f"Unknown buffers={source!r}. {did_you_mean(str(source), BUFFER_SOURCES)}")
@@ -69,7 +69,7 @@ def require_buffer_source(source: Any) -> BufferSource:
 def iter_buffers(model: nn.Module) -> Iterator[Buffer]:
     """Yield the buffers of all modules; a shared module is visited once.
 
-    The state dict is not used, because tensor-parallel layers of engines would gather their parameters for it.
+    The state dict is not used, because building it would gather the parameters of an engine's tensor-parallel layers.
     """
     canonical = canonical_names(model)
     for prefix, module in model.named_modules():
@@ -85,7 +85,7 @@ class SyncedBuffers:
     only a digest is compared.
 
     Args:
-        world: this process in the run.
+        world: the rank of this process and the number of ranks.
         logger: the logger for the names of buffers that differ between ranks, which are logged once.
         source: ``"rank0"`` uses the buffers of rank 0. ``"mean"`` averages the running means and variances of torch's
             BatchNorm classes over the ranks, and uses the other buffers of rank 0.
@@ -108,7 +108,7 @@ class SyncedBuffers:
     def local_values(self, model: nn.Module, group: ProcessGroup | None) -> dict[str, Tensor]:
         """Return this rank's values of the persistent buffers that differ between ranks. Collective.
 
-        These are the values with which training continues, also during an evaluation. They are not copied.
+        Even during an evaluation, these are the values with which training continues. They are not copied.
 
         Args:
             model: the unwrapped model.
@@ -126,7 +126,7 @@ class SyncedBuffers:
     def applied(self, model: nn.Module, group: ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
         """Use the synchronized buffers inside the ``with`` block; yield the replaced buffers.
 
-        Collective, except the end of the block.
+        Entering the block is collective; leaving it is not.
 
         Args:
             model: the unwrapped model.
@@ -156,7 +156,7 @@ class SyncedBuffers:
             with torch.no_grad():
                 for each, own in replaced:
                     to_local(each.tensor).copy_(to_local(own))
-                    # The evaluation may have registered another tensor.
+                    # The evaluation may have registered another tensor under this name.
                     each.owner._buffers[each.key] = each.tensor
 
     def copies(
@@ -253,7 +253,7 @@ def _from_first(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> di
         broadcast(sent, 0, group)
         sizes = [each.numel() * each.element_size() for each in some.values()]
         for (name, each), part in zip(some.items(), sent.split(sizes), strict=True):
-            # A copy, because the bytes of a tensor must be aligned with its elements.
+            # Copy the bytes, because they must be aligned with the elements of the tensor.
             values[name] = part.clone().view(each.dtype).view(each.shape)
     return values
 

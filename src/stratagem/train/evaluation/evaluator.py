@@ -166,7 +166,7 @@ def _build(metric: Any) -> Any:
     built = METRICS.build(metric) if isinstance(metric, Mapping) else metric
     if not isinstance(built, BaseMetric) and not all(callable(getattr(built, method, None)) for method in _METHODS):
         raise ConfigTypeError(
-            f"Expected a metric of torchmetrics, a subclass of BaseMetric, or a mapping with a type, got {metric!r}."
+            f"Expected a torchmetrics metric, a subclass of BaseMetric, or a mapping with a type, got {metric!r}."
         )
     return built
 

@@ -39,7 +39,7 @@ class EMAHook(Hook):
     Args:
         ema_type: ``"ExponentialMovingAverage"``, ``"MomentumAnnealingEMA"`` or ``"StochasticWeightAverage"``, or a
             mapping with the name as ``type`` and its arguments.
-        momentum: the weight of the current weights in the average; by default, the value of ``ema_type``.
+        momentum: the share of the current weights in the average; by default, the default of the class in ``ema_type``.
         gamma: an argument of ``MomentumAnnealingEMA``.
         interval: update the average every ``interval`` steps (or epochs).
         device: the device of the average; by default, the device of each weight.
@@ -226,7 +226,7 @@ class EMAHook(Hook):
             average.steps, self._updates = 0, int(saved["updates"])
             return
         if saved["steps"]:
-            # Earlier versions saved names with the wrappers inside the model.
+            # In checkpoints of earlier versions, the names include wrappers inside the model.
             averages = with_known_names(saved["averages"], self.average.averages)
             if not self._strict_load:
                 # Weights missing from the saved average are new to the model; their average starts at their current values.
@@ -270,7 +270,7 @@ class EMAHook(Hook):
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return a mapping from the further names of tied parameters to the names under which they are averaged."""
+    """Return a mapping from the additional names of tied parameters to the names under which they are averaged."""
     canonical = canonical_names(model)
     names = {id(each): canonical(name) for name, each in model.named_parameters()}
     everywhere = {canonical(name): id(each) for name, each in model.named_parameters(remove_duplicate=False)}

@@ -35,8 +35,8 @@ def infer_rule(
 
     Args:
         metric: the name of the metric.
-        greater_keys: names, or parts of names, of metrics whose greater values are better.
-        less_keys: names, or parts of names, of metrics whose smaller values are better.
+        greater_keys: names, or parts of names, of metrics for which greater values are better.
+        less_keys: names, or parts of names, of metrics for which smaller values are better.
         owner: the class that error messages mention.
 
     Raises:

@@ -52,9 +52,9 @@ class CheckpointHook(Hook):
             validation returns.
         rule: whether ``"greater"`` or ``"less"`` values are better, for all metrics or for each one; by default inferred
             from their names.
-        greater_keys: names, or parts of names, of metrics whose greater values are better; by default
+        greater_keys: names, or parts of names, of metrics for which greater values are better; by default
             :data:`~stratagem.train.hooks.best_scores.GREATER_KEYS`.
-        less_keys: names, or parts of names, of metrics whose smaller values are better; by default
+        less_keys: names, or parts of names, of metrics for which smaller values are better; by default
             :data:`~stratagem.train.hooks.best_scores.LESS_KEYS`.
         filename_tmpl: the name of a checkpoint, with ``{}`` for the number of completed epochs or iterations; by default
             ``epoch_{}`` or ``iter_{}``. A name that ends in ``.pth`` creates single files. Resuming works with any name.
@@ -136,7 +136,7 @@ class CheckpointHook(Hook):
         self._async_save = async_save
         self._timer: DistributedTimer | None = None
         self._training = False
-        # The checkpoints that this session resumed from; protected until it has saved a finite one.
+        # The checkpoints that this session resumed from; they are kept until the session has saved one with finite weights.
         self._resumed_from: set[Path] = set()
 
     def get_triggered_stages(self) -> list[str]:
@@ -169,12 +169,13 @@ class CheckpointHook(Hook):
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder
         if self._out_dir:
             run.work_dir_locks.acquire(self._folder)
-            # Before the first save, so that its checkpoints are found even if the run is killed right after it.
+            # Record the folder before the first save, so that its checkpoints are found even if the run is killed right
+            # after that save.
             RankGroup.of().run_on_rank0(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
-            # It is left over from an aborted run of the loop, for example before a rollback.
+            # This timer is left over from a training loop that was aborted, for example by a rollback.
             self._timer.finish()
         if self._every_minutes is not None:
             self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
@@ -206,7 +207,8 @@ class CheckpointHook(Hook):
         missing = self._best.missing(metrics or {})
         if missing:
             run.logger.warning(
-                "CheckpointHook: the validation after %s %d returned no value for save_best=%s, so it is not among the best.",
+                "CheckpointHook: the validation after %s %d returned no value for save_best=%s and is not considered for the "
+                "best checkpoints.",
                 unit, number, ", ".join(missing),
             )  # fmt: skip
         for retention_tag in best:

@@ -63,7 +63,7 @@ def train_line(
 
 
 def durations(seconds: tuple[float, float] | None) -> dict[str, float]:
-    """Return the measured durations by name: of an iteration, and the time it waited for data."""
+    """Return the duration of an iteration and the time that it waited for data, keyed by name, if they were measured."""
     if seconds is None:
         return {}
     return {"time": seconds[0], **({"data_time": seconds[1]} if seconds[1] else {})}

@@ -35,7 +35,7 @@ _SCALE_SEARCH: Final = 25
 class _GuardedOptimizer:
     """An optimizer whose steps are checked, and its counters at the last check.
 
-    ``ends`` contains, for each step since then, the number of recent iterations up to that step.
+    ``ends`` contains, for each step since the last check, the number of recent iterations up to that step.
     """
 
     name: str
@@ -58,8 +58,8 @@ class NonFiniteHook(Hook):
     the weights are the same as with ``"step"``. Other optimizers have already applied the bad step by then, so recovery
     requires a rollback to a checkpoint.
 
-    Optimizer wrappers that skip bad steps on their own, as float16 training does while it searches for the loss scale, are
-    not stopped until they have skipped 25 steps in a row.
+    If an optimizer wrapper skips bad steps on its own, as in float16 training while the loss scale is adjusted, the run is
+    not stopped until 25 steps in a row have been skipped.
 
     Args:
         policy: ``"stop"`` raises an error with the iteration, the ranks, the losses or gradients, and the samples;

@@ -18,7 +18,7 @@ __all__ = ["ParamSchedulerHook", "check_epoch_schedules"]
 @final
 @dataclass(slots=True)
 class _ScheduledOptimizer:
-    """The schedules of one optimizer that advance with its steps, and its counters at the last advance.
+    """The schedules that advance with the steps of one optimizer, and its step counters when they last advanced.
 
     ``since`` is the number of iterations of the run at the end of the last accumulation window.
     """
@@ -76,7 +76,7 @@ class ParamSchedulerHook(Hook):
         self._on_metrics: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
-        # It cannot be derived from the iteration, because the model decides when an optimizer steps.
+        # Save `since`, which cannot be derived from the iteration, because the model decides when an optimizer steps.
         return {"since": {each.name: each.since for each in self._optimizers}} if self._optimizers else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -125,6 +125,7 @@ def _scheduled_optimizer(
         by_step=tuple(each for each in schedulers if each.unit == "step"),
         attempts=optim.num_steps_attempted,
         updates=optim.num_steps_applied,
-        # If it was not saved, assume complete windows since the beginning of the run.
+        # If the checkpoint does not contain it, assume that all accumulation windows since the beginning of the run were
+        # complete.
         since=since.get(name, done - done % optim.accumulative_counts),
     )

@@ -34,7 +34,7 @@ def save_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
         path = Path(run.work_dir) / f"iter_{run.iter}"
         tag = RetentionTag(group=INTERRUPTED, number=run.iter)
         run.save_checkpoint(path, run.progress.here(), retention_tag=tag)
-        # It may be written in the background; log it only once it is durable.
+        # The checkpoint may be written in the background, so log it only once it is durable.
         run.checkpoint_writer.wait()
         run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
     else:

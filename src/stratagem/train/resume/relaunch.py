@@ -18,7 +18,7 @@ __all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
 # Identifies a process: its ID, its PID namespace and its start time.
 Identity = tuple[int, str, str]
-# In the folder of the checkpoints.
+# The file in the checkpoint folder that records the first start of a launch.
 _RECORD = ".launch.json"
 
 
@@ -30,7 +30,7 @@ class LaunchIdentity:
     Attributes:
         process: this process.
         run_id: the run ID of torchrun; None without torchrun.
-        agents: the processes of torchrun, which outlive the ranks that they start.
+        agents: the torchrun processes, which start the ranks and outlive them.
         job: the SLURM job ID, which a requeued job keeps; None without SLURM.
         restarts: the number of times that SLURM has restarted the job.
     """
@@ -115,7 +115,7 @@ def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: loggin
 
 
 def _version(candidate: CheckpointInfo) -> list[int]:
-    """Return values that change if a checkpoint is replaced by another one of the same name."""
+    """Return values that change if a checkpoint is replaced by another one with the same name."""
     facts = candidate.path.stat()
     return [facts.st_ino, facts.st_mtime_ns]
 

@@ -17,7 +17,7 @@ __all__ = ["RollBackError", "roll_back"]
 class RollBackError(TrainingError):
     """Requests that the run resumes from an earlier checkpoint and skips the data that caused the problem.
 
-    :class:`~stratagem.Runner` handles it; without a runner it is an ordinary error.
+    :class:`~stratagem.Runner` handles this exception; without a runner, it is an ordinary error.
 
     Args:
         message: the reason.

@@ -75,7 +75,8 @@ class ResumeSource:
     def restore(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
         """Load or resume the checkpoint; return the rest of the checkpoint if the run resumes, otherwise None.
 
-        Collective. Evaluation restores neither the optimizer nor the schedules, so training after it resumes again.
+        Collective. Evaluation does not use up a checkpoint to resume, because it restores neither the optimizer nor the
+        schedules: training that follows an evaluation resumes from the same checkpoint.
 
         Args:
             run: the run, whose strategy is prepared.

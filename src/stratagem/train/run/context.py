@@ -33,9 +33,9 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 INTERRUPTED: Final = "interrupted"
 # The part of a checkpoint that contains the states of the hooks.
 _HOOKS: Final = "hooks"
-# The entry of `meta` that marks checkpoints whose states of hooks are stored by key; older ones use the position.
+# The entry in `meta` that marks checkpoints in which hook states are stored by key; older checkpoints number them.
 _HOOKS_BY_KEY: Final = "hooks_by_key"
-# The types that a record contains as they are.
+# Values of these types are recorded as they are; other values are converted to numbers.
 _PLAIN: Final = (float, int, bool, str)
 _NEVER_REMOVED: Final = RetentionTag()
 
@@ -58,7 +58,7 @@ class HookEvents(Protocol):
         """The hooks in order of priority."""
 
     def named(self) -> Mapping[str, StatefulHook]:
-        """Return a mapping from the keys of their states to the hooks that have one."""
+        """Return the hooks that have a state, keyed by the names under which checkpoints store their states."""
 
     def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
         """Return the methods of an event."""

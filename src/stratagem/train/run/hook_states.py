@@ -1,4 +1,4 @@
-"""The keys under which checkpoints contain the states of hooks."""
+"""The keys under which checkpoints store the states of hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StatefulHook(Protocol):
         """Restore the state."""
 
     def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool | None:
-        """Return whether a state is the state of this hook, or None if its content does not show it."""
+        """Return whether this hook saved a state, or None if the content of the state does not show that."""
 
 
 AnyHook = TypeVar("AnyHook", bound=StatefulHook)
@@ -37,8 +37,8 @@ AnyHook = TypeVar("AnyHook", bound=StatefulHook)
 def by_state_key(hooks: Iterable[AnyHook]) -> dict[str, AnyHook]:
     """Return a mapping from keys to the hooks that have a state.
 
-    A key is the name of the class, followed by a dot and ``state_key`` if the hook has one. It does not depend on the other
-    hooks and their order.
+    A key is the name of the class, followed by a dot and ``state_key`` if the hook has one. The key does not depend on
+    other hooks or on their order.
 
     Raises:
         ConfigValueError: if two hooks have the same key.

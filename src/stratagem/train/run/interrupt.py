@@ -17,7 +17,7 @@ _NOTHING: Final = (0, 0, 0)
 
 @final
 class Interrupt:
-    """Detects requests to stop this run on any rank: the signals SIGINT, SIGTERM or SIGUSR1, and requests of hooks.
+    """Detects requests to stop this run on any rank: the signals SIGINT, SIGTERM or SIGUSR1, and requests by hooks.
 
     Attributes:
         received: the number of the signal that stopped the run, equal on all ranks; None if no signal did.
@@ -32,9 +32,10 @@ class Interrupt:
         self.active = False
         self.passed_on = False
         self._heard: int | None = None
-        # Reduces the signal number, and the request of a hook together with its negative, whose maximum yields the minimum.
+        # Reduces three numbers to their maximum over the ranks: the signal number, whether a hook requests to stop, and the
+        # negative of the latter, which yields its minimum.
         self._async_max = AsyncMaxReduce(3) if distributed else None
-        # A result that this rank has read before the next call, because it requested to stop.
+        # The result of a reduction that this rank waited for because it requested to stop; the next call uses it.
         self._early: tuple[int, ...] | None = None
 
     @contextmanager
@@ -70,8 +71,8 @@ class Interrupt:
     def due(self, stop: bool = False) -> bool:
         """Return whether the ranks have agreed to stop. Collective, but blocks only on ranks with ``stop=True``.
 
-        The ranks agree at the call at which all of them request to stop; otherwise, at the call after the one at which any
-        rank did or had received a signal.
+        The ranks agree at the call at which all of them request to stop; otherwise, they agree one call after a rank has
+        requested to stop or received a signal.
 
         Args:
             stop: whether a hook on this rank requests to stop.
@@ -109,7 +110,7 @@ class Interrupt:
         async_max.start(signals.first or 0, int(stop), -int(stop))
 
     def _stop_if_unanimous(self, numbers: tuple[int, ...]) -> None:
-        """Stop now if all ranks requested it, since all of them read the result now. Otherwise, keep it for the next call."""
+        """Stop now if all ranks requested to stop, since all of them read the result now; otherwise keep it for the next call."""
         if numbers[2] < 0:
             self._apply(numbers)
         else:

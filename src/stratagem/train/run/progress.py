@@ -125,7 +125,7 @@ class StepTimer:
     total_count: int = 0
 
     def pop_means(self) -> tuple[float, float] | None:
-        """Return the mean duration and the mean wait for a batch of an iteration, and reset them; None without iterations."""
+        """Return the mean duration of an iteration and its mean wait for a batch, and reset both; None without iterations."""
         if self.count == 0:
             return None
         means = self.seconds / self.count, self.data_seconds / self.count

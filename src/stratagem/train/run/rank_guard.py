@@ -35,8 +35,8 @@ _GLOO_MESSAGES = (
     "connection reset by peer",
     "socket closed",
 )
-# The times to wait for the cause of a communication error, for the other ranks to know about a failure, and for the main thread
-# to raise an error.
+# The seconds to wait for a rank to report the cause of a communication error, for the other ranks to learn of a failure,
+# and for the main thread to raise an error.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
 _MOST_ENTRIES = 8
 # The beginning of an error that all ranks raise because one of them failed.
@@ -156,7 +156,8 @@ def _is_communication_error(error: BaseException) -> bool:
 
 
 def _comes_from_torch(error: BaseException) -> bool:
-    # Gloo errors are plain RuntimeErrors that mention its source files or are known; a timeout of a data worker does neither.
+    # Gloo errors are plain RuntimeErrors that mention Gloo's source files or contain a known message, unlike the timeout of
+    # a data worker.
     if isinstance(error, torch_dist.DistError):
         return True
     text = str(error).lower()

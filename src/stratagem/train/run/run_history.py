@@ -17,7 +17,7 @@ from stratagem.utils import mask_text
 
 __all__ = ["RECORD", "Outcome", "RunHistory", "Session", "read_record"]
 
-# The file in the folder of each session.
+# The name of the record file in the folder of each session.
 RECORD = "start.json"
 _KEY = "lineage"
 
@@ -78,7 +78,7 @@ class Outcome:
 
 @final
 class RunHistory:
-    """The sessions of a run from the first to the current one. Checkpoints contain it."""
+    """The sessions of a run, from the first to the current one; every checkpoint contains this history."""
 
     def __init__(self, sessions: Sequence[Session] = ()) -> None:
         self.sessions = tuple(sessions)

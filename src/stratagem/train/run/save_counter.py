@@ -42,7 +42,7 @@ class SaveCounter:
         self._searched: set[str] = set()
         # The saves that this process numbered, by session.
         self._own: dict[int, range] = {}
-        # The checkpoint that was restored last, and the number of saves of this process before that.
+        # The checkpoint that was restored last, and the number of saves that this process had made before.
         self._base: Path | None = None
         self._saved_before = 0
 
@@ -105,5 +105,5 @@ class SaveCounter:
         return max(self._session, self._before + 1, SaveOrder.next_session(others))
 
     def _is_own(self, order: SaveOrder | None, after: int = 0) -> bool:
-        """Return whether this process numbered a save, with a number above ``after``."""
+        """Return whether this process assigned this number to a save, and the number is above ``after``."""
         return order is not None and order.save > after and order.save in self._own.get(order.session, ())

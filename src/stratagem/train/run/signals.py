@@ -58,7 +58,7 @@ class SignalListener:
         self.first = self.second = None
         self._stop = threading.Event()
         source, sink = os.pipe()
-        if hasattr(os, "set_blocking"):  # Windows does not need it, and has it since Python 3.12
+        if hasattr(os, "set_blocking"):  # Windows does not need this; Python 3.12 added the function there
             os.set_blocking(sink, False)
         taken = [number for number in SIGNALS if number in _STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL]
         thread = threading.Thread(target=self._hear, args=(source,), name="stratagem-signals", daemon=True)

@@ -17,8 +17,9 @@ UnevenData = Literal["error", "shortest"]
 _POLICIES = ("error", "shortest")
 _END = object()
 _ADVICE = (
-    "All ranks run each iteration together. Give every rank the same number of batches, do not divide the data yourself, or set "
-    "uneven_data='shortest' in train_cfg to end the epoch on all ranks when the first rank runs out of data."
+    "All ranks run each iteration together. Give every rank the same number of batches, let the dataloader split the data "
+    "among the ranks, or set uneven_data='shortest' in train_cfg to end the epoch on all ranks when the first rank runs out "
+    "of data."
 )
 
 
@@ -29,7 +30,7 @@ class TrainBatches:
     The built-in samplers have the same number of batches on every rank. For other data, the ranks check before each iteration
     whether all of them have a batch. Otherwise a rank would wait for the others in the backward pass until the timeout.
 
-    Creating it is collective. Creating it and iterating over an epoch are collective if :attr:`checks` is True.
+    Creating an instance is collective. Iterating over an epoch is collective if :attr:`checks` is True.
 
     Args:
         run: the run, for its log.

@@ -33,7 +33,7 @@ _EXPIRY_INTERVALS = 3.5
 # How long to wait for data workers and other child processes that outlive the process that held the lock.
 _ORPHANS_S = 15.0
 _POLL_S = 0.1
-# A record of an owner is far smaller.
+# The maximum number of bytes to read from a lock file; the record of an owner is far smaller.
 _MOST_BYTES = 65536
 
 
@@ -78,11 +78,11 @@ class WorkDirLocks:
 def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = _HEARTBEAT_S) -> Iterator[None]:
     """Hold the lock of a directory for the duration of the context.
 
-    The lock is a file that names its owner; it is also locked with ``flock`` if the system supports that. If the owner
-    was a process of this machine that has exited, the lock is taken over and a warning is logged. The owner updates the
-    modification time of the file every ``heartbeat_s`` seconds, because processes of other machines cannot be inspected:
-    such an owner is considered dead if the modification time does not change for 3.5 intervals. Without ``flock``, two runs
-    that start at the same moment may both acquire the lock.
+    The lock is a file that names its owner; it is also locked with ``flock`` if the system supports that. If the owner was
+    a process on this machine that has exited, the lock is taken over and a warning is logged. The owner updates the
+    modification time of the file every ``heartbeat_s`` seconds, because processes on other machines cannot be inspected: an
+    owner on another machine is considered dead if the modification time does not change for 3.5 intervals. Without
+    ``flock``, two runs that start at the same moment may both acquire the lock.
 
     Raises:
         WorkDirError: if another process holds the lock, or the file cannot be written.
@@ -112,7 +112,8 @@ def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
             if _is_same_file(descriptor, file):
                 if not _HAS_FCNTL:  # Windows cannot remove an open file
                     closing.close()
-                # Remove it while it is locked: a process that has opened it detects that it is gone and creates a new one.
+                # Remove the file while it is locked: a process that has opened it detects that the file is gone and creates
+                # a new one.
                 operations.remove_file(file)
         except OSError as error:
             # Do not hide an error of the block. The leftover file is harmless once this process has exited.
@@ -165,7 +166,7 @@ def _cannot_open(file: Path, error: OSError) -> WorkDirError:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock the file with ``flock``; return True as well if the platform or the file system does not support locks."""
+    """Lock the file with ``flock``; also return True if the platform or the file system does not support locks."""
     if not _HAS_FCNTL:
         return True
     try:

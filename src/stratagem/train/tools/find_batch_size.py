@@ -24,7 +24,7 @@ __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
 _CPU_LIMIT = 1024
 _WARM_UP = 2
 _ROUNDS = 3
-# The fraction of the highest throughput that is considered good.
+# A batch size is good if it reaches this fraction of the highest throughput.
 _GOOD = 0.9
 
 
@@ -141,7 +141,9 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 def _available(dataloader: EpochLoader, limit: int | None) -> int:
     """Return the maximum batch size."""
     if dataloader.batch_size is None:
-        raise ConfigValueError("The dataloader has no batch size, so it cannot be searched for.")
+        raise ConfigValueError(
+            "The dataloader has no batch size that the search could change. Configure it with a batch_size."
+        )
     try:
         length = len(dataloader.dataset)
     except TypeError:

@@ -70,7 +70,7 @@ def find_learning_rate(
 ) -> LearningRateSweep:
     """Train for some steps with an exponentially increasing learning rate, and return the losses. Collective.
 
-    The range test of Smith 2015, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186), section 3.3,
+    This is the range test of Smith 2015, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186), section 3.3,
     with an exponential sweep. It stops early if the smoothed loss exceeds both the initial loss and ``divergence`` times
     the minimum, or if a loss is NaN or Inf. Parameter groups keep their ratios to the ``lr`` of the optimizer, which is
     swept. Weights, optimizer and random states are restored afterwards.

@@ -187,7 +187,8 @@ def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_leng
 def _edges(scheduler: ParamScheduler, epoch_length: int) -> Iterator[int]:
     unit = {"epoch": epoch_length, "iter": 1}.get(scheduler.unit)
     if unit is None:
-        # The unit is optimizer steps. A schedule that was passed as an object may refer to a plain torch optimizer.
+        # The unit is an optimizer step. A schedule that was passed as an object may refer to a plain torch optimizer, which
+        # has no accumulative_counts.
         unit = getattr(scheduler.optimizer, "accumulative_counts", 1)
     for position in (scheduler.begin, scheduler.end - 1, scheduler.end):
         yield from (position * unit - 1, position * unit)
@@ -199,7 +200,7 @@ def _courses(
     shown: Mapping[str, NDArray[np.float64]],
     names: Mapping[int, str],
 ) -> Iterator[Course]:
-    """Yield the courses of each option. Parameter groups that always have equal values share one."""
+    """Yield the courses of each option. Parameter groups whose values are always equal share a course."""
     groups = [
         tuple(names.get(id(each), "an unnamed parameter") for each in group["params"]) for group in wrapper.param_groups
     ]

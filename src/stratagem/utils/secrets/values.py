@@ -104,7 +104,7 @@ def replace_known_secrets(text: str, replacement: Callable[[str], str], known: M
     if not known:
         return text
     pattern, forms = _pattern(tuple(known))
-    # A truncated secret is not one of these forms.
+    # A match that is only a truncated part of a secret is not a key of forms, so its variable is unknown.
     return pattern.sub(lambda match: replacement(known.get(forms.get(match[0], ""), "")), text)
 
 
