@@ -1,15 +1,18 @@
 """Tests of comparing training runs: equal results, the first difference, and its cause."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import stratagem as package
 from stratagem.cli.parity.command import ParityReport, train_variant
 from stratagem.cli.parity.variants import ParitySettings, Variant, variants
 from stratagem.config import Config
+from stratagem.model import BaseModel
 from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepDifference, compare_traces
 
 Command = Callable[..., Any]
@@ -160,3 +163,41 @@ def test_the_number_of_steps_is_limited_by_the_epoch(stratagem: Command, config:
     done = stratagem("parity", config, "--steps", "50", "--nproc", "1", "--eval-layers")
     assert done.status == 0, done.err
     assert "5 steps of 4 samples" in done.out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optim_wrapper.optimizer.lr=0.0",
+        "optim_wrapper.paramwise_cfg={freeze: ['.*']}",
+        "model={_delete_: true, type: FrozenModel}",
+        "model={_delete_: true, type: ZeroGradients}",
+    ],
+)
+def test_a_training_that_does_not_train_is_an_error(stratagem: Command, config: str, change: str):
+    """Without a moving parameter all variants are equal, which must not look like success."""
+    change = change.replace("FrozenModel", f"{__name__}.FrozenModel").replace("ZeroG", f"{__name__}.ZeroG")
+    options = ("--set", change, *(("--set", "optim_wrapper.optimizer.weight_decay=0") if "Zero" in change else ()))
+    done = stratagem("parity", config, *SMALL, *options, "--nproc", "1")
+    assert done.status != 0
+    assert re.search("[Nn]o param", done.err), done.err
+
+
+class ZeroGradients(BaseModel):
+    """A model whose loss does not depend on its parameters' values, but whose buffers change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+
+    def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:
+        outputs = self.norm(self.layer(inputs.float().flatten(1)[:, :2]))
+        return {"loss": 0 * outputs.sum() + 1} if mode == "loss" else outputs
+
+
+class FrozenModel(ZeroGradients):
+    """A model whose parameters are all frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)

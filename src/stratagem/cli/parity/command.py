@@ -25,7 +25,13 @@ from stratagem.distributed import close_dist, infer_launcher, init_dist
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.registry import switch_scope
 from stratagem.runner import Runner
-from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepRecorder, compare_traces
+from stratagem.train.tools.trace_comparison import (
+    BatchDependence,
+    Comparison,
+    StepRecorder,
+    compare_traces,
+    require_movement,
+)
 
 __all__ = ["ParityReport", "parity", "train_variant"]
 
@@ -70,8 +76,13 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
         record: if given, this process only trains the variants with several processes, and records them in this folder.
 
     Raises:
+<<<<<<< HEAD
         ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
         TrainingError: if training in several processes fails.
+=======
+        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
+        TrainingError: if training in several processes fails, or training does not change any parameter.
+>>>>>>> 1a23dd0 (parity fails if no parameter moves, since equal variants of a training that does not train prove nothing)
         typer.Exit: with status 1, if a difference is unexplained.
     """
     config = read_config(options)
@@ -108,7 +119,9 @@ def _compare(options: RunOptions, config: Config, settings: ParitySettings, fold
     for variant in variants_for(config, settings):
         if variant.nproc == 1:
             batch_dependence = train_variant(config, variant, settings, folder)
-            report.batch_dependence = batch_dependence if variant.against is None else report.batch_dependence
+            if variant.against is None:
+                report.batch_dependence = batch_dependence
+                require_movement(folder / variant.key, settings.steps)
         elif not (folder / variant.key).exists():
             _train_in_processes(options, replace(settings, strategies=(variant.strategy,)), folder)
         if variant.against is not None:

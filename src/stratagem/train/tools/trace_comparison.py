@@ -21,7 +21,7 @@ from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
 from stratagem.utils import generator_state
 
-__all__ = ["Comparison", "StepDifference", "StepRecorder", "BatchDependence", "compare_traces"]
+__all__ = ["Comparison", "StepDifference", "StepRecorder", "BatchDependence", "compare_traces", "require_movement"]
 
 _LOSS = "the loss"
 
@@ -100,6 +100,7 @@ class StepRecorder(Hook):
 
     def before_train(self, run: Run) -> None:
         self._steps = _steps(run)
+        _require_trainable(run)
         modules = run.strategy.unwrap_model().modules()
         norms = sum(isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm) for each in modules)
         self.batch_dependence = BatchDependence(uses_rng=False, num_batch_norms=0 if self._eval_layers else norms)
@@ -136,7 +137,12 @@ class StepRecorder(Hook):
     def _write(self, run: Run, loss: float) -> None:
         state = run.strategy.model_state_dict()
         numbers = {name: value for name, value in state.items() if isinstance(value, Tensor | ShardedTensorState)}
-        save_checkpoint({"loss": loss, "state": numbers}, _file(self._folder, self._steps), RankGroup.of())
+        trainable = [
+            name for name, parameter in run.strategy.unwrap_model().named_parameters() if parameter.requires_grad
+        ]
+        rates = {name: sorted(set(values)) for name, values in run.optim_wrapper.get_lr().items()}
+        tree = {"loss": loss, "state": numbers, "trainable": trainable, "rates": rates}
+        save_checkpoint(tree, _file(self._folder, self._steps), RankGroup.of())
 
 
 def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
@@ -152,6 +158,33 @@ def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
         if found is not None and (most is None or found.relative > most.relative):
             most = found
     return Comparison(first, most)
+
+
+def require_movement(folder: Path, steps: int) -> None:
+    """Require that the training of a trace changed a parameter; otherwise a comparison with it shows nothing.
+
+    Raises:
+        TrainingError: if all parameters are the same after step ``steps`` as before the first.
+    """
+    before, after = _read(folder, 0), _read(folder, steps)
+    names = [name for name in after["trainable"] if name in before["state"]]
+    if any(not _equal(before["state"][name], after["state"][name]) for name in names):
+        return
+    rates = ", ".join(f"{name}={', '.join(f'{rate:g}' for rate in values)}" for name, values in after["rates"].items())
+    raise TrainingError(
+        f"No parameter moved in {steps} steps: all {len(names)} trainable parameters have their initial values ({rates}; the "
+        f"last loss is {after['loss']:g}). Every variant of a training that does not train is equal, so nothing was compared. "
+        "Check the learning rate, which parameters are frozen, and whether the loss depends on them."
+    )
+
+
+def _require_trainable(run: Run) -> None:
+    parameters = list(run.strategy.unwrap_model().parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise TrainingError(
+            f"No parameter moved: all {len(parameters)} parameters of the model are frozen (requires_grad=False), so there is "
+            "nothing to compare. Make some of them trainable."
+        )
 
 
 def _compare_step(step: int, one: StateTree, other: StateTree) -> StepDifference | None:
