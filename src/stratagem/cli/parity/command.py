@@ -71,19 +71,19 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
     """Train all variants and print how they compare.
 
     Args:
-        options: the configuration.
-        settings: the settings of the comparison.
-        record: if given, this process only trains the variants with several processes, and records them in this folder.
+            options: the configuration.
+            settings: the settings of the comparison.
+            record: if given, this process only trains the variants with several processes, and records them in this folder.
 
     Raises:
-<<<<<<< HEAD
-        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
-        TrainingError: if training in several processes fails.
-=======
-        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
-        TrainingError: if training in several processes fails, or training does not change any parameter.
->>>>>>> 1a23dd0 (parity fails if no parameter moves, since equal variants of a training that does not train prove nothing)
-        typer.Exit: with status 1, if a difference is unexplained.
+    <<<<<<< HEAD
+            ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
+            TrainingError: if training in several processes fails.
+    =======
+            ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
+            TrainingError: if training in several processes fails, or training does not change any parameter.
+    >>>>>>> 1a23dd0 (parity fails if no parameter moves, since equal variants of a training that does not train prove nothing)
+            typer.Exit: with status 1, if a difference is unexplained.
     """
     config = read_config(options)
     if record is not None:
