@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +110,51 @@ def test_a_scalar_is_one_box() -> None:
     assert boxes_cover([TensorBox((), ())], ())
     assert not boxes_cover([], ())
     assert not boxes_cover([TensorBox((), ()), TensorBox((), ())], ())
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """Return the number of calls that a function makes."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def columns(count: int) -> list[TensorBox]:
+    """Return boxes that all cover the whole first dimension."""
+    return [TensorBox((0, index), (2, 1)) for index in range(count)]
+
+
+def grid(count: int) -> list[TensorBox]:
+    """Return rows of boxes."""
+    return [TensorBox((row, index), (1, 1)) for row in range(2) for index in range(count)]
+
+
+@pytest.mark.parametrize("make", [columns, grid])
+def test_the_time_to_check_a_cover_is_linear(make: Callable[[int], list[TensorBox]]) -> None:
+    """Four times as many boxes need four times as many operations, so that a manifest cannot keep a reader busy."""
+    small, large = make(200), make(800)
+    assert boxes_cover(small, (2, 200))
+    assert boxes_cover(large, (2, 800))
+    few, many = calls_of(lambda: boxes_cover(small, (2, 200))), calls_of(lambda: boxes_cover(large, (2, 800)))
+    assert many < 4.5 * few
+    assert not boxes_cover([*large[:-1], large[0]], (2, 800))
+
+
+def test_a_cover_of_many_dimensions_is_checked() -> None:
+    """Boxes that cut more dimensions than a strategy does are compared in pairs."""
+    shape, boxes, start = (2,) * 12, [], (0,) * 12
+    for dim in range(12):
+        size = (*(1 for _ in range(dim + 1)), *(2 for _ in range(11 - dim)))
+        boxes.append(TensorBox((*start[:dim], 1, *start[dim + 1 :]), size))
+    boxes.append(TensorBox(start, (1,) * 12))
+    assert boxes_cover(boxes, shape)
+    assert not boxes_cover([*boxes[:-1], boxes[-2]], shape)

@@ -216,7 +216,8 @@ def test_a_rejected_value_keeps_the_old_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "kind"),
     [
-        (torch.ones(2, dtype=torch.complex128), "complex128"),
+        (torch.ones(2).to_mkldnn(), "_mkldnn"),
+        (torch.empty(2, dtype=torch.uint1), "uint1"),
         (torch.eye(2).to_sparse(), "sparse_coo"),
         (torch.empty(2, device="meta"), "on the meta device"),
     ],

@@ -94,3 +94,24 @@ def test_the_header_is_padded_json() -> None:
         "__metadata__": {"format": "pt"},
         "a": {"dtype": "I64", "shape": [4], "data_offsets": [0, 32]},
     }
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0.0, 8], [0, 8.0], [-8, 0], [False, 8], [0], [0, 8, 8], "08", None, {"0": 8}, ["0", "8"], [0, 1e400]]
+)
+def test_offsets_that_are_not_integers_are_damage(offsets: object) -> None:
+    """Numbers that are equal to the offsets but of another type, and other values, are reported as damage."""
+    entry = {"x": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}
+    text = json.dumps(entry).encode()
+    header = len(text).to_bytes(8, "little") + text
+    with pytest.raises(CheckpointDamagedError, match="The header of the file cannot be read"):
+        FileLayout.read(header, len(header) + 8)
+
+
+@pytest.mark.parametrize("shape", [[2.0], [True, 2], [-2], 2, None, [None], "2"])
+def test_shapes_that_are_not_integers_are_damage(shape: object) -> None:
+    """The same holds for shapes."""
+    text = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    header = len(text).to_bytes(8, "little") + text
+    with pytest.raises(CheckpointDamagedError, match="The header of the file cannot be read"):
+        FileLayout.read(header, len(header) + 8)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
+from stratagem.checkpoint.remote import download
 from stratagem.checkpoint.remote.download import _SafeRedirects
 from stratagem.checkpoint.remote.sources import cache_folder
 from stratagem.errors import (
@@ -61,6 +62,7 @@ class Site:
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     changed: bytes = b""
     files: dict[str, bytes] = field(default_factory=dict)
+    length: str = ""
 
     def code(self, name: str) -> int:
         """Return 404 for files that a Hub repository could have but this one does not."""
@@ -83,7 +85,7 @@ def server() -> Iterator[Site]:
             self.send_response(code)
             body = site.files.get(name, site.changed or CONTENT) if code == 200 else b"no"
             if name != "/endless.pth":
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", site.length or str(len(body)))
             if code == 302:
                 self.send_header("Location", "/elsewhere.pth")
             self.end_headers()
@@ -107,6 +109,7 @@ def site(server: Site) -> Site:
     server.requests.clear()
     server.changed = b""
     server.files.clear()
+    server.length = ""
     return server
 
 
@@ -236,6 +239,90 @@ def test_redirects_stay_on_https() -> None:
     moved = handler.redirect_request(request, None, 302, "", {}, "https://b.invalid/x")
     assert moved is not None
     assert moved.full_url == "https://b.invalid/x"
+
+
+METADATA = [
+    "169.254.169.254",
+    "2852039166",
+    "0xa9fea9fe",
+    "[fe80::1]",
+    "[::ffff:169.254.169.254]",
+    "metadata.google.internal",
+]
+
+
+@pytest.mark.parametrize("host", ["files.invalid", "10.0.0.1", *METADATA])
+@pytest.mark.parametrize("begin", ["http://127.0.0.1:9/x.pth", "http://files.invalid/x.pth"])
+def test_plain_http_is_not_redirected_to_another_host(host: str, begin: str) -> None:
+    """A redirect follows the rules of the URL itself: plain http only on this machine, or with the full digest."""
+    request = urllib.request.Request(begin)
+    with pytest.raises(CheckpointError, match="the server redirects to .*(over plain http|link-local address)"):
+        _SafeRedirects().redirect_request(request, None, 302, "", {}, f"http://{host}/x.pth")
+    with_digest = _SafeRedirects(DIGEST)
+    if host in METADATA:
+        with pytest.raises(CheckpointError, match="link-local address or a metadata service"):
+            with_digest.redirect_request(request, None, 302, "", {}, f"http://{host}/x.pth")
+    else:
+        assert with_digest.redirect_request(request, None, 302, "", {}, f"http://{host}/x.pth") is not None
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "gopher"])
+@pytest.mark.parametrize("begin", ["http", "https"])
+def test_a_redirect_does_not_change_to_another_protocol(scheme: str, begin: str) -> None:
+    """A redirect from http or https to ftp or a local file raises an error."""
+    request = urllib.request.Request(f"{begin}://127.0.0.1:9/x.pth")
+    with pytest.raises(CheckpointError, match=f"from {begin} to {scheme}"):
+        _SafeRedirects(DIGEST).redirect_request(request, None, 302, "", {}, f"{scheme}://127.0.0.1/x.pth")
+
+
+def test_another_host_does_not_redirect_to_this_machine() -> None:
+    """A server elsewhere cannot make this process request local services."""
+    request = urllib.request.Request("https://files.invalid/x.pth")
+    with pytest.raises(CheckpointError, match="which is this machine"):
+        _SafeRedirects().redirect_request(request, None, 302, "", {}, "https://127.1:8443/x.pth")
+
+
+@pytest.mark.parametrize("host", METADATA)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_metadata_services_are_never_read(host: str, scheme: str) -> None:
+    """Link-local addresses in any notation are rejected, also with a digest."""
+    with pytest.raises(CheckpointError, match="link-local address or a metadata service"):
+        CheckpointLoader.fetch(f"{scheme}://{host}/x.pth#sha256={DIGEST}")
+
+
+def test_a_name_that_leads_to_a_metadata_service_is_not_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address of the connection counts, not only the host in the URL."""
+    monkeypatch.setattr(download, "is_link_local", lambda host: host == "127.0.0.1")
+    address = site.address.replace("127.0.0.1", "localhost")
+    with pytest.raises(CheckpointError, match=r"localhost has the link-local address 127\.0\.0\.1"):
+        CheckpointLoader.fetch(f"{address}/net.pth")
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "webhdfs"])
+def test_protocols_without_encryption_are_rejected(scheme: str) -> None:
+    """Files are neither read from nor written to another host over a protocol without encryption."""
+    with pytest.raises(CheckpointError, match=f"(?i){scheme}:// is not encrypted"):
+        CheckpointLoader.fetch(f"{scheme}://files.invalid/run/x.pth")
+    with pytest.raises(CheckpointError, match=f"(?i){scheme}:// is not encrypted"):
+        save_checkpoint({"state_dict": {}}, f"{scheme}://files.invalid/run/epoch_1")
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1.5", "9" * 30, "²"])
+def test_an_invalid_size_is_an_error_of_the_server(site: Site, length: str) -> None:
+    """A Content-Length that is not a number is reported with the URL."""
+    site.length = length
+    with pytest.raises(CheckpointError, match=r"net\.pth: the server sent the invalid Content-Length"):
+        CheckpointLoader.fetch(f"{site.address}/net.pth")
+
+
+def test_a_url_with_a_long_name_is_downloaded(site: Site, cache: Path) -> None:
+    """The name of the copy is shortened, since file systems allow 255 bytes; copies of different URLs stay separate."""
+    for start in "ab":
+        assert weights(f"{site.address}/{start}{'x' * 400}.pth") == [1, 1]
+    assert len(kept(cache)) == 2
+    with pytest.raises(CheckpointNotFoundError, match="there is no such checkpoint"):
+        CheckpointLoader.fetch("x" * 400)
 
 
 @pytest.mark.parametrize("name", ["net.pth", "endless.pth"])

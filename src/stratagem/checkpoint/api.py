@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from stratagem.checkpoint.directory.directory import DirectoryFormat
+from stratagem.checkpoint.directory.write_plan import spec_of
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.remote.checkpoint_urls import save_remote
 from stratagem.checkpoint.remote.sources import CheckpointLoader
-from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.checkpoint.tree.flatten import StateTree, flatten_state
 from stratagem.checkpoint.tree.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
 from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
@@ -23,7 +25,7 @@ from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 from stratagem.utils.paths import path_fault
 
-__all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpoint", "write_to"]
+__all__ = ["check_storable", "load_checkpoint", "get_model_state", "check_writable", "save_checkpoint", "write_to"]
 
 
 def save_checkpoint(
@@ -75,6 +77,18 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
             f"{mask_text(url)}: cannot save checkpoints to this URL. Use a local path or a URL that fsspec can write "
             "to."
         )
+
+
+def check_storable(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
+    """Check, without writing anything, that the format that ``filename`` selects can store all tensors.
+
+    Raises:
+        CheckpointError: if it cannot; the message names the first tensor that it cannot store.
+    """
+    flat, _ = flatten_state({"state_dict": dict(tensors)})
+    if isinstance(format_for(Path(filename)), DirectoryFormat):
+        for name, tensor in flat.items():
+            spec_of(tensor, name)
 
 
 def _make_parents(path: Path) -> None:

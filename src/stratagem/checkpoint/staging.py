@@ -53,6 +53,10 @@ class Staging:
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copy tensors to the buffer; return the copies, each with its own storage, valid until the next call."""
+        if any(tensor.layout != torch.strided for tensor in tensors):
+            # Sparse tensors consist of several tensors, whose sizes change.
+            dense = iter(self.copy([tensor for tensor in tensors if tensor.layout == torch.strided]))
+            return [next(dense) if tensor.layout == torch.strided else tensor.detach().clone() for tensor in tensors]
         on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)
         shapes = [(tensor.dtype, tensor.shape) for tensor in tensors]
         if shapes != self._shapes or (on_accelerator and not self._memory.is_pinned()):

@@ -16,6 +16,7 @@ from stratagem.storage.files import (
     write_bytes,
     write_fully,
 )
+from stratagem.storage.hosts import is_link_local, is_loopback
 from stratagem.storage.object_store import (
     Published,
     clean_unpublished,
@@ -40,6 +41,8 @@ __all__ = [
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
+    "is_link_local",
+    "is_loopback",
     "is_remote_scheme",
     "list_published",
     "closing_descriptor",

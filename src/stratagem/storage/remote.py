@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import posixpath
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import IO, Any, Self, final
+from typing import IO, Any, Final, Self, final
 
 from stratagem.errors import CheckpointError, MissingDependencyError
+from stratagem.storage.hosts import is_link_local, is_loopback
 from stratagem.utils import import_module, mask_text
 from stratagem.utils.imports import without_working_directory
 
 __all__ = ["RemoteFolder", "is_remote_scheme"]
+
+# Protocols of fsspec whose connections a third party can read and change.
+_WITHOUT_ENCRYPTION: Final = {"dask", "ftp", "http", "jlab", "jupyter", "tftp", "webhdfs"}
 
 
 def is_remote_scheme(scheme: str) -> bool:
@@ -26,6 +31,17 @@ def is_remote_scheme(scheme: str) -> bool:
     except ImportError:
         return True  # The scheme is known, but its package is not installed.
     return True
+
+
+def _require_safe(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    if is_link_local(parts.hostname):
+        raise CheckpointError(f"{mask_text(url)}: a link-local address or a metadata service holds no checkpoints.")
+    if parts.scheme.lower() in _WITHOUT_ENCRYPTION and not is_loopback(parts.hostname):
+        raise CheckpointError(
+            f"{mask_text(url)}: {parts.scheme}:// is not encrypted, so a third party could replace or read the files. Use "
+            "sftp://, https:// or an object store such as s3://."
+        )
 
 
 @final
@@ -63,6 +79,7 @@ class RemoteFolder:
             MissingDependencyError: if fsspec or the package for the scheme is not installed.
             CheckpointError: if fsspec cannot open the URL.
         """
+        _require_safe(url)
         core: Any = import_module("fsspec.core", extra="remote")
         try:
             with without_working_directory():

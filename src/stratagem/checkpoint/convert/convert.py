@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stratagem.checkpoint.api import get_model_state, save_checkpoint
 from stratagem.checkpoint.directory.box_io import create_file, write_boxes
-from stratagem.checkpoint.directory.tensor_layout import FileLayout, TensorSpec
+from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
@@ -27,7 +27,15 @@ from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
 from stratagem.utils import absolute, did_you_mean, mask_text
 
-__all__ = ["TARGETS", "Target", "convert_checkpoint", "default_format", "open_checkpoint", "write_weights"]
+__all__ = [
+    "TARGETS",
+    "Target",
+    "convert_checkpoint",
+    "default_format",
+    "open_checkpoint",
+    "weights_of",
+    "write_weights",
+]
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -76,7 +84,7 @@ def convert_checkpoint(
         )
     with open_checkpoint(source) as tree:
         if chosen in _WEIGHTS_ONLY:
-            weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
+            weights = weights_of(tree, source)
             write_weights(weights if raw else evaluated_weights(tree, weights), path, folder=chosen == "huggingface")
             return [part for part in tree if part != "state_dict"]
         kept = _without_secrets(tree)
@@ -85,6 +93,22 @@ def convert_checkpoint(
         else:
             save_checkpoint(kept, path)
         return []
+
+
+def weights_of(tree: StateTree, source: str | Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint by name, for a safetensors file.
+
+    Raises:
+        CheckpointError: if safetensors cannot store one of them.
+    """
+    state = get_model_state(tree, source)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dtype not in DTYPES:
+            raise CheckpointError(
+                f"state_dict/{name} has dtype {value.dtype}, which safetensors cannot store. Use --to stratagem, pth or dcp."
+            )
+    weights, _ = flatten_tree(state, where="state_dict")
+    return weights
 
 
 def _without_secrets(tree: StateTree) -> StateTree:

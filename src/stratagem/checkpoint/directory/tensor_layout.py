@@ -109,7 +109,7 @@ class FileLayout:
             entries = parse_json(header[8:])
             entries.pop("__metadata__", None)
             specs = {name: _spec(entry) for name, entry in entries.items()}
-            offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+            offsets = {name: _offsets(entry) for name, entry in entries.items()}
             _check_contiguous(specs, offsets, size - len(header))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointDamagedError(f"The header of the file cannot be read: {error}") from error
@@ -124,11 +124,18 @@ class FileLayout:
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:
     shape = tuple(entry["shape"])
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{entry['shape']} is not a shape")
+        raise ValueError(f"{ascii(entry['shape'])[:80]} is not a shape")
     return TensorSpec(_TYPES[entry["dtype"]], shape)
 
 
-def _check_contiguous(specs: Mapping[str, TensorSpec], offsets: Mapping[str, tuple[int, ...]], size: int) -> None:
+def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    if type(begin) is not int or type(end) is not int:
+        raise ValueError(f"{ascii(entry['data_offsets'])[:80]} are not offsets")
+    return begin, end
+
+
+def _check_contiguous(specs: Mapping[str, TensorSpec], offsets: Mapping[str, tuple[int, int]], size: int) -> None:
     """Check that the tensors are contiguous from the header to the end of the file."""
     reached = 0
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):

@@ -16,7 +16,7 @@ from stratagem.distributed.rank_group import RankGroup
 from stratagem.errors import CheckpointError
 from stratagem.tensors.dtensor import is_sharded
 
-__all__ = ["BoxAssignment", "WritePlan", "make_write_plan"]
+__all__ = ["BoxAssignment", "WritePlan", "make_write_plan", "spec_of"]
 
 # A mapping from part to tensor name to the tensor's spec and the boxes that a rank holds.
 _Descriptions = dict[str, dict[str, tuple[TensorSpec, tuple[TensorBox, ...]]]]
@@ -81,7 +81,7 @@ def _describe_tensors(parts: Mapping[str, Mapping[str, StoredTensor]], rank_grou
     """Describe this rank's tensors; unsharded tensors are described by the first rank only."""
     return {
         part: {
-            name: (_spec(tensor, f"{part}/{name}"), _local_boxes(tensor, f"{part}/{name}"))
+            name: (spec_of(tensor, f"{part}/{name}"), _local_boxes(tensor, f"{part}/{name}"))
             for name, tensor in tensors.items()
             if rank_group.is_rank0 or isinstance(tensor, ShardedTensorState) or is_sharded(tensor)
         }
@@ -93,10 +93,15 @@ def _local_boxes(tensor: StoredTensor, name: str) -> tuple[TensorBox, ...]:
     return tuple(tensor.shards) if isinstance(tensor, ShardedTensorState) else (box_of(tensor, name),)
 
 
-def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
+def spec_of(tensor: StoredTensor, name: str) -> TensorSpec:
+    """Return the dtype and the shape of a tensor in a file.
+
+    Raises:
+        CheckpointError: if safetensors cannot store it.
+    """
     if isinstance(tensor, ShardedTensorState):
         for content in tensor.shards.values():
-            _spec(content, name)
+            spec_of(content, name)
         return TensorSpec(tensor.dtype, tuple(tensor.shape))
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "on the meta device" if tensor.is_meta else f"with dtype {tensor.dtype} and layout {tensor.layout}"

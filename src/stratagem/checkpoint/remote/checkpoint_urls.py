@@ -26,6 +26,7 @@ from stratagem.utils import mask_text
 __all__ = ["fetch_remote", "find_latest_remote", "remote_save_orders", "save_remote"]
 
 _CHUNK_BYTES = 4 << 20
+_MOST_NAME_BYTES = 150
 
 
 def save_remote(url: str, write: Callable[[Path], None], rank_group: RankGroup = SINGLE_PROCESS) -> None:
@@ -172,7 +173,8 @@ def _fetch_file(url: str, cache: Path) -> Path:
     if size > limit:
         raise CheckpointError(f"{mask_text(url)} has {size} bytes; at most {limit} bytes are downloaded.")
     version = hashlib.sha256(f"{folder.masked_url}/{name}@{folder.version(name)}".encode()).hexdigest()[:12]
-    copy = cache / f"{version}-{name}"
+    # The end has the suffix; the version in front of the name keeps it unique.
+    copy = cache / f"{version}-{name.encode(errors='replace')[-_MOST_NAME_BYTES:].decode(errors='replace')}"
     if copy.is_file() and copy.stat().st_size == size:
         return copy
     cache.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
-import ipaddress
 import os
 import re
 import urllib.error
@@ -22,7 +21,7 @@ from typing import Any, Self, final
 
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ConfigValueError
-from stratagem.storage import atomic_file, write_atomic
+from stratagem.storage import atomic_file, is_link_local, is_loopback, write_atomic
 from stratagem.utils import mask_text
 
 __all__ = ["download_limit_bytes", "fetch_http"]
@@ -32,6 +31,9 @@ _CHUNK_BYTES = 1 << 20
 _LIMIT_GB = "STRATAGEM_DOWNLOAD_LIMIT_GB"
 _DEFAULT_LIMIT_GB = 100.0
 _WHOLE_DIGEST = 64
+_MOST_DIGITS = 20
+# Most file systems allow 255 bytes in a name, of which a digest and the suffixes of temporary files need a part.
+_MOST_NAME_BYTES = 150
 # As in resnet18-f37072fd.pth: the first digits of the file's SHA-256.
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")
 _DIGEST_IN_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{8,64})")
@@ -110,11 +112,7 @@ class _Source:
         found = in_fragment or _DIGEST_IN_NAME.search(parts.path)
         user, _, host = parts.netloc.rpartition("@")
         digest = found[1].lower() if found else ""
-        if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not _is_loopback(parts.hostname):
-            raise CheckpointError(
-                f"{masked_url}: over plain http, a third party could replace the file. Use https, or append the digest "
-                "of the file: #sha256=<64 hexadecimal digits>."
-            )
+        _require_safe(parts, digest, masked_url)
         address = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
         basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         authorization = f"Basic {basic}" if user else f"Bearer {token}" if token else ""
@@ -124,6 +122,8 @@ class _Source:
     def local_name(self) -> str:
         """A file name that is unique for the address and the expected digest."""
         name = Path(urllib.parse.urlsplit(self.address).path).name
+        # The end has the suffix; the digest in front of the name keeps it unique.
+        name = name.encode(errors="replace")[-_MOST_NAME_BYTES:].decode(errors="replace")
         if Path(name).suffix not in _SUFFIXES:
             name += ".pth"
         return f"{hashlib.sha256(f'{self.address}#{self.digest}'.encode()).hexdigest()[:12]}-{name}"
@@ -136,20 +136,105 @@ class _Source:
         return request
 
 
+def _require_safe(parts: urllib.parse.SplitResult, digest: str, told: str) -> None:
+    """Apply the rules for an address, to the URL as well as to every redirect.
+
+    Raises:
+        CheckpointError: if a third party could replace the file, or the host is a metadata service.
+    """
+    if is_link_local(parts.hostname):
+        raise CheckpointError(
+            f"{told}: {parts.hostname} is a link-local address or a metadata service, from which no files are downloaded."
+        )
+    if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not is_loopback(parts.hostname):
+        raise CheckpointError(
+            f"{told}: over plain http, a third party could replace the file. Use https, or append the digest "
+            "of the file: #sha256=<64 hexadecimal digits>."
+        )
+
+
 @final
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but not from https to an insecure scheme."""
+    """Follow redirects, but not from https to an insecure scheme, nor to an address that would not be allowed as a URL.
+
+    Args:
+        digest: the expected digest of the file; empty if it is unknown.
+    """
+
+    def __init__(self, digest: str = "") -> None:
+        self._digest = digest
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        scheme = urllib.parse.urlsplit(newurl).scheme
+        told = f"{mask_text(req.full_url)}: the server redirects to {mask_text(newurl)}"
+        try:
+            target = urllib.parse.urlsplit(newurl)
+            scheme, host = target.scheme, target.hostname
+        except ValueError as error:
+            raise CheckpointError(f"{told}, which is not a URL: {error}.") from error
         if scheme not in {"https", req.type}:
-            raise CheckpointError(
-                f"{mask_text(req.full_url)}: the server redirects to {mask_text(newurl)}, from https to {scheme}. Use "
-                "a URL that only redirects to https."
-            )
+            raise CheckpointError(f"{told}, from {req.type} to {scheme}. Use a URL that only redirects to https.")
+        _require_safe(target, self._digest, told)
+        if is_loopback(host) and not is_loopback(urllib.parse.urlsplit(req.full_url).hostname):
+            raise CheckpointError(f"{told}, which is this machine. Use the URL of the file itself.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@final
+class _HTTPConnection(http.client.HTTPConnection):
+    """A connection that is closed if the name of the host leads to a metadata service."""
+
+    def connect(self) -> None:
+        super().connect()
+        _require_public_peer(self)
+
+
+@final
+class _HTTPSConnection(http.client.HTTPSConnection):
+    """A connection that is closed if the name of the host leads to a metadata service."""
+
+    def connect(self) -> None:
+        super().connect()
+        _require_public_peer(self)
+
+
+def _require_public_peer(connection: http.client.HTTPConnection) -> None:
+    peer = connection.sock.getpeername()
+    if isinstance(peer, tuple) and is_link_local(peer[0]):
+        connection.close()
+        raise CheckpointError(
+            f"{mask_text(connection.host)} has the link-local address {peer[0]}, from which no files are downloaded."
+        )
+
+
+@final
+class _HTTPHandler(urllib.request.HTTPHandler):
+    """Open http URLs with checked connections."""
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPConnection, req)
+
+
+@final
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    """Open https URLs with checked connections."""
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPSConnection, req)
+
+
+def _length_of(header: str | None, source: _Source) -> int | None:
+    """Return the number of bytes that the server announces, or None.
+
+    Raises:
+        CheckpointError: if it is not a number.
+    """
+    if header is None:
+        return None
+    if not (header.isascii() and header.isdigit() and len(header) < _MOST_DIGITS):
+        raise CheckpointError(f"{source.masked_url}: the server sent the invalid Content-Length {header[:40]!r}.")
+    return int(header)
 
 
 def _download(source: _Source, target: Path, recorded: str) -> str:
@@ -157,12 +242,14 @@ def _download(source: _Source, target: Path, recorded: str) -> str:
     limit = download_limit_bytes()
     digest, count = hashlib.sha256(), 0
     with (
-        urllib.request.build_opener(_SafeRedirects).open(source.request(), timeout=_TIMEOUT_S) as response,
+        urllib.request.build_opener(_SafeRedirects(source.digest), _HTTPHandler, _HTTPSHandler).open(
+            source.request(), timeout=_TIMEOUT_S
+        ) as response,
         atomic_file(target) as temporary,
         temporary.open("wb") as file,
     ):
-        expected = response.headers.get("Content-Length")
-        if expected is not None and int(expected) > limit:
+        expected = _length_of(response.headers.get("Content-Length"), source)
+        if expected is not None and expected > limit:
             raise CheckpointError(f"{source.masked_url} has {expected} bytes. {_limit_hint(limit)}")
         while chunk := response.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -170,7 +257,7 @@ def _download(source: _Source, target: Path, recorded: str) -> str:
             if count > limit:
                 raise CheckpointError(f"{source.masked_url} is larger than allowed. {_limit_hint(limit)}")
         # Check the size, because http.client does not report a truncated body.
-        if expected is not None and count != int(expected):
+        if expected is not None and count != expected:
             raise CheckpointDamagedError(
                 f"{source.masked_url}: received {count} of {expected} bytes. The partial file was removed; try again."
             )
@@ -190,14 +277,6 @@ def _download(source: _Source, target: Path, recorded: str) -> str:
 
 def _limit_hint(limit: int) -> str:
     return f"At most {limit} bytes are downloaded; set {_LIMIT_GB} to raise the limit."
-
-
-def _is_loopback(host: str | None) -> bool:
-    """Return whether requests to a host stay on this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _digest_of(file: Path) -> str:

@@ -78,7 +78,7 @@ class CheckpointLoader:
         """
         if not is_url(filename):
             path = absolute(filename)
-            if not path.exists():
+            if not _exists(path):
                 raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.{_similar_names(path)}")
             return path
         name = os.fspath(filename)
@@ -152,6 +152,13 @@ def _to_device(node: Any, device: torch.device | str) -> Any:
     if isinstance(node, dict):
         return {key: _to_device(value, device) for key, value in node.items()}
     return [_to_device(value, device) for value in node] if isinstance(node, list) else node
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # Its name is too long or invalid.
+        return False
 
 
 def _similar_names(path: Path) -> str:

@@ -16,7 +16,7 @@ _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.complex32),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
     *(torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-    torch.float8_e8m0fnu,
+    *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
 )
 # Torch's names for typed storages.
 _STORAGE_DTYPES = {

@@ -15,6 +15,10 @@ from stratagem.tensors.dtensor import is_sharded, local_box
 
 __all__ = ["TensorBox", "boxes_of_range", "box_of", "boxes_cover"]
 
+# A box has 2**n corners in n dimensions. Tensors are sharded in fewer dimensions than this.
+_MOST_CUT_DIMS = 8
+_MOST_PAIRED = 2000
+
 
 @final
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,16 +82,32 @@ def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
     )
     if not inside or sum(box.numel for box in boxes) != math.prod(shape):
         return False
-    # In this order, only boxes whose ranges in the first dimension intersect need to be compared.
-    ordered = sorted(box for box in boxes if box.numel)
-    for index, box in enumerate(ordered):
-        end = box.start[0] + box.shape[0] if box.start else 1
-        for other in itertools.islice(ordered, index + 1, None):
-            if other.start and other.start[0] >= end:
-                break
-            if box.overlaps(other):
-                return False
-    return True
+    cut = [dim for dim, size in enumerate(shape) if any(box.shape[dim] != size for box in boxes if box.numel)]
+    if len(cut) > _MOST_CUT_DIMS:
+        # No strategy shards a tensor like this, and only a small number can be compared in pairs.
+        return len(boxes) <= _MOST_PAIRED and not _any_overlap([box for box in boxes if box.numel])
+    return _corners(boxes, cut) == _corners([TensorBox.whole(shape)], cut)
+
+
+def _corners(boxes: Sequence[TensorBox], dims: Sequence[int]) -> dict[tuple[int, ...], int]:
+    """Return the corners of boxes with signs, without those that cancel.
+
+    The signs are the mixed differences of the function that counts how many boxes contain an element. They determine this
+    function, so two sets of boxes with the same corners cover the same elements equally often. The time is linear.
+    """
+    counts: dict[tuple[int, ...], int] = {}
+    for box in boxes:
+        if not box.numel:
+            continue
+        edges = [((box.start[dim], 1), (box.start[dim] + box.shape[dim], -1)) for dim in dims]
+        for corner in itertools.product(*edges):
+            place = tuple(position for position, _ in corner)
+            counts[place] = counts.get(place, 0) + math.prod(sign for _, sign in corner)
+    return {place: count for place, count in counts.items() if count}
+
+
+def _any_overlap(boxes: Sequence[TensorBox]) -> bool:
+    return any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorBox]:

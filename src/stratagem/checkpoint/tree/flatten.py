@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointDamagedError, CheckpointError
+from stratagem.tensors.dtensor import is_sharded
 
 __all__ = [
     "StateTree",
@@ -39,7 +40,20 @@ TreePath = tuple[str | int, ...]
 
 # A dict with one of these as its only key represents a value that JSON does not support.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
-_VERSIONED, _ARRAY = "$versioned", "$array"
+_VERSIONED, _ARRAY, _VIEWED = "$versioned", "$array", "$viewed"
+# Dtypes that safetensors lacks, and the dtype as which their memory is stored; complex numbers with a last dimension of size 2.
+_VIEWED_AS = {
+    torch.complex128: torch.float64,
+    torch.complex32: torch.float16,
+    torch.float8_e8m0fnu: torch.uint8,
+    torch.float4_e2m1fn_x2: torch.uint8,
+}
+_DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _VIEWED_AS}
+_INTEGERS = {
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+}
+_LAYOUTS = {"torch.strided", *(f"torch.sparse_{kind}" for kind in ("coo", "csr", "csc", "bsr", "bsc"))}
 # safetensors stores metadata under this key.
 _RESERVED = "__metadata__"
 
@@ -78,10 +92,11 @@ def flatten_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
-    if isinstance(node, Tensor | ShardedTensorState):
+    if isinstance(node, Tensor):
+        return _flatten_tensor(node, path, tensors, where)
+    if isinstance(node, ShardedTensorState):
         name = _free_name(path, tensors)
-        # Lazy conjugation and negation are flags on the memory; store the actual values.
-        tensors[name] = node.detach().resolve_conj().resolve_neg() if isinstance(node, Tensor) else node
+        tensors[name] = node
         return {_TENSOR: name}
     if isinstance(node, np.generic | np.ndarray):
         return _flatten_numpy(node, path, tensors, where)
@@ -105,6 +120,36 @@ def _cannot_store(node: Any, path: str, where: str) -> CheckpointError:
         f"The checkpoint's {_below(where, path)} is {type(node).__name__} {_shorten(node)}, which cannot be stored "
         "without pickle. Convert it to tensors, numbers, strings, lists and dicts first, as a state_dict does."
     )
+
+
+def _flatten_tensor(node: Tensor, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
+    """Flatten a tensor; one with a dtype that safetensors lacks as a view with another dtype."""
+    kind = _unsupported_kind(node)
+    if kind is not None:
+        raise CheckpointError(
+            f"The checkpoint's {_below(where, path)} is a tensor {kind}, which cannot be stored. Convert it first."
+        )
+    name = _free_name(path, tensors)
+    # Lazy conjugation and negation are flags on the memory; store the actual values.
+    values = node.detach().resolve_conj().resolve_neg()
+    if node.dtype not in _VIEWED_AS or is_sharded(node) or node.layout != torch.strided:
+        tensors[name] = values
+        return {_TENSOR: name}
+    tensors[name] = torch.view_as_real(values) if node.is_complex() else values.view(_VIEWED_AS[node.dtype])
+    return {_VIEWED: [name, str(node.dtype).removeprefix("torch.")]}
+
+
+def _unsupported_kind(tensor: Tensor) -> str | None:
+    """Return what makes it impossible to store a tensor in any format, or None."""
+    if tensor.is_meta:
+        return "on the meta device"
+    if tensor.is_quantized or tensor.is_nested:
+        return f"of the class {'quantized' if tensor.is_quantized else 'nested'}"
+    if str(tensor.layout) not in _LAYOUTS:
+        return f"with layout {tensor.layout}"
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype in _INTEGERS:
+        return None
+    return f"with dtype {tensor.dtype}"
 
 
 def _flatten_numpy(
@@ -164,6 +209,8 @@ def _unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
             if value not in tensors:
                 raise CheckpointDamagedError(f"The tensor {value!r} is missing.")
             return tensors[value] if key == _TENSOR else tensors[value].numpy(force=True)
+        if key == _VIEWED:
+            return _from_view(tensors, *value)
         if key == _FLOAT:
             return float(value)
         if key == _SET:
@@ -178,9 +225,23 @@ def _unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return {key: _unflatten(tensors, value) for key, value in skeleton.items()}
 
 
+def _from_view(tensors: Mapping[str, Tensor], name: str, dtype_name: str) -> Tensor:
+    dtype = _DTYPES_BY_NAME.get(dtype_name)
+    if dtype is None or name not in tensors:
+        raise CheckpointDamagedError(f"The tensor {name!r} with dtype {dtype_name} is missing.")
+    stored = tensors[name]
+    if stored.dtype != _VIEWED_AS[dtype]:
+        raise CheckpointDamagedError(f"The tensor {name!r} has dtype {stored.dtype}, which cannot be read as {dtype}.")
+    return torch.view_as_complex(stored.contiguous()) if dtype.is_complex else stored.view(dtype)
+
+
 def tensor_paths(skeleton: Any) -> dict[str, TreePath]:
     """Return a mapping from tensor names to paths in the tree, given the JSON from :func:`flatten_tree`."""
-    return {node[key]: path for path, node, key in _leaves(skeleton, ()) if key is not None}
+    found = {}
+    for path, node, key in _leaves(skeleton, ()):
+        if key is not None:
+            found[node[key][0] if key == _VIEWED else node[key]] = path
+    return found
 
 
 def plain_leaves(skeleton: Any) -> Iterator[tuple[TreePath, Any]]:
@@ -198,7 +259,7 @@ def _leaves(node: Any, path: TreePath) -> Iterator[tuple[TreePath, Any, str | No
     key: str | None
     value: Any
     key, value = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else (None, None)
-    if key in (_TENSOR, _ARRAY):
+    if key in (_TENSOR, _ARRAY, _VIEWED):
         yield path, node, key
     elif key == _VERSIONED:
         yield from _leaves(value[0], path)

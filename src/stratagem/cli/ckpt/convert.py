@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 from rich.filesize import decimal
 
-from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, flatten_tree, get_model_state, has_averaged_weights
-from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, write_weights
+from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, has_averaged_weights
+from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, weights_of, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -44,7 +44,7 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
         shared_console().status(f"Reading {mask_text(source)} ..."),
         open_checkpoint(source if is_url(source) else Path(source)) as tree,
     ):
-        weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
+        weights = weights_of(tree, source)
         has_averages = has_averaged_weights(tree)
         if averaged and not has_averages:
             raise CheckpointError(

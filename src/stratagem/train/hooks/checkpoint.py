@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from torch.nn.parameter import is_lazy
+
 from stratagem.checkpoint import (
     Retention,
     RetentionTag,
@@ -15,16 +17,18 @@ from stratagem.checkpoint import (
     release_checkpoint,
     remove_checkpoints,
 )
+from stratagem.checkpoint.api import check_storable
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.distributed import RankGroup
 from stratagem.errors import ConfigValueError
+from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.best_scores import BestScores
 from stratagem.train.run.context import INTERRUPTED, Run
 from stratagem.train.run.distributed_timer import DistributedTimer
 from stratagem.train.run.progress import Position
-from stratagem.utils import absolute, is_url, mask_text
+from stratagem.utils import absolute, is_url, mask_text, named_parameters
 
 __all__ = ["CheckpointHook"]
 
@@ -157,6 +161,13 @@ class CheckpointHook(Hook):
     def has_state(self) -> bool:
         return self._best is not None
 
+    def _check_storable(self, run: Run) -> None:
+        """Raise the error of a save that cannot succeed before training rather than after it."""
+        model = run.strategy.unwrap_model()
+        buffers = {each.name: each.tensor for each in iter_buffers(model) if each.is_persistent}
+        tensors = {name: value for name, value in {**named_parameters(model), **buffers}.items() if not is_lazy(value)}
+        check_storable(tensors, self._template)
+
     def recognizes_state(self, state_dict: Mapping[str, Any]) -> bool:
         return self._best is not None and self._best.recognizes(state_dict)
 
@@ -172,6 +183,7 @@ class CheckpointHook(Hook):
             # Record the folder before the first save, so that its checkpoints are found even if the run is killed right
             # after that save.
             RankGroup.of().run_on_rank0(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
+        self._check_storable(run)
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
