@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,7 @@ from stratagem.config.text import text_of
 from stratagem.config_schema import SECTIONS
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.optim import OptimSpec, SchedulerSpec
+from stratagem.optim import AmpOptimWrapper, OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
 from stratagem.storage import write_record
 from stratagem.strategies import BaseStrategy
@@ -389,6 +390,8 @@ class Runner:
             loop = self._evaluation_loop(phase)
             self.strategy.prepare(self._model, compile=self._compile)
             self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
+        saved = self._resume_source.meta
+        self.run.saved_autocast = saved["autocast"] if "autocast" in saved else _configured_autocast(self._train.third)
         if self._resume_source.has_average and not any(isinstance(hook, EMAHook) for hook in self.run.events.hooks):
             self.strategy.logger.warning(
                 "The checkpoint contains averaged weights, with which its run evaluated. This evaluation uses the trained "
@@ -459,6 +462,19 @@ class Runner:
         A data file is never stored as Python, because loading it would execute code.
         """
         return ".yaml" if self.cfg.is_data else ".py"
+
+
+def _configured_autocast(spec: OptimSpec | None) -> str | None:
+    """Return the dtype of autocast in the configuration of an optimizer wrapper."""
+    if isinstance(spec, AmpOptimWrapper):
+        return str(spec.dtype).removeprefix("torch.")
+    if not isinstance(spec, Mapping) or spec.get("type") not in ("AmpOptimWrapper", AmpOptimWrapper):
+        return None
+    dtype = spec.get("dtype")
+    if dtype is None:
+        accelerator = torch.accelerator.current_accelerator()
+        dtype = torch.get_autocast_dtype("cpu" if accelerator is None else accelerator.type)
+    return str(dtype).removeprefix("torch.")
 
 
 def _require_samples(loader: EpochLoader, parts: int) -> None:

@@ -13,12 +13,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.gradients import NonFinite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
+from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["HALF_DTYPES", "AmpOptimWrapper"]
+__all__ = ["HALF_DTYPES", "AmpOptimWrapper", "autocast_dtype"]
 
 # The names of the 16-bit dtypes in configurations.
 HALF_DTYPES: Final = {
@@ -108,6 +110,12 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         # A state without a scaler was saved in a different precision. Keep the configured loss scale.
         if self.grad_scaler is not None and "loss_scaler" in state_dict:
             self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
+
+
+def autocast_dtype(optim: BaseOptimWrapper | OptimWrapperDict) -> torch.dtype | None:
+    """Return the dtype of autocast in training; None if an optimizer trains without it, or if several use different dtypes."""
+    dtypes = {each.dtype if isinstance(each, AmpOptimWrapper) else None for each in optim.each().values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 @final

@@ -28,6 +28,7 @@ from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchEr
 from stratagem.model import BaseModel
 from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
+from stratagem.optim.amp import autocast_dtype
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.run_length import RunLength
@@ -349,6 +350,8 @@ class ComposedStrategy(BaseStrategy):
         return bool(finite.item())
 
     def _meta(self) -> dict[str, Any]:
+        optim = self.optim_wrapper_or_none
+        dtype = None if optim is None else autocast_dtype(optim)
         return {
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
@@ -356,6 +359,8 @@ class ComposedStrategy(BaseStrategy):
             # torch.load(weights_only=True) rejects torch.__version__, which is a subclass of str, so convert it to str.
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
+            # An evaluation of the checkpoint uses the same precision.
+            "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
             "world_size": self.world_size,
             "data_size": self.dp_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),

@@ -17,6 +17,7 @@ from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation.evaluator import Evaluator
+from stratagem.train.evaluation.precision import evaluation_dtype, in_precision, require_fp16
 from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
 from stratagem.train.run.context import Run
 from stratagem.train.run.rank_guard import describe_batch
@@ -268,12 +269,22 @@ def updates_of(run: Run) -> int:
 
 
 class _EvaluationLoop:
-    """The code that the validation and test loops share."""
+    """The code that the validation and test loops share.
+
+    Args:
+        run: the run.
+        dataloader: yields the batches.
+        evaluator: computes the metrics.
+        fp16: whether to run the forward pass under autocast, with float16 on CUDA and bfloat16 on the CPU; by default, in the
+            precision of the training. Under autocast, 16-bit outputs are converted to float32.
+    """
 
     mode: str
 
-    def __init__(self, run: Run, dataloader: EpochLoader, evaluator: Evaluator) -> None:
+    def __init__(self, run: Run, dataloader: EpochLoader, evaluator: Evaluator, *, fp16: bool | None = None) -> None:
         self._run = run
+        self._fp16 = require_fp16(fp16)
+        self._told = False
         self.dataloader = dataloader
         self.evaluator = evaluator
 
@@ -322,6 +333,11 @@ class _EvaluationLoop:
         """Evaluate all batches; return False if the run was interrupted."""
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
+        dtype = evaluation_dtype(run, self._fp16)
+        if dtype is not None and not self._told:
+            run.logger.info("Evaluating under autocast with %s; %s_cfg=dict(fp16=False) disables it.", dtype, mode)
+            self._told = True
+        step = in_precision(run, step, dtype)
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
         for index, batch in enumerate(pad_forward_passes(run, self.dataloader, step)):
             for call in before:

@@ -62,6 +62,8 @@ class ResumeSource:
         self.changes: tuple[str, ...] = ()
         # Whether the loaded checkpoint contains averaged weights.
         self.has_average = False
+        # The meta of the loaded checkpoint.
+        self.meta: Mapping[str, Any] = {}
         self._load_from, self._resume = load_from, resume
         if not isinstance(resume_optimizer, bool):
             raise ConfigTypeError(f"resume_optimizer must be True or False, got {resume_optimizer!r}.")
@@ -91,6 +93,7 @@ class ResumeSource:
 
         def call_hooks(checkpoint: dict[str, Any]) -> None:
             self.has_average = has_averaged_weights(checkpoint)
+            self.meta = checkpoint.get("meta") or {}
             run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
         def load_or_resume(resume: bool | str | os.PathLike[str]) -> Mapping[str, Any] | None:

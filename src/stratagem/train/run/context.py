@@ -80,6 +80,8 @@ class Run:
         mode: "train", or "val" or "test" during an evaluation and its hooks.
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
+        saved_autocast: the dtype of autocast in the training that saved the evaluated checkpoint; None if it used none. A run
+            that trains uses its own optimizer's.
         history: the sessions of the run, the current one last; saved in every checkpoint.
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
         work_dir_locks: the directories that the run has locked.
@@ -102,6 +104,7 @@ class Run:
         self.evaluated_batches: int | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.before_saving: list[Callable[[], None]] = []
+        self.saved_autocast: str | None = None
         self.history = RunHistory()
         self.id = secrets.token_hex(8)
         self.work_dir_locks = WorkDirLocks(strategy.logger)
