@@ -245,7 +245,7 @@ def test_a_sampler_for_different_ranks_is_rejected(replicas: int, rank: int) -> 
     """A sampler for different ranks raises an error that contains both, because samples would be missing or repeated."""
     sampler = DistributedSampler(NUMBERS, replicas, rank)  # type: ignore[arg-type]
     with pytest.raises(
-        ConfigValueError, match=rf"DistributedSampler is divided for rank {rank} of {replicas}.*rank 1 of 2"
+        ConfigValueError, match=rf"DistributedSampler yields the data of rank {rank} of {replicas}.*rank 1 of 2"
     ):
         build_dataloader(DataLoader(NUMBERS, sampler=sampler), seed=3, rank=1, world_size=2, training=True)
 
@@ -254,7 +254,7 @@ def test_a_stream_for_different_ranks_is_rejected() -> None:
     """A stream that declares different ranks raises an error."""
     stream = Counting(4)
     stream.num_replicas, stream.rank = 4, 0  # type: ignore[attr-defined]
-    with pytest.raises(ConfigValueError, match=r"Counting is divided for rank 0 of 4"):
+    with pytest.raises(ConfigValueError, match=r"Counting yields the data of rank 0 of 4"):
         build_dataloader({"dataset": stream}, seed=3, rank=0, world_size=2, training=True)
 
 
@@ -281,19 +281,19 @@ def test_a_configured_loader_stacks_its_batches() -> None:
 
 
 DESCRIBED: dict[str, Callable[[], Any]] = {
-    "11 samples of list in the order of DefaultSampler, batches of 2, the samples divided among 2 data-parallel ranks": (
+    "11 samples of list in the order of DefaultSampler, batches of 2, the samples split across 2 data-parallel ranks": (
         lambda: {"dataset": NUMBERS, "batch_size": 2}
     ),
-    "11 samples of list in the order of SubsetRandomSampler, batches of 4, the samples divided among 2": (
+    "11 samples of list in the order of SubsetRandomSampler, batches of 4, the samples split across 2": (
         lambda: DataLoader(NUMBERS, 4, sampler=SubsetRandomSampler([1]))
     ),
-    "11 samples of list in the order of list, the batches divided among 2": (
+    "11 samples of list in the order of list, the batches split across 2": (
         lambda: DataLoader(NUMBERS, batch_sampler=[[1]])
     ),
-    "stream Counting of 4 samples, batches of 2, the batches divided among 2 data-parallel ranks; every rank reads all": (
+    "stream Counting of 4 samples, batches of 2, the batches split across 2 data-parallel ranks; every rank reads all": (
         lambda: DataLoader(Counting(4), 2)
     ),
-    "11 samples of list in the order of DistributedSampler, batches of 1, already divided among 2": (
+    "11 samples of list in the order of DistributedSampler, batches of 1, already split across 2": (
         lambda: DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS, 2, 0))  # type: ignore[arg-type]
     ),
 }

@@ -102,7 +102,7 @@ class Iterating(DataLoader[Tensor]):
 
 
 class Stream(IterableDataset[Tensor]):
-    """A stream of the same samples, which are divided among its workers."""
+    """A stream of the same samples, which are split across its workers."""
 
     def __init__(self, length: int) -> None:
         self.total = length

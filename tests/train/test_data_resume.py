@@ -262,7 +262,7 @@ def test_inexact_resuming_warns_once_before_training(
     """A stateless stream, a stream with workers, and a custom sampler warn once; exact loaders do not warn."""
     cases = {
         "Bare is a stream without state_dict": loader(dataset=Bare()),
-        "each of num_workers=2 workers iterates over a copy": loader(dataset=Numbers(), num_workers=2),
+        "with num_workers=2 each worker iterates over its own copy": loader(dataset=Numbers(), num_workers=2),
         "has a custom loader or sampler": loader(sampler=[1, 2, 3, 4]),
     }
     for words, data in cases.items():

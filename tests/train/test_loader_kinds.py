@@ -1,4 +1,4 @@
-"""Loaders built by the user are used as they are in one process and divided among multiple ranks."""
+"""Loaders built by the user are used as they are in one process and split across multiple ranks."""
 
 from __future__ import annotations
 

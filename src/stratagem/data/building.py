@@ -1,4 +1,4 @@
-"""Build data loaders from configurations or ``DataLoader`` objects, and divide their data among the ranks."""
+"""Build data loaders from configurations or ``DataLoader`` objects, and split their data across the ranks."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def build_dataloader(
     world_size: int = 1,
     training: bool,
 ) -> EpochLoader:
-    """Build a data loader from a configuration or a ``DataLoader``, and divide its data among the data-parallel ranks.
+    """Build a data loader from a configuration or a ``DataLoader``, and split its data across the data-parallel ranks.
 
     A ``DataLoader`` with torch's sequential or random sampler is rebuilt with the equivalent built-in sampler, which can
     resume at any position. A ``DataLoader`` with a built-in sampler or an iterable dataset is rebuilt as well. Any other loader
     keeps its type, sampler, batch sampler and generator. The samples of a sampler, or the batches of a batch sampler, are
     distributed round-robin over the ranks. Iterable datasets, and loaders with a custom ``__iter__``, are read in full on
-    every rank, and their batches are distributed round-robin. Objects that are already divided for these ranks
-    (``num_replicas`` and ``rank``, see :func:`~stratagem.data.rank_share.declared_share`) are not divided again.
+    every rank, and their batches are distributed round-robin. An object that already yields only this rank's data
+    (``num_replicas`` and ``rank``, see :func:`~stratagem.data.rank_share.declared_share`) is not split again.
 
     A mapping contains the arguments of ``torch.utils.data.DataLoader``, where ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` are objects or configurations. The default sampler is :class:`DefaultSampler`,
@@ -73,7 +73,8 @@ def build_dataloader(
 
     Raises:
         ConfigTypeError: if a part has the wrong type.
-        ConfigValueError: if there is no dataset, arguments conflict, or a part is divided for different ranks.
+        ConfigValueError: if there is no dataset, arguments conflict, or a part was built for a different rank or number
+            of ranks.
     """
     share = RankShare(rank, world_size, round_up=training)
     if isinstance(dataloader, DataLoader):
@@ -155,9 +156,10 @@ def _require_reachable_epoch(loader: DataLoader[Any]) -> None:
         kind, own = type(loader).__name__, type(dataset).__name__
         raise ConfigValueError(
             f"{own} has set_epoch, but with persistent_workers=True the {loader.num_workers} workers of this {kind} keep a copy "
-            f"of the dataset from the first epoch, so they would never receive another epoch. Set persistent_workers=False, or "
-            "pass the arguments of the loader as a mapping (dataset, batch_size, num_workers ...); then the epoch is passed to "
-            "persistent workers. The loader was not rebuilt because of its type, its sampler or its generator."
+            f"of the dataset from the first epoch, so they would never receive a later epoch number. Set "
+            "persistent_workers=False, or pass the arguments of the loader as a mapping (dataset, batch_size, num_workers ...), "
+            "so that the epoch is passed to the persistent workers. The loader was not "
+            "rebuilt because of its type, its sampler or its generator."
         )
 
 
@@ -171,15 +173,15 @@ def _is_divided(part: Any, share: RankShare) -> bool:
     """Return whether a part yields only the data of this rank.
 
     Raises:
-        ConfigValueError: if it is divided for different ranks.
+        ConfigValueError: if it yields the data of a different rank or was built for a different number of ranks.
     """
     declared = declared_share(part)
     if declared is None or declared == (share.rank, share.size):
         return declared is not None
     raise ConfigValueError(
-        f"{type(part).__name__} is divided for rank {declared[0]} of {declared[1]}, but this process is data-parallel rank "
-        f"{share.rank} of {share.size}. Build it for these ranks, or pass one that is not divided; it is divided "
-        "automatically."
+        f"{type(part).__name__} yields the data of rank {declared[0]} of {declared[1]}, but this process is data-parallel rank "
+        f"{share.rank} of {share.size}. Build it for this rank and number of ranks, or pass an object that yields "
+        "all the data, which is then split across the ranks automatically."
     )
 
 

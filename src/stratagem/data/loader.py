@@ -64,7 +64,8 @@ class EpochLoader:
             at any position without iterating to it. A loader with ``state_dict`` is restored from its state. Any other
             loader skips batches by iterating over them.
         world_size: the number of data-parallel ranks.
-        seed: the seed of the random numbers of a stream whose batches are divided here; the same on every rank.
+        seed: the seed of the random numbers of a stream whose batches this loader splits across the ranks; the same on
+            every rank.
         share: this rank's share of the batches, if every rank iterates over all of them; None if the loader yields
             only the batches of this rank.
     """
@@ -139,7 +140,7 @@ class EpochLoader:
 
     @property
     def division(self) -> str:
-        """A phrase for the log that describes how the data is divided among the data-parallel ranks."""
+        """A phrase for the log that describes how the data is split across the data-parallel ranks."""
         order = self._order
         fixed = order.share is None if isinstance(order, OpaqueBatches) else self.share is None
         if self._world_size == 1:
@@ -148,11 +149,11 @@ class EpochLoader:
         if isinstance(order, PositionedBatches) or not fixed:
             unit = "batches" if self.by_batch else "samples"
             reading = "" if self.share is None else "; every rank reads all of them"
-            return f"the {unit} divided among {ranks}{reading}"
-        return f"already divided among {ranks}"
+            return f"the {unit} split across {ranks}{reading}"
+        return f"already split across {ranks}"
 
     def describe(self) -> str:
-        """Return one line about the dataset, the order of the data and its division among the ranks."""
+        """Return one line about the dataset, the order of the data, and how it is split across the ranks."""
         dataset, order = self.dataset, self._order
         kind = type(dataset).__name__
         if isinstance(dataset, IterableDataset):
@@ -196,23 +197,23 @@ class EpochLoader:
             return (
                 "The training data has a custom loader or sampler: a run that resumes within an epoch iterates over the "
                 "batches that it has already seen, and is exact only if their order is the same each time. Use a built-in "
-                "sampler, or a loader with state_dict and load_state_dict, to resume without that."
+                "sampler, or a loader with state_dict and load_state_dict, to avoid this."
             )
         name = type(dataset).__name__
         if buffer is not None:
             return (
                 f"{name} shuffles its samples in a buffer of {buffer:,}, which its state_dict does not contain: a run that "
-                "resumes within an epoch reads the samples that it has already seen, and is exact if the shuffling has a seed."
+                "resumes within an epoch rereads the samples that it has already seen, and is exact if the shuffling has a seed."
             )
         if isinstance(dataset, Stateful) and self.loader.num_workers:
             return (
-                f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates over a copy of "
-                "it, whose state is not accessible: a run that resumes within an epoch reads the samples that it has already "
+                f"{name} has state_dict, but with num_workers={self.loader.num_workers} each worker iterates over its own copy, "
+                "whose state is not accessible: a run that resumes within an epoch rereads the samples that it has already "
                 "seen. Use num_workers=0 or torchdata's StatefulDataLoader to resume exactly."
             )
         return (
-            f"{name} is a stream without state_dict and load_state_dict: a run that resumes within an epoch reads the "
-            "samples that it has already seen, and is exact only if the stream is the same each time."
+            f"{name} is a stream without state_dict and load_state_dict: a run that resumes within an epoch rereads "
+            "the samples that it has already seen, and is exact only if the stream is the same each time."
         )
 
     @property
@@ -358,7 +359,7 @@ class EpochLoader:
     def _from_state(self, stateful: Stateful, epoch: int, done: int) -> Iterator[Any]:
         """Yield the batches of a stateful loader; if the iteration is closed early, keep its state."""
         saved, self._saved_state = self._saved_state, None
-        # A run that stopped after the last batch of an epoch starts the next one with the state at that position.
+        # A run that stopped after the last batch of an epoch starts the next epoch from the state after that batch.
         usable = saved is not None and (saved.restored or (saved.epoch, saved.batch) == (epoch, done))
         if saved is not None and usable:
             stateful.load_state_dict(saved.state)
@@ -379,7 +380,7 @@ class EpochLoader:
 
     def _begin(self, epoch: int) -> Iterator[Any]:
         """Start iterating over a custom loader without changing the state of the global generators."""
-        # Data that every rank reads in full must not depend on the rank.
+        # If every rank reads all the data, the random numbers must not depend on the rank.
         keys = (torch.initial_seed(), epoch, get_rank()) if self.share is None else (self._seed, epoch)
         if self.loader.generator is not None:
             batches = start_workers(self.loader)
@@ -395,7 +396,7 @@ class EpochLoader:
         return self._divided(IsolatedIterator(checked, *keys, "batches"), self.share)
 
     def _divided(self, batches: Iterator[Any], share: RankShare) -> Iterator[Any]:
-        """Yield this rank's batch of each round; every rank reads all batches."""
+        """Yield this rank's batch from each round, which has one batch per rank. Every rank reads all batches."""
         self._leftover = None
         compared = False
         while True:
@@ -425,14 +426,15 @@ class EpochLoader:
         loader, dataset = self.loader, self.dataset
         if not isinstance(dataset, IterableDataset) or type(loader).__len__ is not DataLoader.__len__:
             return length_of(loader)
-        # Calling torch's __len__ would make it warn if smaller last batches of workers exceed that length.
+        # Do not call torch's __len__: afterwards, torch would warn when the workers' smaller last batches exceed that
+        # length.
         samples, size = length_of(dataset), loader.batch_size
         if samples is None or size is None:
             return samples
         return samples // size if loader.drop_last else -(-samples // size)
 
     def _with_worker_errors(self, batches: Iterator[Any]) -> Iterator[Any]:
-        # _workers is private to torch. Without it, the error contains only the process id.
+        # _workers is private to torch. If it does not exist, the error names only the process ID.
         with report_dead_workers(getattr(batches, "_workers", ())):
             yield from batches
 

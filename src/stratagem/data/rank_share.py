@@ -1,4 +1,4 @@
-"""Divide the data of custom samplers, datasets and loaders among the data-parallel ranks.
+"""Split the data of custom samplers, datasets and loaders across the data-parallel ranks.
 
 Every rank generates the full sample order and keeps its share, so the order must be identical on all ranks. Therefore
 custom samplers run with separate generator states that depend only on the seed and the epoch, and the ranks compare the
@@ -56,11 +56,11 @@ class RankShare:
 
 
 def declared_share(part: Any) -> tuple[int, int] | None:
-    """Return the rank and the number of ranks for which a sampler, dataset or loader is already divided.
+    """Return the rank and the number of ranks that a sampler, dataset or loader was built for.
 
-    They are read from the attributes ``rank`` and ``num_replicas`` (torch) or ``world_size`` (MMEngine and this package),
-    ``process_index`` and ``num_processes`` (Accelerate), or from the result of ``split_dataset_by_node`` of Hugging Face
-    ``datasets``. Returns None if there are no such attributes or the number of ranks is 1.
+    Both are read from the attributes ``rank`` and ``num_replicas`` (torch) or ``world_size`` (MMEngine and this
+    package), ``process_index`` and ``num_processes`` (Accelerate), or from the result of ``split_dataset_by_node`` of
+    Hugging Face ``datasets``. Returns None if there are no such attributes or the number of ranks is 1.
     """
     split = getattr(part, "_distributed", None)
     for owner, size_name, rank_name in (

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 __all__ = ["Stateful", "StatefulStream", "ResumableStream", "shuffle_buffer_of"]
 
-# Attributes under which streams keep the streams that they read: of Hugging Face datasets, torch and torchdata.
+# The attributes in which Hugging Face, torch and torchdata streams store the streams that they read from.
 _SOURCES = (
     "_ex_iterable",
     "ex_iterable",
@@ -30,7 +30,7 @@ class Stateful(Protocol):
         """Return the position after the last yielded batch; prefetched batches are not counted."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a position, from which the next iteration continues."""
+        """Restore a position; the next iteration continues from it."""
 
 
 class StatefulStream(Stateful, Protocol):

@@ -19,12 +19,12 @@ from stratagem.errors import StratagemError, TrainingError
 
 __all__ = ["WorkerInit", "report_dead_workers", "start_workers"]
 
-# How long to wait for the exit of a worker after an error in reading from it.
+# How long to wait for a worker to exit after reading from it has failed, and the polling interval.
 _EXIT_S, _POLL_S = 1.0, 0.02
-# The message of torch's error about a dead worker.
+# The message of the error that torch raises for a dead worker.
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
 
-# The beginnings of the messages of this module.
+# The prefixes of this module's error messages.
 _REPORTS = ("Data worker", "The data worker")
 _MOST_CAUSES = 10
 
@@ -125,7 +125,8 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
 
     Torch's error may occur anywhere in the main process, because torch raises it in a signal handler on most systems.
 
-    A worker that dies while it sends a batch causes an ``EOFError`` or an ``OSError`` instead, before its exit is known.
+    If a worker dies while it sends a batch, an ``EOFError`` or an ``OSError`` is raised instead, before the exit of the
+    worker is known.
 
     Args:
         workers: the worker processes in order, if they are known.
@@ -148,15 +149,16 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
             raise
         raise TrainingError(
             f"{dead}. If the kernel log reports that it was out of memory, reduce num_workers or prefetch_factor, or give the "
-            "container more shared memory (/dev/shm). With num_workers=0, samples are loaded in the main process, and an "
-            "error there has a traceback."
+            "container more shared memory (/dev/shm). To get a traceback of an error in the dataset, set num_workers=0, which "
+            "loads samples in the main process."
         ) from error
 
 
 def _find_message(error: BaseException | None) -> re.Match[str] | None:
-    """Return the message of torch about a dead worker in an error or its causes.
+    """Return torch's message about a dead worker, found in an error or its causes; None if there is none.
 
-    Torch raises it in a signal handler, for example in the middle of a save, which reports it as the reason of its failure.
+    Torch raises this error in a signal handler, which may run in the middle of a save. In that case, it is the cause of
+    the error that the save raises.
     """
     for _ in range(_MOST_CAUSES):
         match = _DEAD_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
@@ -167,10 +169,10 @@ def _find_message(error: BaseException | None) -> re.Match[str] | None:
 
 
 def _describe_dead_workers(workers: Sequence[BaseProcess]) -> str:
-    """Return which workers have died, after a short wait because an error may arrive before the exit of its worker."""
+    """Describe the workers that have died. Wait briefly first, because an error may arrive before its worker exits."""
     deadline = time.monotonic() + _EXIT_S
     while workers:
-        # The error of torch's signal handler may also be raised here, once.
+        # Torch's signal handler may also raise its error here, once.
         with suppress(RuntimeError):
             dead = [_describe_worker_exit(number, each) for number, each in enumerate(workers) if each.exitcode]
             if dead or time.monotonic() > deadline:
