@@ -50,7 +50,7 @@ def test_torchrun_on_two_hosts(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ran
 
 
 def test_ranks_listen_only_on_the_shared_network(jobs: Jobs, hosts: Hosts, tmp_path: Path) -> None:
-    """Without an agent, rank 0 and Gloo listen only on the addresses of the connection."""
+    """Without a torchrun agent, the store of rank 0 and Gloo listen only on the network that the hosts share."""
     environ = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": PORT}
     environ["MASTER_ADDR"] = hosts.first.address
     words = [*STRATAGEM, *train("run", "--set", "custom_hooks.0.pause_s=0.5")[1:]]

@@ -99,7 +99,7 @@ def whole_run(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any
 
 
 def mean_of_ranks(results: list[dict[str, Any]]) -> list[float]:
-    """Return the losses over all samples; ranks have equal numbers of them."""
+    """Return the mean loss over the ranks in each iteration. All ranks have the same number of samples."""
     return [sum(losses) / len(losses) for losses in zip(*(each["losses"] for each in results), strict=True)]
 
 

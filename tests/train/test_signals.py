@@ -32,7 +32,7 @@ def test_a_signal_takes_effect_at_the_end_of_the_iteration(number: int):
 
 
 def test_the_handlers_are_restored():
-    """The signal handlers are restored after the training."""
+    """The signal handlers are restored after training."""
     before = [signal.getsignal(number) for number in SIGNALS]
     with signals.listening(), signals.listening():
         assert signal.getsignal(signal.SIGINT) != before[0]
