@@ -42,7 +42,7 @@ def test_a_single_file_is_restored(tmp_path: Path) -> None:
 
 
 def test_torch_reads_the_file_with_weights_only(tmp_path: Path) -> None:
-    """torch.load with weights_only=True reads every file written by Stratagem, even if the state contained instances of subclasses."""
+    """torch.load with weights_only=True reads every file, even if the state contained instances of subclasses."""
     tree = {
         "meta": OrderedDict(loss=np.float64(0.5)),
         "state_dict": nn.Sequential(nn.BatchNorm1d(2)).state_dict(),
