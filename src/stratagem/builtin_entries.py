@@ -45,7 +45,7 @@ OPTIMIZERS: Final[Mapping[str, str]] = {
 OPTIM_WRAPPERS: Final[Mapping[str, str]] = {
     "OptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "AmpOptimWrapper": "stratagem.optim.amp:AmpOptimWrapper",
-    # Aliases for MMEngine's names. The strategy replaces this wrapper with the engine's wrapper.
+    # MMEngine's names for the wrappers of engines. The strategy replaces this OptimWrapper with the wrapper of its engine.
     "ColossalAIOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "DeepSpeedOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
 }

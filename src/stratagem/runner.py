@@ -394,8 +394,8 @@ class Runner:
         self.run.saved_autocast = saved["autocast"] if "autocast" in saved else _configured_autocast(self._train.third)
         if self._resume_source.has_average and not any(isinstance(hook, EMAHook) for hook in self.run.events.hooks):
             self.strategy.logger.warning(
-                "The checkpoint contains averaged weights, with which its run evaluated. This evaluation uses the trained "
-                "weights, because there is no EMAHook: add it to custom_hooks to use the averaged ones."
+                "The checkpoint contains averaged weights, which the saved run used for evaluation. This evaluation uses the "
+                "trained weights, because there is no EMAHook. To use the averaged weights, add EMAHook to custom_hooks."
             )
         self.run.events.call("before_run", self.run)
         with report_dead_workers():

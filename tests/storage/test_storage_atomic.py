@@ -174,7 +174,7 @@ def test_a_file_and_a_directory_do_not_replace_each_other(tmp_path: Path) -> Non
 
 def test_a_missing_parent_is_reported(tmp_path: Path) -> None:
     """The error for a missing directory names it and the file to be written."""
-    with pytest.raises(WorkDirError, match=r"absent: cannot create file there \(No such file"):
+    with pytest.raises(WorkDirError, match=r"absent: cannot create file in this directory \(No such file"):
         write_atomic(tmp_path / "absent" / "file", "x")
 
 

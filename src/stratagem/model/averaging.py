@@ -230,7 +230,7 @@ class AveragedModel(ABC):
         )
 
     def _copy_weights(self, names: Iterable[str] | None = None) -> None:
-        """Copy the current weights into the averages, by default all of them."""
+        """Copy the current weights into the averages; by default, copy all of them."""
         some = list(self._whole if names is None else names)
         if not some:
             return

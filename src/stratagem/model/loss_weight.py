@@ -13,7 +13,7 @@ from torch.nn import functional
 
 __all__ = ["AveragingLoss", "LabelCount", "averaging_loss", "weight_of_targets", "zero_without_targets"]
 
-# The default ignore_index of torch and transformers.
+# The default ignore_index in torch and in the transformers library.
 _IGNORE_INDEX: Final = -100
 _FUNCTIONS: Final = (functional.cross_entropy, functional.nll_loss)
 # The losses of these models are not averages over the labels.
@@ -43,8 +43,8 @@ class _Settings:
 def averaging_loss(loss: Any) -> AveragingLoss | None:
     """Return the settings of a loss that averages over the targets that are not ignored; None for any other loss.
 
-    Recognized are cross entropy and negative log likelihood as modules or functions, modules that contain exactly one of them,
-    and modules with an ``ignore_index``.
+    The recognized losses are cross entropy and negative log likelihood as modules or functions, modules that contain
+    exactly one such module, and modules with an ``ignore_index``.
     """
     if isinstance(loss, functools.partial) and loss.func in _FUNCTIONS:
         return _settings_of_call(loss)
@@ -101,7 +101,7 @@ class LabelCount:
 
     Args:
         network: a network whose output contains the loss.
-        key: the argument with the labels.
+        key: the name of the argument that contains the labels.
     """
 
     def __init__(self, network: nn.Module, key: str) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["copy_hooks", "has_hooks", "lost_by_replacement", "weight_computation"]
 
-# The attributes of torch's modules that contain hooks around the forward and the backward pass, and options of these hooks.
+# The torch.nn.Module attributes that contain hooks around the forward and the backward pass, and the options of these hooks.
 _HOOKS: Final = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -38,7 +38,7 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def weight_computation(module: nn.Module) -> str | None:
-    """Return how a module computes its weight from other parameters, such as ``"weight_norm"``; None if it does not."""
+    """Return how a module computes its weight from other parameters, such as ``"weight_norm"``; None for a plain weight."""
     if is_parametrized(module):
         return ", ".join(sorted({type(each).__name__ for part in module.parametrizations.values() for each in part}))  # type: ignore[operator]
     names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
@@ -46,11 +46,11 @@ def weight_computation(module: nn.Module) -> str | None:
 
 
 def lost_by_replacement(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the layers that were replaced and what each of them lost: its hooks, or the computation of its weight.
+    """Return a mapping from the names of replaced layers to what each of them lost: its hooks or its weight computation.
 
     Args:
-        before: the modules by name before the replacement.
-        after: the modules by name after it.
+        before: a mapping from names to modules before the replacement.
+        after: a mapping from names to modules after the replacement.
     """
     lost = {}
     for name, module in before.items():

@@ -19,7 +19,7 @@ Implementation = Literal["auto", "fused", "foreach", "loop"]
 
 # The implementation depends on the machine, so these parameter group options are not saved in checkpoints.
 IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
-# The options that belong to the optimizer of this run when a state is loaded; Adam and AdamW differ in the last one.
+# Loading a state does not change these options of this run's optimizer. The last one distinguishes Adam from AdamW.
 KEPT_KEYS: Final = (*IMPLEMENTATION_KEYS, "decoupled_weight_decay")
 _CHOICES: Final = ("auto", "fused", "foreach", "loop")
 # If the user sets one of these, no implementation is selected.
@@ -44,7 +44,7 @@ def implementation_options(
 
     ``"auto"`` selects fused if the optimizer, devices, dtypes and gradients support it and it is faster; otherwise foreach
     for ``DTensor`` parameters, and torch's default for others (foreach on accelerators, a loop on the CPU). If ``options``
-    already select an implementation, it is kept.
+    already selects an implementation, that selection is kept.
 
     Raises:
         ConfigValueError: if the implementation is unknown, not supported, or in conflict with ``options``.
@@ -59,7 +59,7 @@ def implementation_options(
     skips = _fused_step_skips_values(optimizer_type, parameters)
     if skips and (implementation == "fused" or options.get("fused")):
         raise ConfigValueError(
-            "The fused implementation of SGD does not update all values of 16-bit parameters on the CPU (an error in torch "
+            "The fused implementation of SGD does not update all values of 16-bit parameters on the CPU (a bug in torch "
             f"{torch.__version__}). Use implementation='auto', or omit fused=True."
         )
     if implementation == "auto":
@@ -73,8 +73,7 @@ def implementation_options(
         return {"foreach": True} if shards and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
-            f"implementation={implementation!r} conflicts with {', '.join(decided)} of the optimizer. Set only one of "
-            "them."
+            f"implementation={implementation!r} conflicts with the optimizer option {', '.join(decided)}. Set only one of them."
         )
     if implementation == "loop":
         return {key: False for key in IMPLEMENTATION_KEYS if key in offered}

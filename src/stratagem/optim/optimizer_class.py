@@ -1,4 +1,4 @@
-"""Whether the saved state of an optimizer can be continued by the optimizer of this run."""
+"""Check whether this run's optimizer can continue from a saved optimizer state."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from stratagem.optim.probe import state_keys_of
 
 __all__ = ["continues_equally", "describe_difference", "optimizer_class"]
 
-# Implementations of Adam, which may decouple the weight decay from the gradient (AdamW).
+# The classes that implement Adam; with weight decay that is decoupled from the gradient, they implement AdamW.
 _ADAM: Final = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "CPUAdam", "HybridAdam"})
 _SAME: Final = {"FusedLion": "Lion", "DeepSpeedCPULion": "Lion", "FusedSGD": "SGD", "DeepSpeedCPUAdagrad": "Adagrad"}
 _DECOUPLED: Final = "decoupled_weight_decay"
-# Options that some optimizers of torch have and others do not.
+# Options that only some of torch's optimizers have.
 _DISTINCTIVE: Final = frozenset(
     {
         "alpha", "amsgrad", "beta2_decay", "betas", "centered", "dampening", "etas", "initial_accumulator_value", "lambd",
         "lr_decay", "momentum_decay", "nesterov", "ns_steps", "rho", "step_sizes", "t0",
     }
 )  # fmt: skip
-# Entries that depend on options, which a resumed run takes from the checkpoint.
+# State entries that exist only with certain options; a resumed run takes these options from the checkpoint.
 _OPTIONAL_STATE: Final = frozenset({"momentum_buffer", "max_exp_avg_sq", "grad_avg", "training_weight"})
 
 
 def optimizer_class(optimizer: Optimizer) -> str:
-    """Return the name of an optimizer's algorithm: that of its class, but the same for all implementations of AdamW."""
+    """Return the name of an optimizer's algorithm: its class name, or a common name for all implementations of one algorithm."""
     inner = getattr(optimizer, "optim", None)
     if isinstance(inner, Optimizer):  # ZeroRedundancyOptimizer
         return optimizer_class(inner)
@@ -35,20 +35,20 @@ def optimizer_class(optimizer: Optimizer) -> str:
     if name not in _ADAM:
         return _SAME.get(name, name)
     decoupled = any(group.get(_DECOUPLED) for group in optimizer.param_groups)
-    # DeepSpeed and ColossalAI use different names.
+    # DeepSpeed and ColossalAI use different names for this attribute.
     modes = (getattr(optimizer, mode, False) for mode in ("adam_w_mode", "adamw_mode"))
     return "AdamW" if name == "AdamW" or decoupled or any(bool(mode) for mode in modes) else "Adam"
 
 
 def continues_equally(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
-    """Return whether the state of a different class may be continued: Adam and AdamW are equal without weight decay."""
+    """Return whether the optimizer can continue the state of a different class: without weight decay, Adam equals AdamW."""
     classes = {optimizer_class(optimizer), saved_class(state)}
     groups = [*optimizer.param_groups, *state["param_groups"]]
     return classes == {"Adam", "AdamW"} and not any(group.get("weight_decay") for group in groups)
 
 
 def saved_class(state: Mapping[str, Any]) -> str | None:
-    """Return the class of a saved optimizer state; None for states of earlier versions and other programs, if unknown."""
+    """Return the class of a saved optimizer state; None if it is unknown, as for states of earlier versions or other programs."""
     if "class" in state:
         return str(state["class"])
     flags = {group.get(_DECOUPLED) for group in state["param_groups"] if "amsgrad" in group}
@@ -58,7 +58,8 @@ def saved_class(state: Mapping[str, Any]) -> str | None:
 def describe_difference(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
     """Return how a saved state shows that it belongs to a different optimizer; None if it fits.
 
-    A state without its class is compared by its options and by the entries that the optimizer stores for a parameter.
+    If the state does not contain its class, its options and the entries that it stores for each parameter are compared with
+    those of the optimizer.
     """
     own, saved = optimizer_class(optimizer), saved_class(state)
     if saved is not None and own != saved:

@@ -1,4 +1,4 @@
-"""Explain torch's error about parameters that were not used in a forward pass."""
+"""Explain torch's error about parameters that the last loss did not depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stratagem.errors import PlacementError
 
 __all__ = ["unused_parameters_error"]
 
-# DistributedDataParallel reports unused parameters by their index among the trainable ones.
+# DistributedDataParallel reports unused parameters by their index among the trainable parameters.
 _UNUSED = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
 _MAX_NAMES = 8
 

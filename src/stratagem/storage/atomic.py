@@ -66,7 +66,7 @@ def write_record(path: str | os.PathLike[str], data: bytes | str, logger: loggin
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary file to write to; it becomes ``path`` when the context exits without an exception.
 
-    On an exception, it is removed and the old contents are unchanged. A symbolic link at ``path`` is replaced.
+    On an exception, the temporary file is removed and the old contents are unchanged. A symbolic link at ``path`` is replaced.
 
     Raises:
         WorkDirError: if no file can be created in the parent directory.
@@ -86,9 +86,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary directory to fill; it becomes ``path`` when the context exits without an exception.
 
-    On an exception, it is removed and the old directory is unchanged. An existing directory is replaced as a whole: on
-    Linux in one step; elsewhere it is first renamed, and ``clean_temporaries`` restores it if the process is killed before
-    the new one is in place.
+    On an exception, the temporary directory is removed and the old directory is unchanged. An existing directory is
+    replaced as a whole: on Linux in one step; elsewhere the old directory is first renamed, and ``clean_temporaries``
+    restores it if the process is killed before the new directory is in place.
 
     Raises:
         WorkDirError: if no directory can be created in the parent directory.
@@ -119,7 +119,7 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             error.add_note(_describe(target, temporary))
             raise
         raise WorkDirError(
-            f"{target.parent}: cannot create {target.name} there ({error.strerror}). Create the directory, make it "
+            f"{target.parent}: cannot create {target.name} in this directory ({error.strerror}). Create the directory, make it "
             "writable, or choose a different directory."
         ) from error
     try:

@@ -176,7 +176,7 @@ class BaseStrategy(ABC):
 
     @property
     def collective_forward(self) -> bool:
-        """Whether the forward pass is collective, so that all ranks must run the same number of passes, also in evaluation."""
+        """Whether the forward pass is collective, so that all ranks must run the same number of passes, even in evaluation."""
         return False
 
     @property
@@ -444,12 +444,12 @@ class BaseStrategy(ABC):
         return self._synced_buffers.applied(self.unwrap_model(), self.dp_group)
 
     def synchronized_copies(self, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return copies of values for buffers of the model, such as averaged ones, that are equal on all ranks. Collective.
+        """Return copies of buffer values, such as averaged values, that are equal on all ranks. Collective.
 
         See :meth:`synchronized_buffers`. In a single process, the values themselves are returned.
 
         Args:
-            buffers: the values of this rank under the names of buffers of the unwrapped model.
+            buffers: the values of this rank, keyed by the names of buffers in the unwrapped model.
         """
         if not buffers or self.world_size == 1:
             return dict(buffers)

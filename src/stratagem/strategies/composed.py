@@ -288,7 +288,7 @@ class ComposedStrategy(BaseStrategy):
             if optim is not None:
                 # A schedule-free optimizer has separate training weights; the checkpoint contains the evaluation weights.
                 evaluating.enter_context(optim.evaluating())
-            # On all ranks: gathering the sharded state of an optimizer is collective.
+            # Run this on all ranks, because gathering the sharded state of an optimizer is collective.
             if save_optimizer and optim is not None:
                 parts["optimizer"] = self._access.optim_state(optim, self.unwrap_model())
                 parts.update(self._accumulation_part(optim))
@@ -399,8 +399,8 @@ class ComposedStrategy(BaseStrategy):
         run_length = RunLength.parse(self.dispatch_kwargs)
         optim = self.optim_wrapper_or_none
         for wrapper in optim.each().values() if optim is not None else ():
-            # Also needed if this run does not accumulate gradients, to warn about a saved accumulation window that it
-            # cannot complete.
+            # If this run does not accumulate gradients, this warns about a saved accumulation window that the run cannot
+            # complete.
             resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
             if resumed_alone or (wrapper.accumulative_counts > 1 and run_length.max_iters is not None):
                 done = wrapper.inner_count or int(meta.get("iter", 0))

@@ -64,7 +64,7 @@ def local_box(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def local_slice(full: Tensor, like: Tensor) -> Tensor:
-    """Return a view of the part of ``full`` that corresponds to this rank's shard of ``like``; the rest is not read."""
+    """Return the part of ``full`` that corresponds to this rank's shard of ``like``, as a view; the other parts are not read."""
     return full[local_box(like)] if is_sharded(like) else full
 
 

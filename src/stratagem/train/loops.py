@@ -28,9 +28,9 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
 
 def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
-    """Train on the next ``count`` batches, or on all remaining ones if None; return the number of iterations.
+    """Train on the next ``count`` batches, or on all remaining batches if None; return the number of iterations.
 
-    Stops early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
+    Stop early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
     complete. The ranks stop after the same iteration: the current one if all of them request to stop, otherwise the next one.
     """
     progress, interrupt, timer = run.progress, run.interrupt, run.step_timer
@@ -367,7 +367,7 @@ class TestLoop(_EvaluationLoop):
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless this position was validated already; an interrupted run stops here. Collective."""
+    """Validate, unless the run was already validated after this iteration; stop if the run is interrupted. Collective."""
     if val_loop is None or run.progress.validated == run.progress.iter:
         return
     run.interrupt.due_now(run.progress.stop_training)

@@ -390,7 +390,8 @@ _HEAVYBALL: Final = DataRules(
 
 # No arguments allowed -----------------------------------------------------------------------------------------------
 
-# Functions that unpickle, import, compile or download whatever an argument names. Data files may set none of their arguments.
+# Functions that unpickle, import, compile or download the object that an argument names. Data files may not set any of
+# their arguments.
 _LOADERS: Final = DataRules(
     lambda target: _comes_from(
         target,

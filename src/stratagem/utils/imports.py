@@ -16,7 +16,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
 
-# The folders with libraries and this package, which stay importable even if they are the working directory.
+# The folders that contain libraries or this package; they stay importable even if one of them is the working directory.
 _INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 _INSTALLED.add(Path(__file__).resolve().parents[2])
 

@@ -14,7 +14,7 @@ __all__ = ["DEFERRED", "LazyObject", "MaskedSecret", "lazy_name", "resolve", "re
 
 @final
 class LazyObject:
-    """A module, or an object in it, that is imported on use. Its attributes are lazy objects, too.
+    """A module, or an object in it, that is imported on use. Its attributes are also lazy objects.
 
     Args:
         module: The module to import.
@@ -59,12 +59,12 @@ class LazyObject:
 class MaskedSecret:
     """A secret that was masked, or another value that was left out, when its configuration was saved.
 
-    It can be copied, compared and written, but reading it from a configuration raises an error. If it is an item of a
-    list, using it as a string raises an error.
+    The object can be copied, compared and written, but reading it from a configuration raises an error. If it is an item of
+    a list, using it as a string raises an error.
 
     Args:
         text: the marker in the configuration.
-        path: the key of the secret.
+        path: the key of the value.
         position: the file and line, for errors.
         is_secret: whether the value is a secret.
     """

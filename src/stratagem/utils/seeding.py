@@ -77,8 +77,8 @@ def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
     """Restore the states of the global generators that ``generator_state`` returned.
 
     Returns:
-        The accelerator devices, such as ``cuda:1``, that exist only in the state or only on this machine. Their
-            generators are not changed.
+        The accelerator devices, such as ``cuda:1``, that exist only in the state or only on this machine, and whose
+        generators are therefore not changed.
 
     Raises:
         CheckpointMismatchError: if ``generator_state`` did not create the state.

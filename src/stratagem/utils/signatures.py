@@ -116,7 +116,7 @@ def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Ar
         getattr(function, "__module__", None) == "torch.nn.modules.module"
         and function.__qualname__ == "Module.__init__"
     ):
-        return _NOTHING  # This function accepts *args and **kwargs only to raise a better error.
+        return _NOTHING  # torch.nn.Module accepts *args and **kwargs only to raise a better error.
     node = _syntax(function)
     if node is None or node.args.kwarg is None:
         return _ANYTHING if node is None else _NOTHING

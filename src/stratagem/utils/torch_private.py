@@ -1,4 +1,4 @@
-"""All private names of torch that this package uses, each with the reason. Any torch release may change them.
+"""All private torch names that this package uses, each with the reason. Any torch release may change them.
 
 ``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails in the tests with a clear
 message instead of in the middle of a run. Names that are called in each step are aliases rather than wrapper functions,
@@ -161,7 +161,7 @@ def _read_whole_scalar(operator: Callable[[Tensor], Any], args: Sequence[Any], _
 
 
 def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[Any, Any]:
-    """Return the shape and the offset of the shard of this rank in a tensor.
+    """Return the shape of this rank's shard of a tensor, and its offset in the tensor.
 
     Private: ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
     """

@@ -149,7 +149,9 @@ def group_parameters(
         ConfigKeyError: if a rule sets an unknown option.
     """
     if not infos:
-        raise ConfigValueError("The model has no parameters to train. Check the model, and freeze in paramwise_cfg.")
+        raise ConfigValueError(
+            "The model has no parameters to train. Check the model and the option 'freeze' in paramwise_cfg."
+        )
     depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}

@@ -123,7 +123,7 @@ class ParamScheduler(ABC):
 
     @property
     def last_step(self) -> int:
-        """The current position counted from ``begin``: -1 before the range, and its last position after the range."""
+        """The current position counted from ``begin``: -1 before the range, and the last position in the range after it."""
         return self._in_range
 
     def step(self, count: int = 1) -> None:

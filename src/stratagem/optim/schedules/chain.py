@@ -88,7 +88,7 @@ class Chain:
             self._choose_reference()
 
     def follow_loaded_values(self) -> None:
-        """Adapt the reference to loaded initial values, so that the ratio of the anchor group is unchanged."""
+        """Recompute the reference value from the loaded initial values, so that the ratio of each group is unchanged."""
         if self._anchor is not None:
             number, ratio = self._anchor
             self._reference = self._optimizer.param_groups[number][self.initial_key] / ratio

@@ -101,12 +101,12 @@ class PlateauScheduler(BoundScheduler, ABC):
     def transform_group(self, value: float, initial: float, ratio: float, number: int) -> float:
         return self.settings.reduced(value, self.reductions, ratio, number)
 
-    def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # the signature of MMEngine and torch
-        """Advance by one validation with these metrics; with None or without a value, only the position advances.
+    def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # as in MMEngine and torch
+        """Advance by one validation with its metrics; if ``metrics`` is None or lacks the metric, only the position advances.
 
         Raises:
             ConfigTypeError: if the metrics are not a mapping, or the value is not a number.
-            ConfigKeyError: if there are metrics, but not the monitored one, and no validation has returned it so far.
+            ConfigKeyError: if ``metrics`` has other metrics than the monitored one, and no earlier validation has returned it.
         """
         self._move_to(self.position + 1)
         if metrics is None:
@@ -118,7 +118,7 @@ class PlateauScheduler(BoundScheduler, ABC):
             if metrics and not self._returned and self.best is None:
                 raise ConfigKeyError(f"{type(self).__name__}: unknown metric {name!r}. {did_you_mean(name, metrics)}")
             _LOGGER.warning(
-                "%s: validation %d returned no value for %r; it is not counted.",
+                "%s: validation %d returned no value for %r and is not counted.",
                 type(self).__name__, self.position, name,
             )  # fmt: skip
             return

@@ -1,4 +1,4 @@
-"""The options of FSDP, validated before anything is built."""
+"""FSDP options, which are validated before anything is built."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class FSDPPlacement(Placement):
 
     Args:
         logger: the logger for the names of wrapped modules.
-        options: the options of FSDP.
+        options: the FSDP options.
         world: the ranks and the device of this process.
         diff_rank_rng: whether ranks draw different random numbers in training.
         full_state: whether checkpoints are gathered and written by rank 0.
@@ -354,13 +354,13 @@ class FSDPPlacement(Placement):
 
 
 def _reads_values(optimizer: Optimizer) -> bool:
-    """Return whether the steps of an optimizer may call ``item()``, for example of the norm of a parameter."""
+    """Return whether a step of the optimizer may call ``item()``, for example on the norm of a parameter."""
     of_torch = type(optimizer).__module__.startswith("torch.optim.")
     return not of_torch or isinstance(optimizer, torch.optim.Adafactor | torch.optim.LBFGS)
 
 
 def _begin_step(*_: object) -> None:
-    """Make ``item()`` return the same on all ranks; otherwise, each rank would silently make a different step."""
+    """Make ``item()`` return the same value on all ranks; otherwise, each rank would silently make a different step."""
     gather_scalars(True)
 
 

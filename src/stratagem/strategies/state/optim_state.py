@@ -63,9 +63,9 @@ def write_optim(
 
 
 def require_same_class(optim: AnyOptim, state: Mapping[str, Any]) -> None:
-    """Require that a saved state belongs to the same classes of optimizers, before anything is loaded.
+    """Require that a saved state belongs to optimizers of the same classes. Call this before anything is loaded.
 
-    Adam and AdamW without weight decay compute the same, so either continues the state of the other.
+    Without weight decay, Adam and AdamW compute the same updates, so each can continue from the state of the other.
 
     Raises:
         CheckpointMismatchError: if a class differs.

@@ -77,7 +77,7 @@ class Resuming:
         return rest
 
     def resume_latest(self, strategy: Resumable) -> StateTree | None:
-        """Resume from the newest checkpoint that is readable on every rank; log the skipped ones. Collective.
+        """Resume from the newest checkpoint that is readable on every rank; log skipped checkpoints. Collective.
 
         Returns None if there are no checkpoints.
 

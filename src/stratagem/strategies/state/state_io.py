@@ -26,7 +26,7 @@ class StateAccess(ABC):
 
     @abstractmethod
     def model_state(self, model: nn.Module) -> StateTree:
-        """Return a dict of parameters and buffers, with the master weights of low-precision parameters. Collective."""
+        """Return a dict of parameters and buffers, with master weights in place of low-precision parameters. Collective."""
 
     @abstractmethod
     def load_model_state(

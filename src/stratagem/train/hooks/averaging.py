@@ -214,7 +214,7 @@ class EMAHook(Hook):
         average = self.average
         continues = run.train_data is not None and run.iter > 0
         if not continues:
-            # An evaluation uses the average as it is, whatever its type.
+            # An evaluation uses the saved average, regardless of its type.
             saved = {key: value for key, value in saved.items() if key != "settings"}
         elif (
             not self._strict_load and average.differences(saved) and saved["settings"]["type"] != type(average).__name__

@@ -122,7 +122,7 @@ class NonFiniteHook(Hook):
         for name, wrapper in run.optim_wrapper.each().items():
             if not isinstance(wrapper, AccumulatingOptimWrapper):
                 run.logger.info(
-                    "The gradients of %s are not checked for NaN and Inf: it does not support the check.",
+                    "The gradients of %s are not checked for NaN and Inf, because this wrapper does not support the check.",
                     type(wrapper).__name__,
                 )
             elif wrapper.nonfinite != "error":  # such a wrapper raises the error itself
@@ -166,20 +166,18 @@ class NonFiniteHook(Hook):
         message = f"{report.describe()} The step{which} was not applied."
         if each.optim.nonfinite == "skip":
             if each.skipped < _SCALE_SEARCH:
-                run.logger.info("%s It is skipped, and the float16 loss scale is reduced.", message)
+                run.logger.info("%s The run skips this step and reduces the float16 loss scale.", message)
                 return
             message += f" The {each.skipped - 1} previous steps were not applied either."
         elif self._policy == "skip":
             nan_buffers = _buffers_with_nan(run)
             if each.skipped < self._max_skips and not nan_buffers:
-                run.logger.warning("%s It is skipped; %d skipped in total.", message, self._skipped)
+                run.logger.warning("%s The run skips this step; it has skipped %d in total.", message, self._skipped)
                 return
             if nan_buffers:
-                message += (
-                    f" It cannot be skipped: the forward pass wrote NaN into the buffers {', '.join(nan_buffers)}."
-                )
+                message += f" The step cannot be skipped: the forward pass wrote NaN into the buffers {', '.join(nan_buffers)}."
             else:
-                message += f" It is skip number {each.skipped} in a row, and max_skips={self._max_skips}."
+                message += f" This is skipped step number {each.skipped} in a row, and max_skips={self._max_skips}."
         self._stop_or_roll_back(run, report, message)
 
     def _check_now(self) -> None:
@@ -195,12 +193,12 @@ class NonFiniteHook(Hook):
                 run.record(report.record())
                 weights = "were not changed by this step" if watch.protects else "may already contain NaN or Inf"
                 self._stop_or_roll_back(
-                    run, report, f"{report.describe()} It was detected later; the weights {weights}."
+                    run, report, f"{report.describe()} This was detected in a later iteration; the weights {weights}."
                 )
         self._drop_completed()
 
     def _drop_completed(self) -> None:
-        """Discard the recent iterations, except the ones in the incomplete accumulation window."""
+        """Discard the recent iterations, except those in the incomplete accumulation window."""
         done = min((each.ends[-1] for each in self._guarded if each.ends), default=0)
         del self._recent[:done]
         for each in self._guarded:
@@ -266,7 +264,7 @@ def _log_interval(run: Run) -> int:
 
 
 def _buffers_with_nan(run: Run) -> list[str]:
-    """Return the buffers with NaN on any rank. Inf is not included: it can be intended, as in a mask. Collective."""
+    """Return the names of buffers that contain NaN on any rank. Inf is allowed, because a mask may contain it. Collective."""
     buffers = run.strategy.unwrap_model().named_buffers()
     found = [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
     return sorted({name for names in all_gather_object(found) for name in names})

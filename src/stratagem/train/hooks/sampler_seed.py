@@ -11,7 +11,7 @@ __all__ = ["DistSamplerSeedHook"]
 
 @final
 class DistSamplerSeedHook(Hook):
-    """A hook without effect: the loops pass the epoch to the dataloader, which passes it to the sampler.
+    """A hook that does nothing: the loops pass the epoch to the dataloader, which passes it to the sampler.
 
-    It exists so that configurations that contain it keep working.
+    The hook exists so that configurations that contain it keep working.
     """

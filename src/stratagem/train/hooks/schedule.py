@@ -53,7 +53,7 @@ def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int 
     by_epoch = [each for each in schedulers if each.unit == "epoch" and not each.need_val_args]
     if by_epoch and max_epochs is None:
         raise ConfigValueError(
-            f"{type(by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never advance. "
+            f"{type(by_epoch[0]).__name__} counts epochs, but this run counts iterations, so the schedule would never advance. "
             "Set by_epoch=False or convert_to_iter_based=True."
         )
 
@@ -62,9 +62,9 @@ def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int 
 class ParamSchedulerHook(Hook):
     """Advance iteration-based and step-based schedules with each optimizer step, and epoch-based schedules after each epoch.
 
-    A step advances an iteration-based schedule by the number of micro-batches in the step. Its curve over the run therefore
-    does not depend on gradient accumulation, and values do not change between steps. Schedules that depend on metrics advance
-    after each validation.
+    A step advances an iteration-based schedule by the number of micro-batches in the step. The curve of such a schedule
+    over the run therefore does not depend on gradient accumulation, and its value does not change between steps. Schedules
+    that depend on metrics advance after each validation.
     """
 
     priority = Priority.LOW

@@ -75,8 +75,8 @@ class LaunchIdentity:
     def continues(self, earlier: LaunchIdentity) -> bool:
         """Return whether this is the same launch as ``earlier``, or a restart of it.
 
-        That is the case if one of the torchrun agents is the same, or if SLURM has requeued the job since. A second
-        ``srun`` in a job, or a rendezvous ID that is used again, is not a restart.
+        A launch is a restart if one of the torchrun agents is the same, or if SLURM has requeued the job since ``earlier``.
+        A second ``srun`` in a job, or a rendezvous ID that is used again, is not a restart.
         """
         same_agent = (
             self.run_id is not None and self.run_id == earlier.run_id and set(self.agents) & set(earlier.agents)
@@ -88,8 +88,8 @@ class LaunchIdentity:
 def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: logging.Logger) -> Path | None:
     """Return the newest checkpoint that was saved since the first start of this launch; None if there is none.
 
-    The first start records which checkpoints existed before it in the work directory; these are ignored, regardless of their
-    timestamps. Called on rank 0.
+    The first start records which checkpoints already exist in the work directory. Later starts ignore these checkpoints,
+    regardless of their timestamps. Called on rank 0.
     """
     if not launch.may_restart:
         return None

@@ -17,7 +17,7 @@ __all__ = ["is_complete", "session_record"]
 
 @contextmanager
 def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
-    """Add a session to the history of a run, and write its record on rank 0: at the beginning, and with its outcome at the end.
+    """Add a session to the history of a run, and write its record on rank 0, at the beginning and, with the outcome, at the end.
 
     Args:
         run: the run, at the position where the session starts.

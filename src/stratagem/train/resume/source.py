@@ -33,7 +33,7 @@ class ResumeSource:
     Args:
         load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
-        resume_optimizer: whether to restore the state of the optimizers; that of a checkpoint of this launch always is.
+        resume_optimizer: whether to restore the state of the optimizers. It is always restored from a checkpoint of this launch.
         resume_param_scheduler: whether to restore the schedules and the optimizer options.
         new_parameters: regular expressions for the names of parameters that may be missing from the checkpoint.
 
@@ -41,7 +41,7 @@ class ResumeSource:
         changes: the configuration changes since the checkpoint was saved, one line each.
 
     Raises:
-        ConfigValueError: if both arguments specify a checkpoint, or a pattern is not a regular expression.
+        ConfigValueError: if both ``load_from`` and ``resume`` specify a checkpoint, or a pattern is not a regular expression.
         ConfigTypeError: if ``new_parameters`` is not a list of strings.
     """
 
@@ -140,7 +140,7 @@ def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader
     world = run.world
     if len(states) != world.size:
         run.logger.warning(
-            "The states of the dataloaders were saved by %d ranks, but this run has %d: the rest of the epoch may repeat or "
+            "The states of the dataloaders were saved by %d ranks, but this run has %d: the remaining epoch may repeat or "
             "skip samples.",
             len(states), world.size,
         )  # fmt: skip

@@ -120,15 +120,15 @@ def _match(
     if len(hooks) != len(states):
         if states:
             logger.warning(
-                "The checkpoint contains the states of %d hooks of the class %s by position, and this run has %d such hooks. "
-                "It is unknown which state belongs to which hook, so none is restored.",
+                "The checkpoint contains numbered states of %d hooks of the class %s, but this run has %d such hooks. No "
+                "state is restored, because it is unknown which state belongs to which hook.",
                 len(states), name, len(hooks),
             )  # fmt: skip
         return {}
     if len(states) > 1:
         logger.warning(
-            "The checkpoint contains the states of %d hooks of the class %s by position. They are restored in the order of "
-            "this run's hooks: %s. If that order has changed, the states are swapped.",
+            "The checkpoint contains numbered states of %d hooks of the class %s. They are restored in the order of this "
+            "run's hooks: %s. If that order has changed, hooks receive each other's states.",
             len(states), name, ", ".join(hooks),
         )  # fmt: skip
     return dict(zip(hooks, states, strict=True))

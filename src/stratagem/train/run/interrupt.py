@@ -110,7 +110,7 @@ class Interrupt:
         async_max.start(signals.first or 0, int(stop), -int(stop))
 
     def _stop_if_unanimous(self, numbers: tuple[int, ...]) -> None:
-        """Stop now if all ranks requested to stop, since all of them read the result now; otherwise keep it for the next call."""
+        """Stop if all ranks requested it, since all of them read the result now; otherwise keep the result for the next call."""
         if numbers[2] < 0:
             self._apply(numbers)
         else:

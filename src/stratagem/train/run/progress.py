@@ -27,7 +27,7 @@ class Position:
     validated: int = -1
 
     def in_batches_of(self, new: int, old: int) -> Position:
-        """Return the position for a different global batch size, after the same samples of the epoch.
+        """Convert the position to a different global batch size, so that it follows the same samples of the epoch.
 
         The number of batches is rounded down, so up to one batch of samples is repeated.
         """
@@ -75,7 +75,7 @@ class Progress:
     in_iteration: bool = False
 
     def here(self) -> Position:
-        """Return the current position, between two iterations."""
+        """Return the current position. Call this between two iterations."""
         return Position(epoch=self.epoch, iter=self.iter, batch=self.batch, validated=self.validated)
 
     def after_this_iteration(self) -> Position:
@@ -89,7 +89,7 @@ class Progress:
     def end_of_epochs(self) -> int | None:
         """Return the total number of iterations of a run measured in epochs, or None if it is unknown.
 
-        It is based on the current position, because skipped batches and a changed batch size change the total.
+        The total is computed from the current position, because skipped batches and a changed batch size change it.
         """
         if self.max_epochs is None or self.epoch_length is None:
             return None
@@ -135,5 +135,5 @@ class StepTimer:
         return means
 
     def eta(self, iterations: int) -> float | None:
-        """Return the estimated time in seconds for a number of further iterations, or None before the first measurement."""
+        """Return the estimated time in seconds for a number of additional iterations, or None before the first measurement."""
         return self.total_seconds / self.total_count * iterations if self.total_count else None

@@ -28,7 +28,7 @@ _BROKEN = (
     "gloo/transport",
 )
 _TIMED_OUT = ("timed out", "timeout")
-# Messages of Gloo that do not mention its source files.
+# Gloo error messages that do not mention Gloo's source files.
 _GLOO_MESSAGES = (
     "timeout caused pair closure",
     "connection closed by peer",

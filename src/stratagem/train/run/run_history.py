@@ -106,7 +106,7 @@ class RunHistory:
 
 
 def read_record(folder: Path) -> tuple[RunHistory, Outcome | None]:
-    """Read the record of a session: the history up to it, and its outcome, or None if the session did not record one.
+    """Read a session record: the history up to that session, and its outcome (None if the session did not record an outcome).
 
     Raises:
         CheckpointDamagedError: if the record cannot be read.

@@ -53,7 +53,7 @@ class SaveCounter:
         self._searched.clear()
 
     def resume_from(self, checkpoint: str | None, meta: Mapping[str, Any]) -> None:
-        """Set the restored checkpoint of a resumed run, and number later saves after it."""
+        """Record the checkpoint that the run resumed from, so that later saves get higher numbers."""
         # A checkpoint without a valid number is considered older than all saves of this process.
         with suppress(ValueError):
             order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
@@ -85,8 +85,9 @@ class SaveCounter:
     def newest_good(self, run_id: str) -> Path | None:
         """Return the newest valid checkpoint that leads to the current state of the run, or None. Call it on rank 0.
 
-        This is the newest one that the run saved since it was resumed or rolled back, or else the one that was restored.
-        All other checkpoints in the work directory are from other runs or from discarded steps.
+        This is the newest checkpoint that the run saved since it was resumed or rolled back; without one, it is the
+        checkpoint that was restored. All other checkpoints in the work directory are from other runs or from discarded
+        steps.
         """
         for found in list_checkpoints(self._work_dir):
             if found.run_id == run_id and self._is_own(found.order, self._saved_before) and not found.fault:

@@ -1,4 +1,4 @@
-"""End an epoch after the same iteration on every rank, also if the ranks have different numbers of batches."""
+"""End an epoch after the same iteration on every rank, even if the ranks have different numbers of batches."""
 
 from __future__ import annotations
 

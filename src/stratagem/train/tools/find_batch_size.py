@@ -206,5 +206,5 @@ def _now(*, accelerator: bool) -> float:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU allocator of torch raises a plain RuntimeError.
+    # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

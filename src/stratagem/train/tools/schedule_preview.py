@@ -24,7 +24,7 @@ from stratagem.train.tools.preserve_state import isolate_rng
 
 __all__ = ["Course", "RunPreview", "preview_run"]
 
-# The number of evenly spaced points; more than the columns of a plot.
+# The number of evenly spaced points, which is larger than the number of columns in a plot.
 _POINTS = 2000
 
 

@@ -19,7 +19,7 @@ _MIN_PLACEHOLDER_LENGTH, _LONG_PLACEHOLDER_LENGTH = 8, 20
 # Shorter values are only matched if they are not next to letters or digits.
 _LONG_LENGTH = 12
 _MIN_LINE_LENGTH = 16
-# The minimum length of the prefix of a truncated secret that is matched.
+# A truncated secret is matched if at least this many of its first characters remain.
 _MIN_PREFIX_LENGTH = 6
 
 
