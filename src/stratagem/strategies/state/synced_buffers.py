@@ -212,7 +212,7 @@ class SyncedBuffers:
         listed = ", ".join(new[:_MOST_NAMES]) + (f" and {len(new) - _MOST_NAMES} more" if new[_MOST_NAMES:] else "")
         used = "the buffers of rank 0"
         if self.source == "mean":
-            used = "the mean over the ranks for running means and variances of BatchNorm, and rank 0's values for all other buffers"
+            used = "the mean over the ranks for running means and variances of BatchNorm, and rank 0's values for other buffers"
         self._logger.info(
             "Each rank updates %d buffers from its own samples: %s. Training uses the values of each rank. Evaluation "
             "and the weights in checkpoints use %s (strategy option buffers=%r).",
