@@ -21,14 +21,14 @@ from stratagem.utils.signatures import Arguments, arguments_of
 
 __all__ = ["FREE_KEY", "SupportsLookup", "Problem", "Rule", "Section", "check", "require"]
 
-# The section for values that are not checked: YAML anchors, values to reference elsewhere, notes.
+# The section for values that are not checked, such as YAML anchors, notes, and values that other sections refer to.
 FREE_KEY = "vars"
-# Keys of every mapping with a type; not arguments of its target.
+# Keys allowed in every mapping with a type; they are not passed to the target of the type.
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
 
 class SupportsLookup(Protocol):
-    """The methods of a registry that checking uses."""
+    """The registry methods that the check uses."""
 
     @property
     def name(self) -> str: ...
@@ -92,9 +92,9 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
     """Return all problems of a configuration, in the order of its keys.
 
     Problems are unknown top-level keys, unknown keys within a section, a ``type`` that is not registered, and unknown or
-    missing arguments of the target of a ``type``. Targets are imported, but nothing is built. Nested mappings in the
-    arguments of a target may be intended for other code: they are checked only if the registry of their section has their
-    ``type``, and only likely typos are reported.
+    missing arguments of the target of a ``type``. Targets are imported, but nothing is built. A mapping nested in the
+    arguments of a target may be intended for other code. It is checked only if its ``type`` is in the registry of the
+    section, and only likely typos in it are reported.
 
     Args:
         config: The configuration to check.
@@ -176,7 +176,7 @@ class _Check:
     def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
         try:
             value = node[key]
-        except StratagemError as error:  # This is a lazy object that cannot be imported.
+        except StratagemError as error:  # The value is a lazy object that cannot be imported.
             yield self._problem(path, str(error))
         else:
             yield from self.value(value, rule, path)
@@ -202,7 +202,7 @@ class _Check:
             return
         try:
             value = node[key]
-        except StratagemError:  # This is reported where arguments are checked.
+        except StratagemError:  # The check of the arguments reports this error.
             return
         if not isinstance(value, str) or value not in choices:
             yield self._problem(path, f"unknown {key}={value!r}. {did_you_mean(str(value), choices)}")

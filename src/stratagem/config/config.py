@@ -64,8 +64,8 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
         A ``.py`` file is executed. If it contains ``custom_imports=dict(imports=["my_model"])``, these modules are imported
-        so that they register their classes. For this purpose, the file's folder is put first on ``sys.path``; it stays there
-        for worker processes, which import the same modules when they unpickle objects.
+        so that they register their classes. For this purpose, the file's folder is put first on ``sys.path``. It stays
+        there, because worker processes import the same modules when they unpickle objects.
 
         The other files are data: they never execute code and cannot have a ``.py`` file or a file outside ``root`` as a
         base. A ``type`` in them must be a registered name or belong to a package that the program allows with
@@ -79,8 +79,8 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
             use_environment_variables: Whether placeholders may read environment variables; if False, such placeholders
                 raise an error.
             lazy_import: Whether a Python file is a pure-Python configuration, in which imported names are not imported until
-                they are used. None detects it: the file has ``with read_base():``, or it imports third-party modules and has
-                no ``_base_``.
+                they are used. If None, files that contain ``with read_base():``, and files that import third-party
+                modules and have no ``_base_``, are treated as pure-Python configurations.
             root: The folder that must contain the bases of data files. Defaults to the working directory if it contains the
                 file, otherwise to the folder of the file.
 
@@ -89,7 +89,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
             ConfigParsingError: if a file is invalid; the error includes the line.
             ConfigKeyError: if two bases set the same key, or a required environment variable is not set.
             ConfigTypeError: if a dict is merged into a value that is not a dict.
-            ConfigValueError: if a data file has a base that it must not have.
+            ConfigValueError: if a data file has a base that is not allowed.
         """
         path = Path(filename).expanduser()
         reader = Reader(Path(root) if root else _default_root(path), lazy_import, use_environment_variables)
@@ -99,8 +99,9 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
     def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
         """Read an untrusted YAML, JSON or TOML file, such as one from an archive or a model hub.
 
-        A ``.py`` file raises an error, since it would be executed, and so do placeholders for environment variables, whose
-        values could appear in logs. The bases must be in ``root``, which defaults to the folder of the file.
+        A ``.py`` file raises an error, since it would be executed. Placeholders for environment variables also raise an
+        error, since their values could appear in logs. The bases must be in ``root``, which defaults to the folder of
+        the file.
 
         Raises:
             ConfigError: as in :meth:`fromfile`.

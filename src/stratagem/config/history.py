@@ -27,7 +27,7 @@ class ChangeKind(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a value by one layer. ``value`` is the layer's value; if merged, it is part of a dict."""
+    """A change of a value by one layer. ``value`` is the value in that layer, which may be only a part of a merged dict."""
 
     origin: Origin
     kind: ChangeKind
@@ -63,7 +63,7 @@ class History:
         return whole[-1] if whole and whole[-1].kind is not ChangeKind.REMOVED else None
 
     def position(self, path: KeyPath) -> str:
-        """Return a position such as ``"model.depth (config.py:12)"``; the parent's position if no layer sets the path."""
+        """Return the path with the file and line that set it or its parent, such as ``"model.depth (config.py:12)"``."""
         for end in range(len(path), 0, -1):
             change = self.last(path[:end])
             if change is not None:

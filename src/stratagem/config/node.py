@@ -53,7 +53,7 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
 
     @classmethod
     def with_positions(cls, data: Mapping[str, Any], owner: PositionLookup, path: KeyPath = ()) -> ConfigDict:
-        """Return a deep copy of ``data`` in which every nested dict has its path and the ``owner`` that finds its position."""
+        """Return a deep copy of ``data`` whose nested dicts store their path and ``owner``, which finds their file and line."""
         node = cls()
         object.__setattr__(node, "_owner", owner)
         object.__setattr__(node, "_path", path)
@@ -83,7 +83,8 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
         return resolve(super().__getitem__(key))
 
     def __iter__(self) -> Iterator[str]:
-        # Needed: unless a subclass defines __iter__, dict() and ** copy its raw values without calling __getitem__.
+        # Do not remove: unless a subclass defines __iter__, dict() and ** copy its raw values without calling
+        # __getitem__.
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -31,7 +31,7 @@ class AsyncMaxReduce:
 
     @property
     def pending(self) -> bool:
-        """Whether a reduction has been started but its result has not been read."""
+        """Whether a reduction has been started whose result has not been read yet."""
         return self._work is not None
 
     def start(self, *numbers: int) -> None:
@@ -40,19 +40,20 @@ class AsyncMaxReduce:
         Collective; ``wait`` returns once all ranks have called ``start``.
         """
         if not self._connected:
-            # With a group that serves only accelerators, waiting for the result would synchronize with the device.
+            # If the default group supports only accelerators, use a CPU group: waiting for a result on a device would
+            # synchronize with it.
             self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
             self._connected = True
         self._numbers[:] = torch.tensor(numbers, dtype=torch.int64)
         self._work = torch_dist.all_reduce(self._numbers, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def wait(self) -> int:
-        """Wait until all ranks have called ``start``; return the maximum of the first number, or 0 if none is pending."""
+        """Wait until all ranks have called ``start``; return the maximum of the first number, or 0 if no reduction is pending."""
         numbers = self.wait_all()
         return numbers[0] if numbers else 0
 
     def wait_all(self) -> tuple[int, ...]:
-        """Wait until all ranks have called ``start``; return the maximums, or nothing if no reduction is pending."""
+        """Wait until all ranks have called ``start``; return the maximums, or ``()`` if no reduction is pending."""
         if self._work is None:
             return ()
         work, self._work = self._work, None

@@ -18,7 +18,8 @@ __all__ = ["EngineModule"]
 class EngineModule(nn.Module):
     """Runs the ``train_step``, ``val_step`` and ``test_step`` of a model; their calls to ``self(...)`` go to the engine.
 
-    Otherwise ``self`` is the model. Attributes that this module lacks are looked up on the model.
+    In all other respects, ``self`` is the model inside these methods. Attributes that this module lacks are looked up
+    on the model.
 
     Args:
         unwrapped: the model.
@@ -39,7 +40,7 @@ class EngineModule(nn.Module):
     ) -> None:
         super().__init__()
         self.holder = holder
-        # Not registered as a submodule: the holder is the model, or has it as a submodule.
+        # Do not register the model as a submodule, because the holder is the model or contains it.
         self.__dict__["unwrapped"] = unwrapped
         self._engine = engine
         self._training_forward = training_forward

@@ -17,8 +17,8 @@ from stratagem.utils.regular_files import open_regular
 
 __all__ = ["JsonLinesWriter"]
 
-_MAX_DEPTH = 20  # deeper nesting in a record is assumed to be a mistake
-_MAX_INTEGER_BITS = 1024  # Python limits the conversion of integers with thousands of digits
+_MAX_DEPTH = 20  # Deeper nesting in a record is assumed to be a mistake.
+_MAX_INTEGER_BITS = 1024  # Python refuses to convert integers with thousands of digits to text.
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 

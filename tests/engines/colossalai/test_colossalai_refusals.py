@@ -25,10 +25,10 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
     ("options", "message"),
     [
         ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Omit it"),
-        ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is not a dtype of torch"),
-        ({"plugin": {"type": "hybrid-parallel", "tp_size": 3}}, "tp_size=3 does not divide the 2 processes"),
+        ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is not the name of a torch dtype"),
+        ({"plugin": {"type": "hybrid-parallel", "tp_size": 3}}, "tp_size=3 must divide the number of processes"),
         ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "or set custom_policy=...; see docs"),
-        ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy must be a Policy.* got 3"),
+        ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy must be a .*, got 3"),
         ({"plugin": 3}, "plugin: int is not supported"),
         (
             {**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}},

@@ -257,7 +257,7 @@ def test_gradients_of_several_backward_passes_are_added(two: Ranks, folder: Path
         ("ZeRO-0", "by hand", 1, r"instead of loss.backward\(\)"),
         ("ZeRO-1", "by hand", 1, r"instead of loss.backward\(\)"),
         ("ZeRO-3 offload", "by hand and wrapper", 1, r"instead of loss.backward\(\)"),
-        ("ZeRO-2", "two forwards", 3, r"after 2 of 3 backward passes of an accumulation window"),
+        ("ZeRO-2", "two forwards", 3, r"after 2 of 3 accumulated backward passes"),
     ],
 )
 def test_unsupported_backward_passes_are_rejected(

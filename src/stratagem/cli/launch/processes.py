@@ -63,7 +63,8 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
     Raises:
         typer.Exit: with the exit status of the first rank that failed.
     """
-    # The workers create their own store on the loopback interface. The agent's store would listen on all interfaces.
+    # Let the ranks create their own store on the loopback interface. The store of torchrun's launcher would listen on
+    # all interfaces.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
     if max_restarts:

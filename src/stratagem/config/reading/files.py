@@ -193,7 +193,7 @@ class _Bases:
         given: dict[str, Layers] = {}
         for layers in loaded:
             for key in {key for layer in layers for key in layer.data}:
-                # Two bases may share a base.
+                # Two bases may have a common base, which sets the same keys in both.
                 if key in given and not _give_alike(given[key], layers, key):
                     raise ConfigKeyError(
                         f"{self._name}: two bases set the key {key!r}: {_origin(given[key], key)} and "
@@ -207,7 +207,7 @@ def _each_once(layers: Iterable[Source]) -> Layers:
 
 
 def _give_alike(these: Layers, those: Layers, key: str) -> bool:
-    """Return whether, in both, the same files set a key to the same values."""
+    """Return whether the same files set a key to the same values in both sequences of layers."""
     one, other = ([layer for layer in layers if key in layer.data] for layers in (these, those))
     return len(one) == len(other) and all(
         first is second or (first.name == second.name and is_same(first.data[key], second.data[key]))

@@ -24,7 +24,7 @@ def line_of(source: Source, path: KeyPath) -> int | None:
     for end in range(len(path), below, -1):
         if path[:end] in lines:
             return lines[path[:end]]
-    # An edit of a base may set only a part of the value.
+    # The file may edit only a part of the value that it gets from its base.
     inside = [line for key, line in lines.items() if below and key[: len(path)] == path]
     return min(inside, default=lines.get(source.written_below) if below else None)
 

@@ -242,5 +242,5 @@ class _Reader(ast.NodeTransformer):
         return node
 
     def _record_base_use(self, text: str) -> None:
-        # Checked here instead of in the text of the file, where a comment can contain a placeholder.
+        # Check the strings of the syntax tree instead of the file's text, in which a comment may contain a placeholder.
         self.reads_base = self.reads_base or self._placeholders.reads_base(text)

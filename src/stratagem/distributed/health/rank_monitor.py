@@ -84,7 +84,8 @@ class RankMonitor:
         self._processes: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
         self._iteration = iteration
         self._on_failure = on_failure
-        # Unless it is killed, torchrun's agent outlives its ranks. Other launchers may exit before their ranks.
+        # torchrun's launcher process outlives its ranks unless it is killed. Other launchers may exit before their
+        # ranks.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._acknowledged = False
         self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)

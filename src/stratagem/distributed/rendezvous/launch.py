@@ -115,7 +115,7 @@ def _not_started_by(launcher: str, missing: list[str], environ: Mapping[str, str
     found = [f"{name}={environ[name]}" for name in _REQUIRED[launcher] if name in environ]
     by = infer_launcher(environ)
     actual = (
-        f"It was started by launcher {by!r}. Specify this launcher, or omit launcher."
+        f"It was started by launcher {by!r}. Specify this launcher, or omit the launcher option."
         if by != "none"
         else _HOW[launcher]
     )

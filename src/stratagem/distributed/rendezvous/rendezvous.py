@@ -71,7 +71,7 @@ def _start_id(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
 
 def _connect(launch: Launch, limit: timedelta, until_joined: ExitStack) -> Store:
     address = resolve(launch.master_addr)
-    # Usually torchrun's agent already serves the store, and all its workers are clients.
+    # Usually torchrun's launcher process already serves the store, and all its ranks are clients.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank == 0 and not served:
         listener = _listen(launch, address)

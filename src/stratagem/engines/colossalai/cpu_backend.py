@@ -1,7 +1,7 @@
 """Patches that let ColossalAI 0.5.0 train on the CPU.
 
-The library can train on the CPU, but a few places assume an accelerator. The following are patched in the current
-process:
+The library can train on the CPU, but some of its code assumes an accelerator. The following parts are patched in the
+current process:
 
 1. ZeRO uses streams, which the library's CPU accelerator lacks. :class:`HostAccelerator` provides streams without
    effect.
@@ -39,7 +39,7 @@ def train_on_cpu() -> None:
 
 @final
 class _Stream:
-    """A stream of a device on which all work is synchronous."""
+    """A stream without effect, because all work on the CPU is synchronous."""
 
     def wait_stream(self, stream: Any) -> None:
         """Return immediately."""
@@ -50,7 +50,7 @@ class _Stream:
 
 @final
 class HostAccelerator(CpuAccelerator):
-    """The CPU as an accelerator of ColossalAI, on which all work is synchronous."""
+    """ColossalAI's CPU accelerator, extended with streams. All work is synchronous."""
 
     def current_device(self) -> int:
         return 0

@@ -1,6 +1,7 @@
 """Stubs for packages that ColossalAI imports but that the supported plugins do not use.
 
-ColossalAI 0.5.0 imports peft, bitsandbytes and galore_torch together with its booster, and transformers when it saves.
+ColossalAI 0.5.0 imports peft, bitsandbytes and galore_torch with its booster, and transformers when it saves a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def import_stubs() -> Iterator[None]:
 
 @final
 class _Finder(MetaPathFinder, Loader):
-    """Find stubs for ColossalAI's imports. As the last finder, it is only asked for modules that are not installed."""
+    """Find stubs for ColossalAI's imports. It is the last finder, so it is asked only for modules that are not installed."""
 
     def __init__(self) -> None:
         self.created: list[str] = []

@@ -25,7 +25,7 @@ class ColossalAIFormatWriter:
     """Write checkpoints whose folders ``model`` and ``optimizer`` can be loaded with ColossalAI's Booster.
 
     Args:
-        placement: the placement that boosted the model.
+        placement: the placement whose booster wrapped the model.
     """
 
     def __init__(self, placement: ColossalAIPlacement) -> None:
@@ -55,7 +55,7 @@ class ColossalAIFormatWriter:
 
         def write_extra_files(folder: Path) -> None:
             boosted = self._placement.boosted
-            # The library imports transformers when it saves.
+            # ColossalAI imports transformers when it saves a checkpoint.
             with import_stubs():
                 boosted.booster.save_model(boosted.engine, str(folder / "model"), shard=True)
                 if with_optimizer:

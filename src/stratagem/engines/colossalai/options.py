@@ -38,7 +38,7 @@ _KIND_OF: Final = {**{kind: kind for kind in _CLASSES}, **{name: kind for kind, 
 _SCALER: Final = (
     "initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale",
 )  # fmt: skip
-# Names of torch.amp.GradScaler for the options of the loss scale.
+# A mapping from names of loss-scale options in torch.amp.GradScaler to their names in ColossalAI.
 _SCALER_ALIASES: Final = {"init_scale": "initial_scale"}
 _DDP: Final = (
     "broadcast_buffers", "find_unused_parameters", "check_reduction", "gradient_as_bucket_view", "static_graph",
@@ -144,7 +144,7 @@ def parse_plugin(plugin: Any, mixed_precision: Any) -> Any:
 
 def _kind(name: Any) -> str:
     if not isinstance(name, str):
-        raise ConfigTypeError(f"plugin must be a name, a mapping with a type, or a plugin of ColossalAI, got {name!r}.")
+        raise ConfigTypeError(f"plugin must be a name, a mapping with a type, or a ColossalAI plugin, got {name!r}.")
     if name in _UNSUPPORTED:
         raise PlacementError(f"plugin={name!r} is not supported. {_UNSUPPORTED[name]}")
     if name not in _KIND_OF:

@@ -1,4 +1,4 @@
-"""Place a model and its optimizer with ColossalAI's Booster."""
+"""Wrap a model and its optimizer with ColossalAI's Booster."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class BoostedModel:
 
 @final
 class ColossalAIPlacement(Placement):
-    """Place a model with a ColossalAI plugin.
+    """Move a model to this rank's device, and wrap it and its optimizer with a ColossalAI plugin.
 
     Args:
         plugin: the specification of a plugin, or a built plugin.
-        world: this process.
+        world: the rank and the device of this process.
 
     Raises:
         PlacementError: if the plugin does not support this environment.
@@ -83,7 +83,7 @@ class ColossalAIPlacement(Placement):
         self._tp_size = plugin.tp_size if isinstance(plugin, PluginSpec) else plugin_traits(plugin).tp_size
         if world.size % self._tp_size:
             raise PlacementError(
-                f"plugin: tp_size={self._tp_size} does not divide the {world.size} processes of this run."
+                f"plugin: tp_size={self._tp_size} must divide the number of processes, but this run has {world.size}."
             )
         self._boosted_model: BoostedModel | None = None
         self._param_shards: dict[nn.Parameter, ParamShard] | None = None
@@ -113,7 +113,7 @@ class ColossalAIPlacement(Placement):
 
     @property
     def boosted(self) -> BoostedModel:
-        """The placed model with its booster and wrappers."""
+        """The wrapped model with its booster and wrappers."""
         if self._boosted_model is None:
             raise NotPreparedError(_NO_MODEL)
         return self._boosted_model
@@ -202,7 +202,7 @@ class ColossalAIPlacement(Placement):
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
         if not isinstance(optim, BoosterOptimWrapper):
             raise PlacementError(
-                "ColossalAI boosts a model together with its optimizer, but this model was prepared without one. Pass "
+                "ColossalAI wraps a model together with its optimizer, but this model was prepared without one. Pass "
                 "optim_wrapper to the first call of prepare()."
             )
 
@@ -256,7 +256,7 @@ def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:
-    """Return the configured wrapper, whose settings ColossalAI's wrapper adopts.
+    """Return the configured optimizer wrapper, whose settings ColossalAI's wrapper uses.
 
     Raises:
         PlacementError: if it is not an ``OptimWrapper``.

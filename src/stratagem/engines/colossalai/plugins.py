@@ -82,8 +82,8 @@ def plugin_traits(plugin: Plugin) -> PluginTraits:
 def _refuse(option: str, chosen: bool) -> None:
     if chosen:
         raise PlacementError(
-            f"The plugin was built with {option}, which is not supported. Build it without {option}, or pass a mapping of "
-            f"options, for which the error about {option} names an alternative."
+            f"The plugin was built with {option}, which is not supported. Build it without {option}. If you pass a mapping of "
+            f"options instead of a built plugin, the error about {option} names an alternative."
         )
 
 
@@ -114,7 +114,7 @@ def build_plugin(spec: PluginSpec, model: nn.Module, device: torch.device) -> Pl
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ConfigValueError(f"plugin: communication_dtype={name!r} is not a dtype of torch, such as 'float16'.")
+        raise ConfigValueError(f"plugin: communication_dtype={name!r} is not the name of a torch dtype, such as 'float16'.")
     return found
 
 
@@ -130,7 +130,7 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
         return policy
     if policy is not None:
         raise ConfigTypeError(
-            "plugin: custom_policy must be a Policy of colossalai.shardformer, its class, or a mapping with its type, got "
+            "plugin: custom_policy must be a colossalai.shardformer Policy, a Policy class, or a mapping with a type, got "
             f"{policy!r}."
         )
     if type(model).__module__.startswith("transformers."):
@@ -139,7 +139,7 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
     if tp_size > 1 and not plan:
         raise PlacementError(
             f"plugin: tp_size={tp_size} requires a plan for the layers of {type(model).__name__}: ColossalAI only has plans for "
-            f"models of the transformers library. Define the model's attribute {PLAN_ATTRIBUTE!r}, such as "
+            f"models from the transformers library. Define the model's attribute {PLAN_ATTRIBUTE!r}, such as "
             "{'blocks.*.up': 'colwise', 'blocks.*.down': 'rowwise'}, or set custom_policy=...; see "
             "docs/strategies/colossalai.md."
         )

@@ -32,9 +32,9 @@ class ParamShard:
 
     Attributes:
         name: the parameter's name in the unwrapped model.
-        working: the model's parameter: this rank's box, in the dtype used for computation.
-        master: the tensor that the optimizer updates: the parameter, a float32 copy, or a range of one, which may end with
-            padding.
+        working: the model's parameter, which holds this rank's box in the dtype used for computation.
+        master: the tensor that the optimizer updates: the parameter, a float32 copy of it, or a range of either, which
+            may end with padding.
         shape: the shape of the full parameter.
         box: the position of ``working`` in the full parameter.
         start: the index in ``working`` of the first element of ``master``.

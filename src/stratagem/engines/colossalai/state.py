@@ -35,11 +35,11 @@ _COUNTER: Final = "step"
 class ColossalAIState(StateAccess):
     """Read and write the optimizer's master weights instead of the model's parameters.
 
-    The exact master weights are restored, so that a bfloat16 run continues with the same bits. ColossalAI's own loading
-    would compute them from the rounded parameters.
+    The exact master weights are restored, so that a resumed bfloat16 run is bitwise identical. ColossalAI's own loading
+    would compute the master weights from the rounded parameters.
 
     Args:
-        placement: the placement that boosted the model.
+        placement: the placement whose booster wrapped the model.
     """
 
     def __init__(self, placement: ColossalAIPlacement) -> None:
@@ -99,7 +99,8 @@ class ColossalAIState(StateAccess):
         names = self._placement.group_names
         require_one_optimizer(state)
         by_index = optimizer_by_index(state, names, wrapper.param_groups, allow_missing=allow_missing)
-        # The saved indices count all parameters of the groups; the boosted optimizer may have only the trainable ones.
+        # The saved indices count all parameters of the groups; the wrapped optimizer may have only the trainable
+        # parameters.
         flat = [name for group in names for name in group]
         saved = {flat[index]: slots for index, slots in by_index["state"].items()}
         slots = {

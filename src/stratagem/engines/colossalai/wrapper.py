@@ -31,7 +31,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     Args:
         engine: the optimizer, wrapped by the booster.
         param_shards: this rank's shard of each parameter.
-        settings: the configured wrapper, whose accumulation and ``nonfinite`` options are adopted.
+        settings: the configured optimizer wrapper, whose accumulation and ``nonfinite`` options are used.
         no_sync: a function that returns the context manager for a micro-batch whose gradients are not reduced.
         clipping: the gradient clipping to apply if the plugin does not clip gradients.
         norm_is_logged: whether to compute the gradient norm only for the log, because the plugin clips the gradients.
@@ -76,7 +76,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         guard = self.gradient_policy.guard
         if guard is not None:
-            # ColossalAI's backward has no gradient argument; multiplying the loss is equivalent.
+            # ColossalAI's backward() has no gradient argument, so multiply the loss by it, which is equivalent.
             options = dict(guard.begin(loss, kwargs))
             if "gradient" not in kwargs and "gradient" in options:
                 loss = loss * options["gradient"]
@@ -91,10 +91,10 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     def step(self, **kwargs: Any) -> None:
         if self._reduces_in_backward and not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes "
-                "of an accumulation window, but ColossalAI only reduces gradients in the last one. Run the backward "
-                "passes with optim_wrapper.backward(loss) or update_params(loss), not loss.backward(), and call "
-                "step() only if should_update() is True."
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} accumulated backward "
+                "passes, but ColossalAI only reduces gradients in the last one. Run the backward passes with "
+                "optim_wrapper.backward(loss) or update_params(loss), not loss.backward(), and call step() only if "
+                "should_update() is True."
             )
         if self.gradient_policy.complete is not None:
             self.gradient_policy.complete()

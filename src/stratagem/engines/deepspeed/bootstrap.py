@@ -81,7 +81,7 @@ def require_dtype(deepspeed: ModuleType, dtype: torch.dtype | None) -> None:
 def make_engine(
     deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], *, shards_parameters: bool
 ) -> Any:
-    """Return an engine that trains ``model`` with ``optimizer``. It modifies both. Collective.
+    """Return an engine that trains ``model`` with ``optimizer`` and modifies both. Collective.
 
     The weights must already be equal on all ranks.
 
@@ -100,7 +100,7 @@ def make_engine(
 
 @contextmanager
 def _skip_broadcast(model: nn.Module) -> Iterator[None]:
-    """While the engine is created, prevent it from broadcasting the weights of rank 0 again."""
+    """Inside the ``with`` block, prevent the engine being created from broadcasting the weights of rank 0 again."""
     parameters = list(model.parameters())
     for parameter in parameters:
         setattr(parameter, _EXCLUDE_FROM_BROADCAST, True)

@@ -35,7 +35,7 @@ class Options:
         global_batch: the number of samples in an update, over all ranks.
         accumulation: the number of micro-batches in an update.
         clipping: the maximum gradient norm.
-        optimizer: the section of this name, used if ``optim_wrapper`` has no optimizer.
+        optimizer: the ``optimizer`` section, used if ``optim_wrapper`` has no optimizer.
         half_inputs: the positions and names of the inputs of ``forward`` that are cast to ``dtype``; None for all
             floating-point inputs.
     """
@@ -151,7 +151,7 @@ def _merged(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove values that another program would fill in, except from the optimizer, which has no meaningful defaults."""
+    """Remove ``"auto"`` values, except those in the ``optimizer`` section, which has no meaningful defaults."""
     return {
         key: _without_auto(value) if isinstance(value, Mapping) and key != "optimizer" else value
         for key, value in config.items()

@@ -47,7 +47,7 @@ class DeepSpeedPlacement(Placement):
     Args:
         logger: the logger for the ZeRO stage and the dtype.
         options: DeepSpeed's options.
-        world: this process.
+        world: the rank and the device of this process.
         micro_batch: a function that returns the number of samples that a rank processes in an iteration, or None if it
             is unknown.
 

@@ -19,7 +19,7 @@ _MAX_NAMES = 8
 
 @final
 class UnusedParameters:
-    """Record which parameters get a gradient until the first update, and warn about the others.
+    """Record which parameters get a gradient before the first update, and warn about the others.
 
     DeepSpeed updates every parameter of its flat buffers, so a parameter without a gradient is updated with a gradient of zero:
     weight decay and momentum still change it. In a single process, an optimizer skips it.

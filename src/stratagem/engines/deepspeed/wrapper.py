@@ -28,7 +28,7 @@ class OriginalGroup:
     """A parameter group as it was before DeepSpeed replaced its parameters with flat tensors.
 
     Attributes:
-        options: the optimizer's own mapping, which schedules modify.
+        options: the group's dict in the optimizer, which schedules modify.
         parameters: the model's parameters, including frozen ones.
     """
 
@@ -40,12 +40,13 @@ class OriginalGroup:
 class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
     """Compute gradients and updates with DeepSpeed's engine, which reduces, accumulates, clips and scales gradients.
 
-    Accumulation windows are counted here, so that the last one, which may be shorter, is averaged over its actual length.
+    This class counts the micro-batches of each update, so that the gradients of a shorter last update are averaged over
+    its actual number of micro-batches.
 
     Args:
         engine: the DeepSpeed engine.
         master_weights: the master weights and gradients in the engine.
-        settings: the configured wrapper, whose optimizer the engine uses.
+        settings: the configured optimizer wrapper, whose optimizer the engine uses.
         groups: the original parameter groups of the optimizer.
         unused_parameters: reports parameters without a gradient in the first update.
         dtype: the dtype that the model computes in; None for the dtype of its parameters.
@@ -75,7 +76,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self._uses_loss_scale = scales
         # From stage 1 on, DeepSpeed multiplies the loss by the loss scale in its backward pass.
         self._scales_loss = scales and not master_weights.sharded
-        # Whether the last backward pass reduced the gradients of the accumulation window, so the next call is the step.
+        # Whether the last backward pass reduced the accumulated gradients, so that step() may be called.
         self._is_reduced = False
         self._is_cleared = True
         self._expose_flats()
@@ -119,9 +120,9 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             raise PlacementError(f"DeepSpeed's step has no option {', '.join(sorted(kwargs))}. Omit it.")
         if not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes "
-                "of an accumulation window, but DeepSpeed only reduces gradients in the last one. Call step() only if "
-                "should_update() is True, as update_params(loss) does."
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} accumulated backward "
+                "passes, but DeepSpeed only reduces gradients in the last one. Call step() only if should_update() is True, "
+                "as update_params(loss) does."
             )
         self._unused_parameters.report()
         micro_batches = self.pending_micro_batches
@@ -216,7 +217,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
 
 
 def require_plain_wrapper(optim: object) -> OptimWrapper:
-    """Return the configured wrapper, whose settings the engine adopts.
+    """Return the configured optimizer wrapper, whose settings the engine uses.
 
     Raises:
         PlacementError: if it is not an ``OptimWrapper``.
