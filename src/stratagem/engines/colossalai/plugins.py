@@ -114,7 +114,9 @@ def build_plugin(spec: PluginSpec, model: nn.Module, device: torch.device) -> Pl
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ConfigValueError(f"plugin: communication_dtype={name!r} is not the name of a torch dtype, such as 'float16'.")
+        raise ConfigValueError(
+            f"plugin: communication_dtype={name!r} is not the name of a torch dtype, such as 'float16'."
+        )
     return found
 
 
