@@ -223,3 +223,71 @@ def test_the_schema_matches_the_engine() -> None:
     assert keys["env_cfg"] == set(_KEYS) - {"launcher", "randomness"}
     assert keys["randomness"] == set(_RANDOMNESS_KEYS)
     assert keys["auto_scale_lr"] == set(_SCALE_KEYS)
+
+
+class Delegating:
+    """A constructor that passes its configuration to the wrapper, except for one key."""
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
+        self.factor = optim_wrapper_cfg.pop("own_factor", 1.0)
+        self.cfg, self.paramwise_cfg = optim_wrapper_cfg, paramwise_cfg
+
+
+SGD = {"type": "SGD", "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "text"),
+    [
+        (
+            {"optim_wrapper": {"optimizer": SGD, "paramwise_cfg": {"norm_decay": 0.0}}},
+            "paramwise_cfg",
+            "norm_decay_mult",
+        ),
+        ({"optim_wrapper": {"optimizer": SGD, "paramwise_cfg": [1]}}, "paramwise_cfg", "must be a mapping"),
+        ({"optim_wrapper": {"optimizer": SGD, "paramwise_cfg": {"match": "glob"}}}, "paramwise_cfg", "match='glob'"),
+        (
+            {"optim_wrapper": {"optimizer": SGD, "paramwise_cfg": {"layer_decay": {"rate": 1}}}},
+            "paramwise_cfg",
+            "requires layers",
+        ),
+        ({"optim_wrapper": {"optimizer": SGD, "implementation": "fast"}}, "implementation", "fused"),
+        ({"optim_wrapper": {"optimizer": SGD, "constructor": Delegating, "clip_gradd": {}}}, None, None),
+        ({"optim_wrapper": {"optimizer": SGD, "constructor": Delegating, "bogus": 1}}, "bogus", "no argument 'bogus'"),
+        ({"optim_wrapper": {"constructor": Delegating, "gen": {"optimizer": SGD, "bogus": 1}}}, "gen.bogus", "bogus"),
+        (
+            {"optim_wrapper": {"constructor": "MultiOptimWrapperConstructor", "gen": {"optimizer": SGD, "bogus": 1}}},
+            "gen.bogus",
+            "no argument 'bogus'",
+        ),
+        (
+            {"optim_wrapper": {"constructor": "MultiOptimWrapperConstructor", "gen": 1}},
+            "optim_wrapper",
+            "must be a mapping",
+        ),
+        ({"optim_wrapper": {"constructor": "MultiOptimWrapperConstructor"}}, "optim_wrapper", "at least one optimizer"),
+        ({"train_cfg": {"by_epoch": False}}, "train_cfg", "set max_iters or max_steps"),
+        ({"auto_scale_lr": {"enable": True}}, "auto_scale_lr", "base_batch_size"),
+        ({"log_level": "LOUD"}, "log_level", "LOUD"),
+        ({"env_cfg": {"mp_cfg": {"start": "fork"}}}, "env_cfg.mp_cfg.start", "mp_start_method"),
+        ({"default_hooks": {"checkpoint": {"save_begin": -1}}}, "default_hooks.checkpoint", "save_begin >= 0"),
+        ({"default_hooks": {"logger": {"interval": 0}}}, "default_hooks.logger", "interval >= 1"),
+        ({"custom_hooks": [{"type": "EarlyStoppingHook", "monitor": "x"}]}, "custom_hooks.0", "rule='greater'"),
+        ({"custom_hooks": [{"type": "EarlyStoppingHook", "monitor": "loss", "priority": "X"}]}, "priority", "'X'"),
+    ],
+)
+def test_the_check_refuses_what_building_refuses(data: dict[str, Any], key: str | None, text: str | None):
+    """The values that building validates are validated before anything is built, with the same messages."""
+    problems = check(Config(data), SECTIONS)
+    if key is None or text is None:
+        assert problems == []  # a mapping can be the configuration of a part that the constructor builds
+        return
+    (problem,) = problems
+    assert key in problem.path
+    assert text in problem.message
+
+
+def test_a_custom_constructor_may_have_its_own_keys_and_rules():
+    """Keys that the source of the constructor contains are accepted, and its ``paramwise_cfg`` may have any keys."""
+    wrapper = {"optimizer": SGD, "constructor": Delegating, "own_factor": 2.0, "paramwise_cfg": {"num_layers": 12}}
+    assert check(Config({"optim_wrapper": wrapper}), SECTIONS) == []

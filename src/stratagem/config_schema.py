@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from stratagem.config import Rule, Section
+from stratagem.errors import StratagemError
+from stratagem.logging.logger import parse_level
+from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
+from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
+from stratagem.optim.groups.paramwise import parse_paramwise
+from stratagem.optim.implementation import check_implementation
 from stratagem.registry import (
     DATA_SAMPLERS,
     DATASETS,
@@ -22,7 +30,10 @@ from stratagem.registry import (
     STRATEGIES,
     TOKENIZERS,
 )
+from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.state.synced_buffers import BUFFER_SOURCES
+from stratagem.train.building import check_hook, loop_arguments
+from stratagem.train.hook_priority import get_priority
 
 __all__ = ["SECTIONS"]
 
@@ -38,18 +49,60 @@ _OPTIM_WRAPPER = Section(
     keys={
         # The ColossalAI and DeepSpeed optimizers name this argument model_params.
         "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
-        "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
-        "paramwise_cfg": _FREE,
-        "implementation": _FREE,
+        "constructor": Section(
+            registry=OPTIM_WRAPPER_CONSTRUCTORS,
+            by_name=True,
+            supplied=frozenset({"optim_wrapper_cfg", "paramwise_cfg"}),
+        ),
+        "paramwise_cfg": Section(validate=parse_paramwise),
+        "implementation": Section(validate=check_implementation),
     },
 )
 
 
 def _optim_wrapper(value: Any) -> Section:
-    # A custom constructor may define its own keys, for example one key per wrapper.
-    default = "DefaultOptimWrapperConstructor"
-    is_custom = isinstance(value, Mapping) and value.get("constructor", default) != default
-    return Section(keys=_OPTIM_WRAPPER.keys, others=_FREE) if is_custom else _OPTIM_WRAPPER
+    constructor = _constructor_of(value)
+    if constructor is DefaultOptimWrapperConstructor:
+        return _OPTIM_WRAPPER
+    keys = {**_OPTIM_WRAPPER.keys, "paramwise_cfg": _FREE}
+    if constructor is MultiOptimWrapperConstructor:
+        return Section(keys={"constructor": keys["constructor"]}, others=_OPTIM_WRAPPER, validate=_check_multi)
+    if constructor is None or "optimizer" not in value:
+        return Section(keys=keys, others=_named_wrapper)
+    # A wrapper with one optimizer. The constructor may also use keys that the wrapper does not have.
+    own = {key: _FREE for key, item in value.items() if isinstance(item, Mapping) or _mentions(constructor, key)}
+    return replace(_OPTIM_WRAPPER, keys={**own, **keys})
+
+
+def _constructor_of(value: Any) -> Any:
+    """Return the constructor of an optimizer wrapper; None if it is unknown, which is reported for its key."""
+    if not isinstance(value, Mapping):
+        return DefaultOptimWrapperConstructor
+    given = value.get("constructor", DefaultOptimWrapperConstructor)
+    kind = given.get("type") if isinstance(given, Mapping) else given
+    try:
+        return OPTIM_WRAPPER_CONSTRUCTORS.get(kind) if isinstance(kind, str) else kind
+    except StratagemError:
+        return None
+
+
+def _named_wrapper(value: Any) -> Section:
+    return _OPTIM_WRAPPER if isinstance(value, Mapping) and "optimizer" in value else _FREE
+
+
+def _check_multi(value: Any) -> None:
+    rest = {key: item for key, item in value.items() if key not in ("constructor", "paramwise_cfg")}
+    MultiOptimWrapperConstructor(rest, value.get("paramwise_cfg"))
+
+
+def _mentions(constructor: Any, key: object) -> bool:
+    """Return whether the source of a constructor contains a key, or is not available."""
+    classes = inspect.getmro(constructor) if isinstance(constructor, type) else (constructor,)
+    try:
+        sources = [inspect.getsource(each) for each in classes if each is not object]
+    except (OSError, TypeError):
+        return True
+    return any(str(key) in source for source in sources)
 
 
 _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE})
@@ -84,9 +137,18 @@ _LOADER = Section(
 )
 
 
+_TRAIN_LOOPS = ("EpochBasedTrainLoop", "IterBasedTrainLoop")
+
+
 def _loop(default: str) -> Section:
     supplied = frozenset({"run", "dataloader", "val_loop", "evaluator", "accumulative_counts"})
-    return Section(registry=LOOPS, default_type=default, supplied=supplied, keys={"by_epoch": _FREE})
+    return Section(
+        registry=LOOPS,
+        default_type=default,
+        supplied=supplied,
+        keys={"by_epoch": _FREE},
+        validate=loop_arguments if default in _TRAIN_LOOPS else None,
+    )
 
 
 def _train_cfg(value: Any) -> Section:
@@ -101,7 +163,12 @@ def _evaluator(value: Any) -> Section:
 
 
 def _hook(default: str | None = None) -> Section:
-    return Section(registry=HOOKS, default_type=default, keys={"priority": _FREE, "state_key": _FREE})
+    return Section(
+        registry=HOOKS,
+        default_type=default,
+        keys={"priority": Section(validate=get_priority), "state_key": _FREE},
+        validate=lambda hook: check_hook(hook, default),
+    )
 
 
 _DEFAULT_HOOKS = {
@@ -134,12 +201,14 @@ SECTIONS: Mapping[str, Rule] = {
     "optim_wrapper": _optim_wrapper,
     "param_scheduler": _param_scheduler,
     "strategy": Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFER_SOURCES}),
-    "auto_scale_lr": _keys("enable", "base_batch_size", "rule"),
+    "auto_scale_lr": replace(_keys("enable", "base_batch_size", "rule"), validate=AutoScale.parse),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),
+    "log_level": Section(validate=parse_level),
     "env_cfg": Section(
         keys={
-            **dict.fromkeys(("cudnn_benchmark", "mp_cfg", "resource_limit"), _FREE),
+            **dict.fromkeys(("cudnn_benchmark", "resource_limit"), _FREE),
+            "mp_cfg": _keys("mp_start_method", "opencv_num_threads"),
             "dist_cfg": Section(target="stratagem.distributed:init_dist"),
         }
     ),
@@ -155,7 +224,6 @@ SECTIONS: Mapping[str, Rule] = {
             "resume_param_scheduler",
             "new_parameters",
             "launcher",
-            "log_level",
             "default_scope",
             "requeue",
             "runner_type",

@@ -53,6 +53,8 @@ class Section:
         keys: The schemas of further keys of the mapping, and of arguments of the target.
         others: The schema of all other keys; None to reject other keys.
         choices: The valid values of some arguments of the target.
+        validate: A function that raises a ``StratagemError`` for an invalid value, such as the one that building uses. It is
+            only called if the keys are valid.
     """
 
     registry: SupportsLookup | None = None
@@ -64,11 +66,13 @@ class Section:
     keys: Mapping[str, Rule] = field(default_factory=dict)
     others: Rule | None = None
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)
+    validate: Callable[[Any], object] | None = None
 
     @property
     def accepts_anything(self) -> bool:
         """Whether any value is valid."""
-        return self.registry is None and self.target is None and not self.keys and self.others is None
+        structure = self.registry is None and self.target is None and not self.keys and self.others is None
+        return structure and self.validate is None
 
 
 # A section, or a function that returns the section for a value.
@@ -132,7 +136,23 @@ class _Check:
         section = rule if isinstance(rule, Section) else rule(value)
         if section.accepts_anything:
             return
+        problems = list(self._structure(value, section, path))
+        yield from problems
+        if section.validate is not None and not problems:
+            yield from self._validated(value, section.validate, path)
+
+    def _validated(self, value: Any, validate: Callable[[Any], object], path: KeyPath) -> Iterator[Problem]:
+        try:
+            validate(value)
+        except StratagemError as error:
+            yield self._problem(path, str(error))
+        except Exception as error:  # noqa: BLE001 -- building would fail with the same error
+            yield self._problem(path, f"{type(error).__name__}: {error}")
+
+    def _structure(self, value: Any, section: Section, path: KeyPath) -> Iterator[Problem]:
         if isinstance(value, Mapping):
+            if section.registry is None and section.target is None and not section.keys and section.others is None:
+                return
             yield from self.mapping(value, section, path)
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):

@@ -15,7 +15,7 @@ from stratagem.logging.console import shared_console
 from stratagem.utils import absolute, did_you_mean, mask_text
 from stratagem.utils.regular_files import open_regular
 
-__all__ = ["Logger"]
+__all__ = ["Logger", "parse_level"]
 
 _LABEL = "stratagem"
 _CONSOLE_TIME = "%m/%d %H:%M:%S"
@@ -51,7 +51,7 @@ class Logger(logging.Logger):
         distributed: bool = False,
         console: bool = True,
     ) -> None:
-        level = _parse_level(log_level)
+        level = parse_level(log_level)
         if file_mode not in ("a", "w"):
             raise ConfigValueError(f"file_mode is {file_mode!r}; it must be 'a' (append) or 'w' (overwrite).")
         if rank < 0:
@@ -160,7 +160,13 @@ class _RepeatedWarnings(logging.Filter):
         return True
 
 
-def _parse_level(level: str | int) -> int:
+def parse_level(level: str | int) -> int:
+    """Return a level as a number.
+
+    Raises:
+        ConfigTypeError: if it is neither a name nor a number.
+        ConfigValueError: if the name is unknown.
+    """
     if isinstance(level, int) and not isinstance(level, bool):
         return level
     if not isinstance(level, str):

@@ -15,7 +15,7 @@ from stratagem.train.hook_priority import get_priority
 from stratagem.train.run.context import Run
 from stratagem.utils import refuse_unknown
 
-__all__ = ["build_evaluation_loop", "build_events", "build_train_loop", "loop_arguments"]
+__all__ = ["build_evaluation_loop", "build_events", "build_train_loop", "check_hook", "loop_arguments"]
 
 _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "runtime_info": {"type": "RuntimeInfoHook"},
@@ -67,6 +67,21 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
     if not isinstance(built, Hook):
         raise ConfigTypeError(f"Expected a subclass of stratagem.train.Hook or a mapping with its type, got {hook!r}.")
     return built
+
+
+def check_hook(hook: Any, default_type: str | None = None) -> None:
+    """Build a built-in hook to check its arguments. Hooks of other packages are not built, since that may have effects.
+
+    Raises:
+        ConfigError: (or a subclass) if building fails.
+    """
+    if not isinstance(hook, Mapping):
+        return
+    cfg = {**({} if default_type is None else {"type": default_type}), **hook}
+    kind = cfg.get("type")
+    target = HOOKS.get(kind) if isinstance(kind, str) else kind
+    if getattr(target, "__module__", "").partition(".")[0] == __name__.partition(".")[0]:
+        _build_hook(cfg)
 
 
 def build_train_loop(
