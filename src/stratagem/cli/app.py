@@ -11,6 +11,7 @@ from stratagem._version import __version__
 from stratagem.cli.ckpt.app import ckpt_app
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
+from stratagem.cli.output import echo
 from stratagem.cli.runs_app import runs_app
 
 __all__ = ["app"]
@@ -63,7 +64,7 @@ Out = Annotated[
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"stratagem {__version__}")
+        echo(f"stratagem {__version__}")
         raise typer.Exit
 
 

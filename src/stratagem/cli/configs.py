@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
 from stratagem.cli.options import RunOptions, read_file
+from stratagem.cli.output import echo
 from stratagem.config import Config, parse_overrides, require
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
@@ -16,6 +16,7 @@ from stratagem.config.redact import remember_secrets
 from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigValueError
 from stratagem.utils import did_you_mean
+from stratagem.utils.printable import escape_controls
 
 __all__ = ["check", "diff", "explain", "show"]
 
@@ -35,13 +36,13 @@ def show(options: RunOptions, form: str) -> None:
 
 def explain(options: RunOptions, path: str) -> None:
     """Print each file and line that set a value."""
-    typer.echo(explain_value(_read(options), path))
+    echo(explain_value(_read(options), path))
 
 
 def diff(first: Path, second: Path) -> None:
     """Print the differences between two configurations."""
     found = Config.diff(first, second)
-    _print(found, "diff") if found else typer.echo("No differences.")
+    _print(found, "diff") if found else echo("No differences.")
 
 
 def check(options: RunOptions) -> None:
@@ -52,7 +53,7 @@ def check(options: RunOptions) -> None:
     """
     config = _read(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
-    typer.echo(f"{options.config}: all keys and arguments are valid.")
+    echo(f"{options.config}: all keys and arguments are valid.")
 
 
 def _read(options: RunOptions) -> Config:
@@ -64,8 +65,8 @@ def _read(options: RunOptions) -> Config:
 
 
 def _print(text: str, language: str) -> None:
-    console = Console()
+    console, text = Console(), escape_controls(text)
     if console.is_terminal:
         console.print(Syntax(text, language, background_color="default", word_wrap=True))
     else:
-        typer.echo(text)
+        echo(text)

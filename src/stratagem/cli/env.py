@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
+from stratagem.cli.output import echo
 from stratagem.utils import collect_env
 
 __all__ = ["print_environment"]
@@ -14,4 +13,4 @@ def print_environment() -> None:
     report = collect_env()
     width = max(map(len, report))
     for name, value in report.items():
-        typer.echo(f"{name:<{width}}  {value}")
+        echo(f"{name:<{width}}  {value}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import typer
 from rich.console import Console
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.cli.plot.braille import print_chart
 from stratagem.cli.plot.charts import Chart, Line, Mark, Panel, wants_log_scale
 from stratagem.cli.plot.png import write_png
@@ -77,7 +77,7 @@ def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> Non
         )
         if strategy.rank == 0:
             _show(_loss_chart(str(options.config), found, sweep), out)
-            typer.echo(_table_of_rates(found))
+            echo(_table_of_rates(found))
 
 
 def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path | None) -> None:
@@ -97,8 +97,8 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
         on_cpu = strategy.world.device.type == "cpu"
         if found.largest is not None:
             _show(_throughput_chart(str(options.config), found), out)
-        typer.echo(_table_of_sizes(found))
-        typer.echo(_verdict(found, on_cpu=on_cpu))
+        echo(_table_of_sizes(found))
+        echo(_verdict(found, on_cpu=on_cpu))
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _show(chart: Chart, out: Path | None) -> None:
         write_png(chart, out)
     print_chart(chart, Console())
     if out is not None:
-        typer.echo(f"Saved the chart to {out}")
+        echo(f"Saved the chart to {out}")
 
 
 def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:

@@ -11,6 +11,7 @@ from stratagem.cli.app import app
 from stratagem.cli.launch.child_status import claim_error_report, restart_notice
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.utils import mask_text
+from stratagem.utils.printable import escape_controls
 
 __all__ = ["main"]
 
@@ -45,7 +46,7 @@ def _is_config(word: str) -> bool:
 
 def _report_error(error: Exception, *, with_traceback: bool) -> None:
     if with_traceback:
-        print(mask_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)  # noqa: T201 -- the command line
+        print(escape_controls(mask_text("".join(traceback.format_exception(error)))), end="", file=sys.stderr)  # noqa: T201 -- the command line
     rank = os.environ.get("RANK")
     who = "stratagem" if rank is None else f"stratagem (rank {rank})"
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -56,7 +57,7 @@ def _report_error(error: Exception, *, with_traceback: bool) -> None:
         where = f"\n  at {frame.filename}:{frame.lineno} in {frame.name}. Use --traceback to show the full traceback."
         where = "" if with_traceback else where
         message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
-    message = mask_text(message)
+    message = escape_controls(mask_text(message))
     if isinstance(error, RankFailedError) or claim_error_report(message, getattr(error, "exit_status", 1)):
         notice = restart_notice()
         print(message if notice is None else f"{message}\n{notice}", file=sys.stderr)  # noqa: T201 -- the command line

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import typer
 from rich.console import Console
-from rich.table import Table
 
 from stratagem.checkpoint.convert.convert import open_checkpoint
+from stratagem.cli.output import Table, echo
 from stratagem.errors import CheckpointNotFoundError
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
@@ -67,18 +66,18 @@ def show_sessions(path: str) -> None:
     for session in history.sessions:
         _print_session(session)
     if outcome is not None:
-        typer.echo(f"  {mask_text(outcome.how)} at {_position(outcome.epoch, outcome.iter)}, {outcome.at}")
+        echo(f"  {mask_text(outcome.how)} at {_position(outcome.epoch, outcome.iter)}, {outcome.at}")
 
 
 def _print_session(session: Session) -> None:
     ranks = "1 rank" if session.world_size == 1 else f"{session.world_size} ranks"
-    typer.echo(f"{session.name}  {session.strategy}, {ranks}, stratagem {session.stratagem}")
+    echo(f"{session.name}  {session.strategy}, {ranks}, stratagem {session.stratagem}")
     if session.checkpoint is None:
-        typer.echo("  started from scratch")
+        echo("  started from scratch")
     else:
-        typer.echo(f"  resumed from {mask_text(session.checkpoint)} at {_position(session.epoch, session.iter)}")
+        echo(f"  resumed from {mask_text(session.checkpoint)} at {_position(session.epoch, session.iter)}")
     for change in session.changes:
-        typer.echo(f"  changed: {mask_text(change)}")
+        echo(f"  changed: {mask_text(change)}")
 
 
 def _position(epoch: int, iteration: int) -> str:

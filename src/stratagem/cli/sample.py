@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import typer
 
 from stratagem.checkpoint import StateTree, evaluated_weights, find_latest_checkpoint
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
@@ -71,7 +71,7 @@ def sample(options: RunOptions, request: Request, *, checkpoint: str, raw: bool 
         if not prompt:
             raise ConfigValueError(f"--prompt {request.prompt!r} has no tokens; at least one is required.")
         tokens = _generate(config, prompt, request, checkpoint, raw=raw)
-    typer.echo(tokenizer.decode(tokens))
+    echo(tokenizer.decode(tokens))
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.cli.plot.braille import print_chart
 from stratagem.cli.plot.charts import Chart, Line, Panel, wants_log_scale
 from stratagem.cli.plot.png import write_png
@@ -43,7 +43,7 @@ def schedule(options: RunOptions, *, out: Path | None) -> None:
         write_png(chart, out)
     print_chart(chart, Console())
     if out is not None:
-        typer.echo(f"Saved the chart to {out}")
+        echo(f"Saved the chart to {out}")
 
 
 def preview(config: Config, *, world_size: int) -> RunPreview:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import typer
-
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.config import parse_overrides, require
 from stratagem.config.keys import parse_path
 from stratagem.config.redact import redacted
@@ -147,15 +146,15 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
     _refuse_secrets(options.overrides)
     script = batch_script(options, allocation, work_dir)
     if show:
-        typer.echo(script, nl=False)
+        echo(script, nl=False)
         return
     file = out or work_dir / f"{options.config.stem}.sbatch"
     file.parent.mkdir(parents=True, exist_ok=True)
     # SLURM does not create the directory for its log file.
     work_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(file, script)
-    typer.echo(f"Wrote {file}")
-    typer.echo(_sbatch(file) if now else f"Submit it with: {shlex.join(['sbatch', str(file)])}")
+    echo(f"Wrote {file}")
+    echo(_sbatch(file) if now else f"Submit it with: {shlex.join(['sbatch', str(file)])}")
 
 
 def _refuse_secrets(overrides: tuple[str, ...]) -> None:

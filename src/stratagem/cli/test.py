@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typer
-
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.runner import Runner
 
 __all__ = ["test"]
@@ -29,6 +28,6 @@ def test(options: RunOptions, *, checkpoint: str) -> None:
         metrics = runner.test(strict=True)
         if runner.strategy.rank == 0:
             for name, value in metrics.items():
-                typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+                echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     finally:
         runner.close()

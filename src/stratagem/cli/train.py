@@ -16,6 +16,7 @@ import typer
 from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import echo
 from stratagem.config import Config
 from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
@@ -55,7 +56,7 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         try:
             interrupted = _train(options, resume=resume, load_from=load_from)
         except KeyboardInterrupt:
-            typer.echo("Stopped immediately by a second signal. The last saved checkpoint is intact.", err=True)
+            echo("Stopped immediately by a second signal. The last saved checkpoint is intact.", err=True)
             interrupted = signals.second or signal.SIGINT
     if interrupted is not None:
         raise typer.Exit(128 + interrupted)
@@ -74,7 +75,7 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
         _train_until_stopped(runner)
         if runner.strategy.rank == 0:
             # The suggested commands contain the values of --set, which may be secrets.
-            typer.echo(mask_text(_summary(runner, config, options, time.monotonic() - began)))
+            echo(mask_text(_summary(runner, config, options, time.monotonic() - began)))
     except BaseException as error:
         if runner.strategy.world_size > 1:
             # Destroying the process group can block if another rank does not respond.

@@ -285,7 +285,8 @@ class _Check:
 
     def _problem(self, path: KeyPath, message: str) -> Problem:
         origin = next(
-            (found for end in range(len(path), 0, -1) if (found := self._config.where(path_text(path[:end])))), None
+            (found for end in range(len(path), 0, -1) if (found := self._config.where(".".join(map(str, path[:end]))))),
+            None,
         )
         return Problem(path_text(path), origin, message)
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from stratagem.errors import ConfigTypeError, ConfigValueError, WorkDirError
 from stratagem.logging.console import shared_console
 from stratagem.utils import absolute, did_you_mean, mask_text
+from stratagem.utils.printable import escape_controls
 from stratagem.utils.regular_files import open_regular
 
 __all__ = ["Logger", "parse_level"]
@@ -88,10 +89,9 @@ class _Formatter(logging.Formatter):
         )
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line with its traceback, if any, and with secrets masked."""
-        return mask_text(
-            self._with_location.format(record) if record.levelno >= logging.ERROR else super().format(record)
-        )
+        """Return the line with its traceback, if any, with secrets masked and control characters escaped."""
+        line = self._with_location.format(record) if record.levelno >= logging.ERROR else super().format(record)
+        return escape_controls(mask_text(line))
 
 
 @final

@@ -19,6 +19,7 @@ from torch import Tensor
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 from stratagem.tensors.dtensor import is_sharded
+from stratagem.utils.printable import printable_name
 
 __all__ = [
     "StateTree",
@@ -70,7 +71,7 @@ def flatten_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]
     for name, tensor in stored.items():
         if isinstance(tensor, ShardedTensorState):
             raise CheckpointError(
-                f"The checkpoint's {_below(where, name)} is {tensor!r}, which can only be stored if all its ranks take "
+                f"The checkpoint's {_shown(where, name)} is {tensor!r}, which can only be stored if all its ranks take "
                 "part in the save."
             )
     return cast("dict[str, Tensor]", stored), skeleton
@@ -117,7 +118,7 @@ def _flatten(node: Any, path: str, tensors: dict[str, StoredTensor], where: str)
 
 def _cannot_store(node: Any, path: str, where: str) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint's {_below(where, path)} is {type(node).__name__} {_shorten(node)}, which cannot be stored "
+        f"The checkpoint's {_shown(where, path)} is {type(node).__name__} {_shorten(node)}, which cannot be stored "
         "without pickle. Convert it to tensors, numbers, strings, lists and dicts first, as a state_dict does."
     )
 
@@ -127,7 +128,7 @@ def _flatten_tensor(node: Tensor, path: str, tensors: dict[str, StoredTensor], w
     kind = _unsupported_kind(node)
     if kind is not None:
         raise CheckpointError(
-            f"The checkpoint's {_below(where, path)} is a tensor {kind}, which cannot be stored. Convert it first."
+            f"The checkpoint's {_shown(where, path)} is a tensor {kind}, which cannot be stored. Convert it first."
         )
     name = _free_name(path, tensors)
     # Lazy conjugation and negation are flags on the memory; store the actual values.
@@ -174,7 +175,7 @@ def _flatten_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, Stor
     for key in node:
         if not isinstance(key, str | int | float) or (isinstance(key, float) and not math.isfinite(key)):
             raise CheckpointError(
-                f"The checkpoint's {_below(where, path)} has the key {_shorten(key)}, which cannot be stored without "
+                f"The checkpoint's {_shown(where, path)} has the key {_shorten(key)}, which cannot be stored without "
                 "pickle. Use strings or numbers as keys."
             )
     items = [(_plain(key), _flatten(value, _below(path, key), tensors, where)) for key, value in node.items()]
@@ -300,6 +301,10 @@ def _free_name(path: str, tensors: Mapping[str, StoredTensor]) -> str:
 
 def _below(path: str, key: object) -> str:
     return "/".join(str(part) for part in (path, key) if part != "") or "root"
+
+
+def _shown(path: str, key: object) -> str:
+    return printable_name(_below(path, key))
 
 
 def _shorten(value: object, max_length: int = 80) -> str:

@@ -16,6 +16,7 @@ from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
 from stratagem.tensors.dtensor import shard_like
 from stratagem.utils import canonical_names, with_canonical_keys
+from stratagem.utils.printable import printable_name
 from stratagem.utils.torch_private import load_hook_modules
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict", "weights_to_cpu"]
@@ -57,7 +58,7 @@ class LoadReport:
 
 
 def _shorten_list(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
+    shown = ", ".join(map(printable_name, names[:_SHOWN]))
     return f"{shown}, ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else shown
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
 from rich.filesize import decimal
 
 from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, has_averaged_weights
 from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, weights_of, write_weights
+from stratagem.cli.output import echo
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -21,11 +21,11 @@ def convert(source: str, target: Path, form: str | None, *, raw: bool) -> None:
     """Convert ``source`` to another format, and print which parts that format cannot store."""
     with shared_console().status(f"Converting {mask_text(source)} ..."):
         left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form, raw=raw)
-    typer.echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
+    echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
     if AVERAGE_PART in left_out and not raw:
-        typer.echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
+        echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
     if left_out:
-        typer.echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
+        echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
 
 
 def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None:
@@ -54,5 +54,5 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
         weights = weights if raw else evaluated_weights(tree, weights)
         write_weights(weights, absolute(target), folder=False)
     if has_averages and not raw:
-        typer.echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
-    typer.echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")
+        echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
+    echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")

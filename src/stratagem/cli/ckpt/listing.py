@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from stratagem.checkpoint import CheckpointInfo, format_for
 from stratagem.checkpoint import list_checkpoints as list_in
+from stratagem.cli.output import Table, echo
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -62,12 +62,12 @@ def verify(paths: Sequence[Path]) -> None:
                 size = format_for(path).verify(path)
             except CheckpointError as error:
                 damaged += 1
-                typer.echo(f"DAMAGED  {path}\n         {error}")
+                echo(f"DAMAGED  {path}\n         {error}")
             else:
-                typer.echo(f"ok       {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
+                echo(f"ok       {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
             progress.advance(task)
     if damaged:
-        typer.echo(f"{damaged} of {len(checkpoints)} checkpoints are damaged.", err=True)
+        echo(f"{damaged} of {len(checkpoints)} checkpoints are damaged.", err=True)
         raise typer.Exit(1)
 
 

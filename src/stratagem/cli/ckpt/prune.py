@@ -11,6 +11,7 @@ import typer
 from rich.filesize import decimal
 
 from stratagem.checkpoint import Retention, SavedCheckpoint, checkpoints_by_run, format_for, remove_checkpoints
+from stratagem.cli.output import echo
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -46,18 +47,18 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
             for each in _select_removable(saved, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         ]
         if not removable:
-            typer.echo("There are no checkpoints to remove.")
+            echo("There are no checkpoints to remove.")
             return
         total = 0
         for each in removable:
             size = tree_bytes(each.path)
             total += size
-            typer.echo(f"{each.path}  {decimal(size)}")
+            echo(f"{each.path}  {decimal(size)}")
         if dry_run:
-            typer.echo(f"Would remove {len(removable)} checkpoints ({decimal(total)}).")
+            echo(f"Would remove {len(removable)} checkpoints ({decimal(total)}).")
         elif not ask or typer.confirm(f"Remove these {len(removable)} checkpoints ({decimal(total)})?"):
             remove_checkpoints([each.path for each in removable], logger)
-            typer.echo(f"Removed {sum(not each.path.exists() for each in removable)} checkpoints.")
+            echo(f"Removed {sum(not each.path.exists() for each in removable)} checkpoints.")
 
 
 def _select_removable(
@@ -82,7 +83,7 @@ def _with_damaged_marked(saved: Sequence[SavedCheckpoint], keep_last: int) -> li
                     format_for(each.path).verify(each.path)
                     intact += 1
                 except CheckpointError as error:
-                    typer.echo(f"{each.path} is damaged and does not count as kept: {error}", err=True)
+                    echo(f"{each.path} is damaged and does not count as kept: {error}", err=True)
                     each = replace(each, finite=False)  # noqa: PLW2901 -- the same checkpoint, marked unusable
             marked.append(each)
     return marked[::-1]

@@ -10,12 +10,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 from torch import Tensor
 
 from stratagem.checkpoint import StateTree, flatten_tree
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import open_checkpoint
+from stratagem.cli.output import Table, echo
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 
@@ -40,7 +40,7 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
             if not meta.get("cfg"):
                 raise CheckpointError(f"{mask_text(checkpoint)} contains no configuration (meta has no 'cfg').")
             # Checkpoints of earlier versions may contain secrets.
-            typer.echo(mask_text(str(meta["cfg"])))
+            echo(mask_text(str(meta["cfg"])))
             return
         console = Console(markup=False, highlight=False)
         console.print(_facts(meta))
@@ -68,7 +68,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
         chosen = [{name: part for name, part in tree.items() if not parts or name in parts} for tree in (one, other)]
         differences = list(compare(*chosen))
     if not differences:
-        typer.echo("No differences.")
+        echo("No differences.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("where", "first", "second", "difference"):
@@ -78,7 +78,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
             difference.key, _short(difference.first), _short(difference.second), _describe_difference(difference)
         )
     Console(markup=False, highlight=False).print(table)
-    typer.echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
+    echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
     raise typer.Exit(1)
 
 

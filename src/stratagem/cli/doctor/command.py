@@ -7,7 +7,6 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from stratagem.cli.doctor.finding import Finding, Verdict
@@ -15,6 +14,7 @@ from stratagem.cli.doctor.folder import check_folder
 from stratagem.cli.doctor.machine import check_machine
 from stratagem.cli.doctor.ranks import check_ranks, read_findings
 from stratagem.cli.launch.processes import launch_locally
+from stratagem.cli.output import Table, echo
 from stratagem.distributed import infer_launcher, read_launch
 
 __all__ = ["doctor"]
@@ -62,4 +62,4 @@ def _print(findings: list[Finding]) -> None:
         table.add_row(Text(finding.verdict.value, color), *map(Text, (finding.subject, finding.found, finding.advice)))
     Console().print(table)
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
-    typer.echo(", ".join(f"{verdict.value}: {count}" for verdict, count in counts.items()))
+    echo(", ".join(f"{verdict.value}: {count}" for verdict, count in counts.items()))

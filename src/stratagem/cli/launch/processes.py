@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
 from stratagem.cli.launch.on_ray import launch_on_ray
+from stratagem.cli.output import echo
 from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
 
@@ -100,7 +101,7 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
                 raise typer.Exit(reported) from error
             status = failure.exitcode
             cause = f"exited with status {status}" if status > 0 else f"was killed by {failure.signal_name()}"
-            typer.echo(f"stratagem: rank {rank} of {nproc} {cause}.", err=True)
+            echo(f"stratagem: rank {rank} of {nproc} {cause}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error

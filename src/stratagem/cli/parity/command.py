@@ -13,10 +13,10 @@ from typing import final
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.output import Table, echo
 from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
@@ -235,7 +235,7 @@ def _show(options: RunOptions, config: Config, settings: ParitySettings, report:
         table.add_row(variant.name, report.verdict(variant, tolerance=settings.tolerance), *ends)
     Console().print(table)
     for note in _notes(config, settings, report):
-        typer.echo(note)
+        echo(note)
 
 
 def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> list[str]:

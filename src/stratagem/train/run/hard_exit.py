@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from stratagem.storage import write_atomic
 from stratagem.utils import mask_text
+from stratagem.utils.printable import escape_controls
 
 __all__ = ["dump_stacks", "exit_after", "exit_now"]
 
@@ -29,7 +30,8 @@ def exit_now(status: int, message: str) -> NoReturn:
     rank = os.environ.get("RANK")
     prefix = "stratagem" if rank is None else f"stratagem (rank {rank})"
     os.write(
-        sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{prefix}: {mask_text(message)}\n".encode(errors="replace")
+        sys.__stderr__.fileno() if sys.__stderr__ else 2,
+        f"{prefix}: {escape_controls(mask_text(message))}\n".encode(errors="replace"),
     )
     os._exit(status)
 
