@@ -43,8 +43,8 @@ _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MO
 _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
-    # Not required, because some strategies create the optimizer themselves. Other strategies report a missing
-    # optimizer.
+    # The key 'optimizer' is not required here, because some strategies create the optimizer themselves. Other strategies
+    # report a missing optimizer.
     supplied=frozenset({"optimizer"}),
     keys={
         # The ColossalAI and DeepSpeed optimizers name this argument model_params.

@@ -140,7 +140,7 @@ class Runner:
         resume_optimizer: whether a resumed run continues the optimizer state of the checkpoint. Set it to False in the
             session that changes the optimizer.
         resume_param_scheduler: whether a resumed run uses the schedules and optimizer options (learning rate, weight decay
-            ...) of the checkpoint; if False, it uses those given here.
+            ...) of the checkpoint; if False, it uses the configured ones.
         new_parameters: regular expressions; parameters and buffers whose full names match one of them may be missing from
             the checkpoint that is resumed. They keep their initial values.
         launcher: the launcher that started the processes; detected by default.
@@ -245,7 +245,7 @@ class Runner:
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
-        """Build a runner from a configuration whose top-level keys are its arguments; ``vars`` may hold any values.
+        """Build a runner from a configuration whose top-level keys are its arguments; the key ``vars`` may contain anything.
 
         All keys, and the arguments of each ``type``, are checked before anything is built.
 
@@ -264,7 +264,7 @@ class Runner:
 
     @property
     def interrupted(self) -> int | None:
-        """The number of the signal that stopped the last call to ``train()`` early; None if no signal did."""
+        """The number of the signal that stopped the last call to ``train()`` early; None if no signal stopped it."""
         return self.run.interrupt.received
 
     def latest_checkpoint(self) -> Path | None:
@@ -300,7 +300,7 @@ class Runner:
             seed = strategy.seed
             rest = self._resume_source.restore(run, self._config_text(), training=True)
             if strategy.seed != seed:
-                # The data order depends on the seed, and the checkpoint has a different one.
+                # The data order depends on the seed, and the checkpoint was saved with a different seed.
                 loop.dataloader = loader = self._loader(self._train)
             run.train_data = loader
             if rest is not None:

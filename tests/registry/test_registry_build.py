@@ -54,7 +54,7 @@ def test_invalid_argument_types_are_type_errors(registry, cfg, defaults):
 
 def test_a_missing_type_is_a_key_error(registry):
     """The error for a missing ``type`` lists the existing keys."""
-    with pytest.raises(KeyError, match=r"has no key 'type', only \['radius'\]"):
+    with pytest.raises(KeyError, match=r"has no key 'type'; its keys are \['radius'\]"):
         registry.build({"radius": 3})
 
 

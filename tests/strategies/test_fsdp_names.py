@@ -103,7 +103,7 @@ def test_unknown_checkpoint_formats_are_rejected(state: str | None, cfg: Any, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"forward_prefetch": -1}, "forward_prefetch must be a number of blocks.* got -1"),
+        ({"forward_prefetch": -1}, "forward_prefetch must be the number of blocks.* got -1"),
         ({"cpu_offload": "yes"}, "cpu_offload must be True or False, got 'yes'"),
         ({"skip_init_weights": 1}, "skip_init_weights must be True or False, got 1"),
         ({"ignored": "head"}, "ignored must be a list of names, got 'head'"),

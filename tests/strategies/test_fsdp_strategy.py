@@ -77,7 +77,7 @@ def rejected(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> di
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "policy": (Gpt, {"wrap_policy": "Blok"}, "ConfigValueError: wrap_policy: no submodule .* Did you mean 'Block'"),
     "mesh": (Gpt, {"replicate": 3}, r"PlacementError: replicate=3 x tp=1 does not divide the 2 processes"),
-    "no rank": (Gpt, {"tp": 0}, "ConfigTypeError: tp must be a number of ranks, at least 1, got 0"),
+    "no rank": (Gpt, {"tp": 0}, "ConfigTypeError: tp must be the number of ranks, an integer >= 1, got 0"),
     "DDP's option": (
         Gpt,
         {"find_unused_parameters": True},

@@ -85,7 +85,7 @@ def test_adam_and_adamw_continue_each_other_without_weight_decay(
     resumed, wrapper = trained(own, steps=0, weight_decay=0.0)
     with caplog.at_level("INFO"):
         require_same_class(wrapper, state)
-    assert f"{own} continues the moments in the checkpoint, although it belongs to {saved}" in caplog.text
+    assert f"{own} continues from the optimizer state in the checkpoint, although it belongs to {saved}" in caplog.text
     resumed.load_state_dict(model.state_dict())
     write_optim(wrapper, state, resumed)
     assert wrapper.param_groups[0]["decoupled_weight_decay"] == (own == "AdamW")

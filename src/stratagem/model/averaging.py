@@ -114,7 +114,7 @@ class AveragedModel(ABC):
         """Back up the training weights, which takes memory for one more copy, and copy the average into the model.
 
         Args:
-            replacements: tensors to use instead of some of the averages, by name.
+            replacements: a mapping from parameter names to tensors that are used instead of their averages.
         """
         if self.steps == 0 or self._backup is not None:
             return
@@ -240,7 +240,7 @@ class AveragedModel(ABC):
             )
 
     def _converted_weights(self) -> list[Tensor]:
-        """Return the weights with the dtypes and on the devices of the averages."""
+        """Return the weights, converted to the dtypes and moved to the devices of the averages."""
         if self._same_dtype_and_device:
             return self._weights
         return [weight.to(value.device, value.dtype) for weight, value in zip(self._weights, self._values, strict=True)]

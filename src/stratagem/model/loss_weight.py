@@ -75,7 +75,7 @@ def weight_of_targets(loss: AveragingLoss, predictions: Any, targets: Any) -> Te
     if not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point():
-        # Class probabilities. The loss divides by the number of targets, regardless of class weights.
+        # The targets are class probabilities. The loss divides by their number, regardless of class weights.
         classes = predictions.shape[min(1, predictions.ndim - 1)] if isinstance(predictions, Tensor) else 1
         return targets.numel() // classes
     counts = targets != loss.ignore_index
@@ -136,7 +136,7 @@ class LabelCount:
 
 
 def _class_name(network: nn.Module) -> str:
-    # An adapter such as PEFT's wraps the network.
+    # An adapter, such as a PEFT model, wraps the network.
     base = getattr(network, "get_base_model", None)
     return type(base() if callable(base) else network).__name__
 
@@ -150,7 +150,7 @@ def _skips_first(kind: str, config: Any) -> bool | None:
 
 @torch.no_grad()
 def _compare(loss: Tensor, logits: Any, labels: Tensor, ignore_index: int) -> bool | None:
-    """Return whether the loss is the cross entropy without the first label; None if this batch does not show which.
+    """Return whether the loss is the cross entropy without the first label; None if this batch does not tell.
 
     Computes one sample at a time, because the logits of a language model are large. Synchronizes with the device.
     """

@@ -36,7 +36,7 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
     if implementation != "torch":
         raise ConfigValueError(
             f"Unknown sync_bn={implementation!r}. {did_you_mean(implementation, ['torch'])} "
-            "Convert layers of other libraries with their own functions before passing the model to the strategy."
+            "Convert layers from other libraries with the functions of those libraries before passing the model to the strategy."
         )
     before = dict(model.named_modules(remove_duplicate=False))
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -55,7 +55,7 @@ def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
     """
     plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
     for parent in list(model.modules()):
-        # Not named_children(), which omits the second name of a shared layer.
+        # Do not use named_children(), which omits the second name of a shared layer.
         for name, child in parent._modules.items():
             if isinstance(child, nn.SyncBatchNorm):
                 parent._modules[name] = plain[child]

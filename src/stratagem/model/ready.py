@@ -32,7 +32,7 @@ class SupervisedModel(BaseModel):
             the number of targets that are not ignored, or the sum of their class weights. All other losses are weighted
             equally.
 
-    In validation it returns ``{"preds": ..., "target": ...}``, the arguments that torchmetrics metrics expect.
+    In validation, the model returns ``{"preds": ..., "target": ...}``, the arguments that torchmetrics metrics expect.
     """
 
     def __init__(

@@ -125,7 +125,7 @@ class BaseOptimWrapper(ABC):
 
     @abstractmethod
     def discard_accumulation(self) -> int:
-        """Discard the gradients of an incomplete window, for example at an early stop; return its number of micro-batches."""
+        """Discard the gradients of an incomplete window, for example on early stopping; return its number of micro-batches."""
 
     def train(self) -> None:
         """Switch the parameters to the training weights. Only schedule-free optimizers have separate evaluation weights."""

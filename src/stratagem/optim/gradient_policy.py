@@ -40,8 +40,8 @@ class GradientPolicy:
     Attributes:
         sync_context: a function ``(model, sync)`` that returns the context for the forward pass; ``sync`` is whether this
             micro-batch synchronizes gradients across ranks.
-        always_set_grad_sync: whether ``sync_context`` is also entered in windows of a single micro-batch, since another
-            optimizer of the same model may have disabled synchronization.
+        always_set_grad_sync: whether ``sync_context`` is also entered in accumulation windows of a single micro-batch,
+            since another optimizer of the same model may have disabled synchronization.
         complete: a function that is called before each update to average gradients that are not synchronized yet.
             Collective. None if the backward pass synchronizes all gradients.
         discard_pending: a function that is called when an accumulation window is discarded, and discards gradients that

@@ -106,7 +106,7 @@ def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite 
 
 
 def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Return the norm of all gradients as one vector, a scalar on their device, without synchronizing with it.
+    """Return the norm of the vector of all gradients as a scalar on their device, without synchronizing with the device.
 
     For gradients that are sharded across ranks, the norm includes all shards, and the call is collective.
     """
@@ -161,7 +161,8 @@ def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
         part = to_local(gradient)
         alike.setdefault((part.device, part.dtype), []).append(part)
     for (device, dtype), parts in alike.items():
-        # At least float32: a factor in bfloat16 would be rounded. torch is slow if the factor has more digits than the gradients.
+        # Use at least float32, because a bfloat16 factor would be rounded, but not float64 for other gradients, for which
+        # it is slow.
         precision = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
         torch._foreach_mul_(parts, factor.to(device, precision))
 

@@ -130,7 +130,7 @@ class DeferredNonFiniteCheck:
         return flags.index(1.0) if 1.0 in flags else None
 
     def _give_flag(self) -> None:
-        # torch's GradScaler sets these too; the fused kernels read them on the device.
+        # Set the same attributes as torch's GradScaler; the fused kernels read them on the device.
         self._optimizer.found_inf, self._optimizer.grad_scale = self._flag.found, None
 
     def end(self) -> None:

@@ -94,7 +94,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._num_weighted = 0
         # Weights are divided by this power of two, so that losses that are scaled for float16 do not overflow; 0 until known.
         self._weight_unit = 0.0
-        # The number of pending micro-batches in the loaded state; None if the state does not contain it.
+        # The number of pending micro-batches in the loaded state; None if the state does not contain this number.
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
 

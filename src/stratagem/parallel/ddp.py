@@ -39,8 +39,8 @@ _TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduc
 class Replica(DistributedDataParallel):
     """A ``DistributedDataParallel`` that trains with the ``train_step`` of its model.
 
-    In the step, calls to ``self(...)`` go through ``DistributedDataParallel``, so that gradients are synchronized.
-    Outside the step, ``self(...)`` calls the model directly. Attributes that this wrapper lacks are looked up on the model.
+    In ``train_step``, calls to ``self(...)`` go through ``DistributedDataParallel``, so that gradients are synchronized.
+    Outside ``train_step``, ``self(...)`` calls the model directly. Attributes that this wrapper lacks are looked up on the model.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:

@@ -56,7 +56,7 @@ def build_from_cfg(
     arguments = _arguments(cfg, registry, default_args)
     if "type" not in arguments:
         raise ConfigKeyError(
-            f"{_at(cfg)}the configuration of the {registry.name} has no key 'type', only {list(arguments)}."
+            f"{_at(cfg)}the configuration of the {registry.name} has no key 'type'; its keys are {list(arguments)}."
         )
     kind = arguments.pop("type")
     with registry.switch_scope_and_registry(arguments.pop(_SCOPE, None)) as scoped:
@@ -69,7 +69,7 @@ def build_from_cfg(
             arguments = unmark_data(arguments | refuse_data_arguments(target, given, _at(cfg)))
         try:
             with weights_only_loads() if restricted else nullcontext():
-                # Plain str keys, since some targets store them, as optimizers do in their state.
+                # Convert the keys to plain str, since some targets store them, as optimizers do in their state.
                 return target(**{str(name): value for name, value in arguments.items()})
         except Exception as error:
             position = source_position(cfg)

@@ -138,7 +138,7 @@ def _import_if_there(module: str) -> Any:
     try:
         if importlib.util.find_spec(module) is None:
             return None
-    except (ImportError, ValueError):  # a parent is not a package, or is missing
+    except (ImportError, ValueError):  # a parent is missing, or is not a package
         return None
     try:
         return importlib.import_module(module)

@@ -36,8 +36,8 @@ class ClassesOf(NameSource):
         module: The module to search, such as ``"torch.optim"``.
         base: The base class, as ``"module:Class"``.
         aliases: Additional names, each mapped to the name in ``module``.
-        prefix: The prefix of all names, such as ``"schedulefree."``. With a prefix, the module is imported only for names
-            that start with it.
+        prefix: The prefix of all names, such as ``"schedulefree."``. With a prefix, the module is imported only when a name
+            with this prefix is looked up.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PretrainedFactories(NameSource):
     """Model classes and their factory methods, such as ``transformers.AutoModel.from_pretrained``.
 
     Args:
-        module: The library. It is the prefix of all names, so that it is imported only for names that start with it.
+        module: The library. All names start with its name, and it is imported only when such a name is looked up.
         bases: The base classes to accept, each as ``"module:Class"``.
         methods: The class methods to accept.
     """

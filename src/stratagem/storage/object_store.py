@@ -87,7 +87,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     for old in sorted(previous):
         try:
             _remove(folder, old)
-        except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
+        except Exception as error:  # noqa: BLE001 -- each file system raises other classes
             logger.warning(
                 "Could not remove the superseded publication %s/%s: %s", folder.masked_url, old.folder_name, error
             )
@@ -104,7 +104,7 @@ def list_published(url: str) -> list[Published]:
 def fetch_published(url: str, cache: Path) -> Path:
     """Return the local copy, in ``cache``, of the file or folder published at ``url``.
 
-    An existing copy is compared with its digests and downloaded again if it differs.
+    An existing copy is compared with the recorded digests and downloaded again if it differs.
 
     Raises:
         CheckpointNotFoundError: if nothing is published at ``url``.
@@ -131,7 +131,7 @@ def fetch_published(url: str, cache: Path) -> Path:
 
 
 def remove_published(url: str) -> None:
-    """Remove the publication at ``url`` and everything left behind under its name; do nothing if there is nothing."""
+    """Remove the publication at ``url`` and everything left behind under its name, if anything."""
     folder, name = RemoteFolder.parent_of(url)
     for generation in sorted(_generations(folder)):
         if generation.name == name:

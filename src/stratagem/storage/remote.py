@@ -16,7 +16,7 @@ from stratagem.utils.imports import without_working_directory
 
 __all__ = ["RemoteFolder", "is_remote_scheme"]
 
-# Protocols of fsspec whose connections a third party can read and change.
+# fsspec protocols whose connections a third party can read and modify.
 _WITHOUT_ENCRYPTION: Final = {"dask", "ftp", "http", "jlab", "jupyter", "tftp", "webhdfs"}
 
 
@@ -36,7 +36,10 @@ def is_remote_scheme(scheme: str) -> bool:
 def _require_safe(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if is_link_local(parts.hostname):
-        raise CheckpointError(f"{mask_text(url)}: a link-local address or a metadata service holds no checkpoints.")
+        raise CheckpointError(
+            f"{mask_text(url)}: checkpoints cannot be stored at a link-local address or in a metadata "
+            "service. Use a different host."
+        )
     if parts.scheme.lower() in _WITHOUT_ENCRYPTION and not is_loopback(parts.hostname):
         raise CheckpointError(
             f"{mask_text(url)}: {parts.scheme}:// is not encrypted, so a third party could replace or read the files. Use "

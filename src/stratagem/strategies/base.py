@@ -520,7 +520,7 @@ class BaseStrategy(ABC):
         """Load the states of the schedulers, and log which of their options change.
 
         Raises:
-            CheckpointMismatchError: if the schedulers of this run differ in number, type or optimizer.
+            CheckpointMismatchError: if the schedulers of this run differ from the saved ones in number, type or optimizer.
         """
         own = self.scheduler_state_dict()
         building.load_schedulers(self.param_schedulers, state_dict)
@@ -544,8 +544,7 @@ class BaseStrategy(ABC):
 
         With ``resume_param_scheduler=False``, schedules and optimizer options are taken from this run's configuration
         and continue from the position of the checkpoint. The optimizer state is restored in both cases, unless
-        ``resume_optimizer=False``. See
-        :meth:`load_checkpoint` and :meth:`resume` for ``callback`` and ``new_parameters``.
+        ``resume_optimizer=False``. See :meth:`load_checkpoint` and :meth:`resume` for ``callback`` and ``new_parameters``.
         """
         how = Resuming(
             callback=callback,

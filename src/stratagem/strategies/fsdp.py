@@ -42,7 +42,7 @@ class FSDPStrategy(ComposedStrategy):
         cpu_offload: whether shards, gradients and the optimizer state are stored in CPU memory.
         forward_prefetch: the number of wrapped modules to prefetch in the forward pass; 0 for torch's default.
         backward_prefetch: the same for the backward pass.
-        ignored: patterns of modules or parameters that are not sharded; their gradients are averaged.
+        ignored: name patterns of modules or parameters that are not sharded; their gradients are averaged.
         activation_checkpointing: True for the wrapped modules, a policy like ``wrap_policy``, or a mapping with
             ``policy``, ``save_ops`` and ``preserve_rng_state``.
         compile_blocks: True, or arguments of ``torch.compile``, to compile each wrapped module separately.
@@ -61,7 +61,7 @@ class FSDPStrategy(ComposedStrategy):
         LaunchError: if no launcher started this process.
         PlacementError: if ``replicate`` and ``tp`` do not divide the number of processes, or an option of ``DDPStrategy``
             is given.
-        ConfigError: or a subclass, if an option is invalid.
+        ConfigError: (or a subclass) if an option is invalid.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ _ALWAYS: Final = {
 _REPLACED: Final = {
     "process_group": "device meshes are configured with replicate=... and tp=...",
     "device_mesh": "device meshes are configured with replicate=... and tp=...",
-    "param_init_fn": "the model initializes its weights, see initial_weights=...",
+    "param_init_fn": "the model initializes its own weights; see initial_weights=...",
     "device_id": "each process uses the device of its local rank",
     **{name: f"FSDPStrategy always uses {name}={value!r}" for name, value in _ALWAYS.items()},
 }

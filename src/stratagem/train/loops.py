@@ -181,7 +181,7 @@ class IterBasedTrainLoop:
         val_loop: ValLoop | None = None,
     ) -> None:
         if (max_iters is None) == (max_steps is None):
-            raise ConfigValueError("train_cfg: give either max_iters or max_steps.")
+            raise ConfigValueError("train_cfg: set either max_iters or max_steps.")
         if max_steps is not None:
             max_iters = _positive("max_steps", max_steps) * accumulative_counts
         self._run = run
@@ -275,8 +275,8 @@ class _EvaluationLoop:
         run: the run.
         dataloader: yields the batches.
         evaluator: computes the metrics.
-        fp16: whether to run the forward pass under autocast, with float16 on CUDA and bfloat16 on the CPU; by default, in the
-            precision of the training. Under autocast, 16-bit outputs are converted to float32.
+        fp16: whether to run the forward pass under autocast, with float16 on CUDA and bfloat16 on the CPU; by default, it
+            has the training precision. Under autocast, 16-bit outputs are converted to float32.
     """
 
     mode: str
@@ -335,7 +335,9 @@ class _EvaluationLoop:
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         dtype = evaluation_dtype(run, self._fp16)
         if dtype is not None and not self._told:
-            run.logger.info("Evaluating under autocast with %s; %s_cfg=dict(fp16=False) disables it.", dtype, mode)
+            run.logger.info(
+                "Evaluating under autocast with %s. To disable autocast, set %s_cfg=dict(fp16=False).", dtype, mode
+            )
             self._told = True
         step = in_precision(run, step, dtype)
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
@@ -395,7 +397,7 @@ def _agree_to_stop(run: Run) -> bool:
 
 
 def _stops(run: Run) -> bool:
-    """Return whether the ranks have agreed to stop, and mark it in the progress of this rank."""
+    """Return whether the ranks have agreed to stop, and record the agreement in the progress of this rank."""
     stops = run.interrupt.stopping or run.is_ending
     run.progress.stop_training = run.progress.stop_training or stops
     return stops

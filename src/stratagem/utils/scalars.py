@@ -18,7 +18,7 @@ _NUMERIC_KINDS: Final = "biuf"  # bool, signed, unsigned, float
 
 
 def is_scalar(value: object) -> bool:
-    """Return whether a value is a real number, a bool, or a tensor or array with one element that is one."""
+    """Return whether a value is a real number or a bool, or a tensor or array whose only element is one of these."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and not value.is_meta
     if isinstance(value, np.ndarray | np.generic):

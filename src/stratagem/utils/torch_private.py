@@ -86,7 +86,7 @@ def operator_schema(operator: Any) -> Any:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Return a number that identifies the storage of a tensor, also on the meta device, where the data pointer is 0.
+    """Return a number that identifies the storage of a tensor, even on the meta device, where the data pointer is 0.
 
     Private: ``UntypedStorage._cdata``.
     """
@@ -104,7 +104,7 @@ def load_hook_modules(model: nn.Module) -> list[str]:
 
 
 def initialize_fsdp_root(model: nn.Module) -> None:
-    """Make the module that ``fully_shard`` was called on last the root of its FSDP modules.
+    """Make the module of the last ``fully_shard`` call the root of the FSDP modules.
 
     Private: ``FSDPModule._get_fsdp_state()._lazy_init()``, which torch calls in the first forward pass. A step that calls a
     submodule first would otherwise make the submodule the root.
@@ -139,7 +139,7 @@ def flatten_mesh(mesh: Any, name: str) -> Any:
 
 
 def gather_scalars(enabled: bool) -> None:
-    """Specify whether ``item()``, ``float()`` and ``bool()`` of a ``DTensor`` return its value or, as in torch, a local one.
+    """Specify whether ``item()``, ``float()`` and ``bool()`` of a ``DTensor`` return its global or, as in torch, its local value.
 
     In torch, the sum of a sharded tensor is a ``DTensor`` whose ``item()`` is the sum of the shard of this rank. With
     ``enabled=True``, these calls are collective.

@@ -19,13 +19,13 @@ class ParameterTraits(NamedTuple):
     """The properties of a parameter on which rules depend.
 
     Attributes:
-        is_bias: its name is ``bias``.
-        is_flat: it has one dimension.
-        is_norm: it belongs to a normalization layer.
-        is_depth_wise: it belongs to a depthwise convolution.
-        in_deformable: it belongs to a submodule of a deformable convolution.
-        is_offset: it belongs to the submodule that computes the offsets of a deformable convolution.
-        has_sparse_gradient: it belongs to an embedding with sparse gradients.
+        is_bias: whether its name is ``bias``.
+        is_flat: whether it has one dimension.
+        is_norm: whether it belongs to a normalization layer.
+        is_depth_wise: whether it belongs to a depthwise convolution.
+        in_deformable: whether it belongs to a submodule of a deformable convolution.
+        is_offset: whether it belongs to the submodule that computes the offsets of a deformable convolution.
+        has_sparse_gradient: whether it belongs to an embedding with sparse gradients.
     """
 
     is_bias: bool

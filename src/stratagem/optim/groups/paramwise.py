@@ -65,7 +65,7 @@ class ParamwiseRules:
         dwconv_decay_mult: the weight decay multiplier for depthwise convolutions.
         dcn_offset_lr_mult: the learning rate multiplier for ``conv_offset`` of deformable convolutions.
         flat_decay_mult: the weight decay multiplier for all other parameters with one dimension.
-        bypass_duplicate: for a shared parameter whose names have different options, use the options of its first name.
+        bypass_duplicate: whether a shared parameter whose names have different options uses the options of its first name.
         layer_decay: layer-wise learning rate decay, multiplied with the other rules.
         freeze: regular expressions for the names of parameters to freeze (``requires_grad=False``).
     """

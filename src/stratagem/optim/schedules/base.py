@@ -47,7 +47,7 @@ class ParamScheduler(ABC):
     Attributes:
         unit: ``"epoch"``, ``"iter"`` or ``"step"``: the unit of positions, after which the training loop calls
             ``step``.
-        position: the number of completed positions of the run.
+        position: the number of epochs, iterations or updates that the run has completed.
         started: whether the range has begun.
 
     Raises:
@@ -192,7 +192,7 @@ class ParamScheduler(ABC):
         """Convert the arguments of an epoch-based scheduler to arguments of the equivalent iteration-based one.
 
         Raises:
-            ConfigValueError: if they are not epoch-based, or ``epoch_length`` is not a positive integer.
+            ConfigValueError: if the arguments are not epoch-based, or ``epoch_length`` is not a positive integer.
         """
         if unit_of(options.get("by"), by_epoch=options.get("by_epoch", True)) != "epoch":
             raise ConfigValueError(f"{cls.__name__}: only an epoch-based scheduler can be converted to iterations.")

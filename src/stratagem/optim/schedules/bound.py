@@ -70,7 +70,7 @@ def _check_per_group(scheduler: str, settings: Mapping[str, Any], optimizer: Any
     """Check that each setting that is a list has a value for each parameter group.
 
     Raises:
-        ConfigValueError: if its length differs from the number of groups.
+        ConfigValueError: if the length of a list differs from the number of groups.
     """
     groups = len(getattr(optimizer, "param_groups", ()))
     for name, value in settings.items():

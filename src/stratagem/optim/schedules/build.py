@@ -121,7 +121,7 @@ def _owner_of(schedule: ParamScheduler, wrappers: Mapping[str, BaseOptimWrapper]
 
 
 def _is_scheduled_by(wrapper: BaseOptimWrapper, schedule: ParamScheduler) -> bool:
-    """Return whether a scheduler changes this optimizer. Compare the groups, because engines wrap the optimizer."""
+    """Return whether a scheduler changes this optimizer. Parameter groups are compared, because engines wrap the optimizer."""
     return any(changed is group for changed in schedule.optimizer.param_groups for group in wrapper.param_groups)
 
 
@@ -194,7 +194,7 @@ def _length_of_run(options: Mapping[str, Any], optim: BaseOptimWrapper, run_leng
     unit = unit_of(options.get("by"), by_epoch=options.get("by_epoch", True))
     length, max_iters = run_length[unit], run_length["iter"]
     if unit == "step" and length is None and max_iters is not None:
-        # The last accumulation window of a run may be shorter, but it is also an update.
+        # Round up, because the last accumulation window of a run also makes an update, even if it is shorter.
         length = -(-max_iters // optim.accumulative_counts)
     if length is None:
         raise ConfigValueError(

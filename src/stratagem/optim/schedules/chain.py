@@ -121,7 +121,7 @@ class Chain:
         self._reference = _reference(self._optimizer, self._key, initial)
         valued = [number for number, value in enumerate(initial) if value]
         if valued and self._reference:
-            # Prefer the group whose value is the reference.
+            # Prefer a group whose value equals the reference value.
             number = min(valued, key=lambda each: abs(initial[each] / self._reference - 1.0))
             self._anchor = (number, initial[number] / self._reference)
 
@@ -181,7 +181,7 @@ def chain_of(optimizer: Optimizer, key: str) -> Chain:
 
 @contextmanager
 def all_or_none(optimizer: Optimizer) -> Iterator[None]:
-    """If the block raises, remove the schedulers that it built and restore the optimizer's values.
+    """If the block raises, remove the schedulers that were built in it and restore the optimizer's values.
 
     Otherwise they would still apply when the block is retried.
     """

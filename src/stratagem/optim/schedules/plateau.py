@@ -106,7 +106,7 @@ class PlateauScheduler(BoundScheduler, ABC):
 
         Raises:
             ConfigTypeError: if the metrics are not a mapping, or the value is not a number.
-            ConfigKeyError: if ``metrics`` has other metrics than the monitored one, and no earlier validation has returned it.
+            ConfigKeyError: if ``metrics`` contains metrics, but not the monitored metric, and no earlier validation returned it.
         """
         self._move_to(self.position + 1)
         if metrics is None:

@@ -43,7 +43,7 @@ _OVERWRITING: Final = frozenset(
     }
 )
 _IS_META: Final = Tensor.is_meta
-# Create tensors from Python numbers or NumPy arrays, whose values would be lost on the meta device.
+# Functions that create tensors from Python numbers or NumPy arrays, whose values would be lost on the meta device.
 _CONSTANTS: Final = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor})
 
 
@@ -71,7 +71,7 @@ class TensorMeta:
 @final
 @dataclass(frozen=True, slots=True)
 class RecordedOp:
-    """One call, with the storages that it reads, overwrites, changes and creates."""
+    """A recorded call of an operator, with the storages that it reads, overwrites, changes and creates."""
 
     function: Callable[..., Any]
     args: Any

@@ -42,7 +42,7 @@ class Layout:
         """
         for name, value in {"replicate": replicate, "tp": tp}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigTypeError(f"{name} must be a number of ranks, at least 1, got {value!r}.")
+                raise ConfigTypeError(f"{name} must be the number of ranks, an integer >= 1, got {value!r}.")
         if world_size % (replicate * tp):
             raise PlacementError(
                 f"replicate={replicate} x tp={tp} does not divide the {world_size} processes of this run. Start a multiple "

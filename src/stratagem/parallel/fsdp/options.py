@@ -31,8 +31,8 @@ class Precision:
     Attributes:
         param_dtype: the dtype of gathered parameters and of the computation; None for the dtype of the parameters.
         reduce_dtype: the dtype in which gradients are reduced across ranks; None for the dtype of the computation.
-        output_dtype: the dtype to which the outputs of a wrapped module are cast; None to keep theirs.
-        buffer_dtype: the dtype to which floating-point buffers are cast once; None to keep theirs.
+        output_dtype: the dtype to which the outputs of a wrapped module are cast; None to keep their dtype.
+        buffer_dtype: the dtype to which floating-point buffers are cast once; None to keep their dtype.
         cast_forward_inputs: whether the inputs of a wrapped module are cast to ``param_dtype``.
     """
 
@@ -54,7 +54,7 @@ class Precision:
         if options is None:
             return cls()
         if isinstance(options, str | torch.dtype):
-            # A sum of the gradients of many ranks is too inaccurate with the 8 significant bits of bfloat16.
+            # With the 8 significant bits of bfloat16, the sum of the gradients of many ranks is too inaccurate.
             return cls(param_dtype=_dtype("param_dtype", options), reduce_dtype=torch.float32)
         if not isinstance(options, Mapping):
             raise ConfigTypeError(f"mixed_precision must be a dtype such as 'bfloat16', or a mapping, got {options!r}.")
@@ -98,7 +98,9 @@ class FSDPOptions:
         for name in ("forward_prefetch", "backward_prefetch"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ConfigTypeError(f"{name} must be a number of blocks, or 0 for torch's default, got {count!r}.")
+                raise ConfigTypeError(
+                    f"{name} must be the number of blocks to prefetch, or 0 for torch's default, got {count!r}."
+                )
         for name in ("cpu_offload", "skip_init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigTypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -117,8 +119,8 @@ class FSDPOptions:
         for value in self._reshard_values():
             if value is not None and not isinstance(value, bool | int):
                 raise ConfigTypeError(
-                    "reshard_after_forward must be True, False, a number of ranks, or a mapping from patterns of module names "
-                    f"to these, got {value!r}."
+                    "reshard_after_forward must be True, False, a number of ranks, or a mapping from module name patterns to "
+                    f"such values, got {value!r}."
                 )
 
     def _reshard_values(self) -> list[Any]:
@@ -136,7 +138,7 @@ class FSDPOptions:
         """Require that every pattern of ``reshard_after_forward`` matches a wrapped module.
 
         Raises:
-            ConfigValueError: if a pattern matches none.
+            ConfigValueError: if a pattern matches no wrapped module.
         """
         reshard = self.reshard_after_forward
         for pattern in reshard if isinstance(reshard, Mapping) else ():

@@ -84,7 +84,7 @@ class FSDPPlacement(Placement):
         if diff_rank_rng and options.tp > 1:
             raise PlacementError(
                 "randomness: with diff_rank_seed=True, the ranks of a tensor-parallel group would apply different "
-                "dropout masks to the same samples. Omit it."
+                "dropout masks to the same samples. Omit diff_rank_seed."
             )
         self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
@@ -175,7 +175,7 @@ class FSDPPlacement(Placement):
         arguments: dict[str, Any] = {
             "mesh": meshes.shard,
             "mp_policy": _precision(options.precision),
-            # Copies from pinned memory to an accelerator are faster.
+            # Pin the memory, because copies from pinned memory to an accelerator are faster.
             "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
             if options.cpu_offload
             else OffloadPolicy(),

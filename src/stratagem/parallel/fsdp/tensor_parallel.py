@@ -40,14 +40,14 @@ STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
 def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMesh) -> None:
     """Shard the layers that match ``plan`` across the ranks of a one-dimensional mesh.
 
-    Each rank shards its own values without communication. They must be equal on all ranks, or not be initialized yet.
+    Each rank shards its own values without communication. The values must be equal on all ranks, or not be initialized yet.
     Not collective.
 
     Args:
         model: modified in place. Its attribute ``tp_plan`` is used if ``plan`` is None.
         plan: maps patterns of module names to a key of :data:`STYLES`, or to one of torch's ``ParallelStyle`` objects. In a
             pattern, ``*`` matches one component of a name, as in ``"layers.*.mlp.up"``.
-        mesh: the ranks to shard across. They must process the same samples.
+        mesh: the ranks to shard across. These ranks must process the same samples.
 
     Raises:
         PlacementError: if there is no plan, the size of a layer is not divisible by the number of ranks, or a layer computes its

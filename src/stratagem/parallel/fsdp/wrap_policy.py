@@ -31,7 +31,7 @@ def select_modules(model: nn.Module, policy: Any, what: str) -> dict[str, nn.Mod
         what: the name of the option, for error messages.
 
     Raises:
-        ConfigTypeError: if the policy is none of these.
+        ConfigTypeError: if the policy has any other type.
         ConfigValueError: if the policy, or one of its classes or patterns, matches no module.
         PlacementError: if a selected module is a container, such as a ``ModuleList``, which has no ``forward``.
     """
@@ -126,7 +126,9 @@ def matches_name(name: str, pattern: str) -> bool:
 def _by_size(model: nn.Module, named: Mapping[str, nn.Module], min_params: int, what: str) -> list[str]:
     """Select modules, innermost first, with at least ``min_params`` parameters outside already selected modules."""
     if isinstance(min_params, bool) or not isinstance(min_params, int) or min_params < 1:
-        raise ConfigTypeError(f"{what}: min_params must be a number of parameters, got {min_params!r}.")
+        raise ConfigTypeError(
+            f"{what}: min_params must be the minimum number of parameters, an integer >= 1, got {min_params!r}."
+        )
     chosen: list[str] = []
     taken: set[int] = set()
     for name, module in sorted(named.items(), key=lambda item: -item[0].count(".")):

@@ -35,9 +35,9 @@ class AutoScale:
         """Parse ``auto_scale_lr``; return None if it is not enabled.
 
         Raises:
-            ConfigTypeError: if it is not a mapping.
+            ConfigTypeError: if ``auto_scale_lr`` is not a mapping.
             ConfigKeyError: if a key is unknown.
-            ConfigValueError: if it is enabled without a batch size, or the rule is unknown.
+            ConfigValueError: if scaling is enabled without a batch size, or the rule is unknown.
         """
         if auto_scale_lr is None:
             return None

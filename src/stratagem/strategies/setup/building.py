@@ -41,7 +41,7 @@ def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
     """Return a module unchanged; build a mapping through ``MODELS``.
 
     Raises:
-        ConfigTypeError: if ``model`` is neither, or its ``type`` builds something other than a module.
+        ConfigTypeError: if ``model`` is neither a module nor a mapping, or its ``type`` builds something other than a module.
     """
     if isinstance(model, nn.Module):
         return model
@@ -118,7 +118,7 @@ def build_optim_wrapper(
     ``OptimWrapperDict``.
 
     Raises:
-        ConfigTypeError: if ``optim`` is none of these.
+        ConfigTypeError: if ``optim`` has any other type.
         ConfigValueError: if one of several wrappers is not built, or ``model`` is needed and missing.
     """
     if isinstance(optim, BaseOptimWrapper | OptimWrapperDict):

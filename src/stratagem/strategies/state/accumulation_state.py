@@ -54,7 +54,7 @@ def restore_accumulation_state(
         optim: the optimizer wrapper, or an ``OptimWrapperDict`` for several optimizers.
         window: the value that :func:`gather_accumulation_state` returned.
         optim_state: the optimizer part of the same checkpoint. It contains the loss scale with which the gradients were
-            computed; if the current scale differs, they are multiplied by the ratio.
+            computed; if the current scale differs, the gradients are multiplied by the ratio of the scales.
         model: the unwrapped model.
         world: the rank of this process and the number of ranks.
     """
@@ -121,7 +121,7 @@ def _incomplete_windows(optim: AnyOptim) -> dict[str, Any]:
 
 
 def _saved_scale(state: Mapping[str, Any]) -> float | None:
-    """Return the loss scale in the saved state of an optimizer wrapper; None if it had no scaler."""
+    """Return the loss scale in the saved state of an optimizer wrapper; None if the wrapper had no scaler."""
     scale = state.get("loss_scaler", {}).get("scale")
     return None if scale is None else float(scale)
 

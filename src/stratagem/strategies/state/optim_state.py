@@ -80,7 +80,10 @@ def require_same_class(optim: AnyOptim, state: Mapping[str, Any]) -> None:
             continue
         if continues_equally(wrapper.optimizer, saved):
             logger.info(
-                "%s continues the moments in the checkpoint, although %s: both have no weight decay.", own, difference
+                "%s continues from the optimizer state in the checkpoint, although %s: without weight decay, both compute "
+                "the same updates.",
+                own,
+                difference,
             )
             continue
         used = f"{own} for {name!r}" if name else own
@@ -94,7 +97,7 @@ def require_one_optimizer(state: Mapping[str, Any]) -> None:
     """Require that ``state`` belongs to a single optimizer.
 
     Raises:
-        CheckpointMismatchError: if it belongs to several.
+        CheckpointMismatchError: if the state belongs to several optimizers.
     """
     if "param_groups" not in state:
         raise CheckpointMismatchError(

@@ -20,7 +20,7 @@ class StateAccess(ABC):
     """Reads and writes state under the names of the unwrapped model, so that any strategy can resume from its checkpoints.
 
     A sharded tensor is represented by a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState` with the shard of
-    this rank. Reading neither gathers nor copies tensors. State to be loaded consists of memory-mapped full tensors; each rank
+    this rank. Reading neither gathers nor copies tensors. The state to load consists of memory-mapped full tensors; each rank
     reads only the parts that it needs.
     """
 
@@ -55,7 +55,7 @@ class StateAccess(ABC):
         """Load the optimizer state. Collective.
 
         Raises:
-            CheckpointMismatchError: if it belongs to different optimizers or parameter groups.
+            CheckpointMismatchError: if the state belongs to different optimizers or parameter groups.
         """
 
     @abstractmethod

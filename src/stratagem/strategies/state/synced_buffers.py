@@ -88,7 +88,7 @@ class SyncedBuffers:
         world: the rank of this process and the number of ranks.
         logger: the logger for the names of buffers that differ between ranks, which are logged once.
         source: ``"rank0"`` uses the buffers of rank 0. ``"mean"`` averages the running means and variances of torch's
-            BatchNorm classes over the ranks, and uses the other buffers of rank 0.
+            BatchNorm classes over the ranks, and uses rank 0's values for all other buffers.
     """
 
     def __init__(self, world: World, logger: logging.Logger, source: BufferSource) -> None:
@@ -198,7 +198,7 @@ class SyncedBuffers:
             if len({None if one is None else one[:2] for one in theirs}) > 1:
                 if each.is_persistent:
                     raise StateError(_shape_error(each.name, theirs))
-                # A cache, whose size depends on the samples that the rank has seen.
+                # This is a cache, whose size depends on the samples that the rank has seen.
                 continue
             if len(set(theirs)) > 1:
                 differing.append(each)

@@ -19,10 +19,10 @@ __all__ = ["evaluation_dtype", "in_precision", "require_fp16", "training_autocas
 
 
 def require_fp16(fp16: Any) -> bool | None:
-    """Return the option ``fp16`` of an evaluation loop.
+    """Check the option ``fp16`` of an evaluation loop, and return it.
 
     Raises:
-        ConfigTypeError: if it is neither a bool nor None.
+        ConfigTypeError: if the option is neither a bool nor None.
     """
     if fp16 is not None and not isinstance(fp16, bool):
         raise ConfigTypeError(
@@ -35,9 +35,9 @@ def evaluation_dtype(run: Run, fp16: bool | None) -> torch.dtype | None:
     """Return the dtype of autocast in an evaluation; None to compute in the dtype of the parameters.
 
     Args:
-        run: the run. If it does not train, the precision is that of the training that saved its checkpoint.
+        run: the run. If it does not train, its training precision is the one recorded in the checkpoint.
         fp16: True for autocast's default on the device (float16 on CUDA, bfloat16 on the CPU), False for none, and None for
-            the precision of the training.
+            the training precision.
     """
     if fp16 is None:
         optim = run.strategy.optim_wrapper_or_none
@@ -46,12 +46,12 @@ def evaluation_dtype(run: Run, fp16: bool | None) -> torch.dtype | None:
 
 
 def training_autocast(run: Run) -> AbstractContextManager[object]:
-    """Return a context in which a forward pass has the precision of the training."""
+    """Return a context in which a forward pass has the training precision."""
     return _autocast(run, evaluation_dtype(run, None))
 
 
 def in_precision(run: Run, step: Callable[[Any], Any], dtype: torch.dtype | None) -> Callable[[Any], Any]:
-    """Return ``step`` under autocast with a dtype; 16-bit outputs are converted to float32, which does not change values."""
+    """Return a function that calls ``step`` under autocast and converts 16-bit outputs to float32, which keeps their values."""
     if dtype is None:
         return step
 

@@ -95,7 +95,7 @@ class EMAHook(Hook):
         self._updates = 0
         self._saved: Mapping[str, Any] | None = None
         self._average_missing = False
-        # Parts of the next checkpoint that were computed together with the other ranks.
+        # Parts of the next checkpoint that were computed collectively.
         self._synced_buffers: dict[str, Tensor] = {}
         self._extra_parts: dict[str, Any] = {}
 
@@ -180,7 +180,7 @@ class EMAHook(Hook):
 
     @contextmanager
     def _applied(self, run: Run) -> Iterator[None]:
-        """Apply the average, with synchronized buffers. Entering is collective."""
+        """Apply the average, with synchronized buffers. Entering the context is collective."""
         with self.average.applied(run.strategy.synchronized_copies(self._averaged_buffers())):
             yield
 

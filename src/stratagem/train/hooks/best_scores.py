@@ -64,7 +64,7 @@ class BestScores:
     """The best scores of each monitored metric, and the validations in which they were reached.
 
     Args:
-        metrics: the names of the metrics; ``"auto"`` for the first one that a validation returns.
+        metrics: the names of the metrics; ``"auto"`` for the first metric that a validation returns.
         rule: ``"greater"`` or ``"less"``, for all metrics or for each one; by default inferred from their names.
         greater_keys: see :func:`infer_rule`.
         less_keys: see :func:`infer_rule`.
@@ -133,7 +133,7 @@ class BestScores:
         validation returned may be missing.
 
         Raises:
-            ConfigKeyError: if the validation returned metrics, but a monitored one is missing that no validation has returned.
+            ConfigKeyError: if the validation returned metrics, but lacks a monitored metric that no earlier validation returned.
             ConfigTypeError: if a value is not a number.
         """
         best: list[RetentionTag] = []

@@ -162,7 +162,7 @@ class CheckpointHook(Hook):
         return self._best is not None
 
     def _check_storable(self, run: Run) -> None:
-        """Raise the error of a save that cannot succeed before training rather than after it."""
+        """Check before training that the model can be saved, so that a save does not fail later."""
         model = run.strategy.unwrap_model()
         buffers = {each.name: each.tensor for each in iter_buffers(model) if each.is_persistent}
         tensors = {name: value for name, value in {**named_parameters(model), **buffers}.items() if not is_lazy(value)}
@@ -296,7 +296,7 @@ def _check_template(template: str) -> None:
     """Check that a template yields distinct names that can be found when the run resumes.
 
     Raises:
-        ConfigValueError: if it does not.
+        ConfigValueError: if the template is not suitable.
     """
     try:
         names = template.format(1), template.format(2)

@@ -37,7 +37,7 @@ class EarlyStoppingHook(Hook):
             inferred.
     """
 
-    # Before CheckpointHook, so that the checkpoint of the best score contains the state after the same validation.
+    # Run before CheckpointHook, so that the checkpoint of the best score contains the state after the same validation.
     priority = Priority.LOW
 
     def __init__(

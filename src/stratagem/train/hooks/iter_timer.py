@@ -14,7 +14,7 @@ __all__ = ["IterTimerHook"]
 
 @final
 class IterTimerHook(Hook):
-    """Measure how long iterations take; updates ``run.step_timer``. The loop measures the time that it waits for batches."""
+    """Measure how long iterations take, and update ``run.step_timer``. The loop measures the time that it waits for batches."""
 
     priority = Priority.NORMAL
 

@@ -121,7 +121,7 @@ def _learning_rates(run: Run) -> dict[str, float]:
 
 
 def _updates(run: Run) -> int | None:
-    """Return the number of optimizer steps if it differs from the iterations or determines the length; otherwise None."""
+    """Return the number of optimizer steps; None if it equals the iterations and does not determine the length of the run."""
     optim = run.optim_wrapper
     if isinstance(optim, OptimWrapperDict) or (optim.accumulative_counts == 1 and run.progress.max_steps is None):
         return None

@@ -98,7 +98,7 @@ class NonFiniteReport:
 
     def _which(self) -> str:
         if all(indices is None for indices in self.samples.values()):
-            return "The samples are unknown, because the dataloader determines the order of the data."
+            return "The samples are unknown, because this dataloader chooses the order of the data itself."
         shown = "; ".join(f"rank {rank} {indices}" for rank, indices in self.samples.items())
         return f"Dataset indices of the samples in the batch: {shown}."
 

@@ -48,7 +48,7 @@ def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int 
     """Check that a run measured in iterations has no epoch-based schedules.
 
     Raises:
-        ConfigValueError: if it has one.
+        ConfigValueError: if it has an epoch-based schedule.
     """
     by_epoch = [each for each in schedulers if each.unit == "epoch" and not each.need_val_args]
     if by_epoch and max_epochs is None:

@@ -28,7 +28,7 @@ class LaunchIdentity:
     """Identifies the launch of a run, to detect restarts by torchrun or SLURM.
 
     Attributes:
-        process: this process.
+        process: the identity of this process.
         run_id: the run ID of torchrun; None without torchrun.
         agents: the torchrun processes, which start the ranks and outlive them.
         job: the SLURM job ID, which a requeued job keeps; None without SLURM.

@@ -74,7 +74,7 @@ def _follow_epochs(run: Run, epochs: int) -> None:
 
 
 def _update_run_length(run: Run) -> None:
-    """Update the total number of iterations in the optimizer wrappers: the last accumulation window may be shorter."""
+    """Update the total number of iterations in the optimizer wrappers, because the last accumulation window may be shorter."""
     end = run.progress.end_of_epochs()
     for wrapper in run.optim_wrapper.each().values():
         if end is not None and wrapper.accumulative_counts > 1:

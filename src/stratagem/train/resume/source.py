@@ -28,7 +28,7 @@ _RESUMING = ("resume", "load_from", "resume_optimizer", "resume_param_scheduler"
 
 @final
 class ResumeSource:
-    """The checkpoint that a run resumes from or loads weights from. It is used once.
+    """The checkpoint that a run resumes from or loads weights from. Training uses it only once.
 
     Args:
         load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
@@ -62,12 +62,12 @@ class ResumeSource:
         self.changes: tuple[str, ...] = ()
         # Whether the loaded checkpoint contains averaged weights.
         self.has_average = False
-        # The meta of the loaded checkpoint.
+        # The entry `meta` of the loaded checkpoint.
         self.meta: Mapping[str, Any] = {}
         self._load_from, self._resume = load_from, resume
         if not isinstance(resume_optimizer, bool):
             raise ConfigTypeError(f"resume_optimizer must be True or False, got {resume_optimizer!r}.")
-        # Omit it if True, because custom strategies may not accept the argument.
+        # Omit resume_optimizer if it is True, because custom strategies may not accept the argument.
         self._fresh: dict[str, Any] = {} if resume_optimizer else {"resume_optimizer": False}
         self._how: dict[str, Any] = {
             "resume_param_scheduler": resume_param_scheduler,

@@ -38,7 +38,7 @@ class CheckpointWriter:
         Args:
             path: the path of the checkpoint, or a URL, in which case the pointer is not updated.
             then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
-            arguments: passed to ``save_checkpoint`` of the strategy.
+            arguments: passed to the strategy's ``save_checkpoint``.
         """
         published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
         if self._saver is None:

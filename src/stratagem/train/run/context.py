@@ -80,8 +80,8 @@ class Run:
         mode: "train", or "val" or "test" during an evaluation and its hooks.
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
-        saved_autocast: the dtype of autocast in the training that saved the evaluated checkpoint; None if it used none. A run
-            that trains uses its own optimizer's.
+        saved_autocast: the autocast dtype of the run that saved the evaluated checkpoint; None if that run did not use
+            autocast. A run that trains uses the autocast dtype of its own optimizer instead.
         history: the sessions of the run, the current one last; saved in every checkpoint.
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
         work_dir_locks: the directories that the run has locked.
@@ -252,8 +252,8 @@ class Run:
     ) -> None:
         """Save the state of the run as a checkpoint, and update the pointer ``<work_dir>/last_checkpoint``.
 
-        Collective. With background saves (see :class:`CheckpointWriter`), it returns when the state is copied. A hook that
-        calls it needs ``Priority.VERY_LOW``, so that averages and schedules are updated first.
+        Collective. With background saves (see :class:`CheckpointWriter`), this method returns once the state is copied. A
+        hook that calls this method needs ``Priority.VERY_LOW``, so that averages and schedules are updated first.
 
         Args:
             path: the path or URL of the checkpoint.

@@ -71,14 +71,14 @@ def _key_of(hook: StatefulHook) -> str:
 def match_states(
     saved: Mapping[str, Any], hooks: Mapping[str, StatefulHook], *, by_position: bool, logger: Logger
 ) -> dict[str, Any]:
-    """Return the saved states by the keys of this run's hooks, or by their saved key if there is no such hook.
+    """Return the saved states, keyed as this run's hooks are; a state without such a hook keeps its saved key.
 
     Args:
         saved: the saved states by key.
         hooks: the hooks of this run by key.
-        by_position: whether the keys are class names that are numbered by position (``Name``, ``Name_2``, ...), as in
-            checkpoints of earlier versions. Such a state is matched with the hook that recognizes it, or with the only hook of
-            its class; several states are matched by position if there are as many hooks, with a warning.
+        by_position: whether the keys are class names that are numbered in the order of the hooks (``Name``, ``Name_2``,
+            ...), as in checkpoints of earlier versions. Such a state is matched with the hook that recognizes it, or with
+            the only hook of its class; several states are matched in order if there are as many hooks, with a warning.
         logger: the logger for warnings.
     """
     if not by_position:

@@ -20,7 +20,7 @@ class Interrupt:
     """Detects requests to stop this run on any rank: the signals SIGINT, SIGTERM or SIGUSR1, and requests by hooks.
 
     Attributes:
-        received: the number of the signal that stopped the run, equal on all ranks; None if no signal did.
+        received: the number of the signal that stopped the run, equal on all ranks; None if no signal stopped it.
         stopping: whether the ranks have agreed to stop at the request of a hook, equal on all ranks.
         active: whether training is in progress and can be interrupted.
         passed_on: whether :meth:`raise_heard` has raised an exception.

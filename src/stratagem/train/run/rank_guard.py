@@ -148,7 +148,7 @@ def _is_timeout(error: BaseException) -> bool:
 def _is_communication_error(error: BaseException) -> bool:
     """Return whether an error is a communication error, which means that its cause is on another rank."""
     if isinstance(error, StratagemError) and isinstance(error.__cause__, RuntimeError):
-        # RankGroup adds the number of ranks to an error of a collective.
+        # RankGroup wraps the error of a failed collective in a StratagemError, so check its cause.
         return _is_communication_error(error.__cause__)
     if isinstance(error, torch_dist.DistError) or _is_timeout(error):
         return True

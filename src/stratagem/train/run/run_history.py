@@ -52,7 +52,7 @@ class Session:
         """Return the session that a record describes.
 
         Raises:
-            TypeError: if it is not the record of a session.
+            TypeError: if the record does not describe a session.
         """
         # Earlier versions did not mask secrets.
         changes = tuple(mask_text(str(change)) for change in record.get("changes", ()))

@@ -26,8 +26,8 @@ class SaveCounter:
     """Assigns each save of a run a session number and a number within the session.
 
     A session is one call to ``train()`` in one process. Its number is assigned at its first save: one more than the largest
-    session number in the manifests of the run. The run holds a lock on these directories, so no other process assigns the same
-    number. A session without saves gets no number.
+    session number in the manifests of the run. The run holds a lock on the directories of these manifests, so no other
+    process assigns the same number. A session without saves gets no number.
 
     Args:
         work_dir: the work directory of the run.

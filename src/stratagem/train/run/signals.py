@@ -17,7 +17,7 @@ from stratagem.train.run.hard_exit import exit_now
 __all__ = ["PREEMPTION_SIGNALS", "SIGNALS", "SignalListener", "signals"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Sent by SLURM before the end of a job with `--signal=USR1@seconds`. It does not exist on Windows.
+# SLURM sends this signal before the end of a job with `--signal=USR1@seconds`. The signal does not exist on Windows.
 PREEMPTION_SIGNALS = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 SIGNALS = (*_STOP_SIGNALS, *PREEMPTION_SIGNALS)
 # A launcher forwards a signal that the process has already received from the terminal or the scheduler; a repetition
@@ -32,7 +32,7 @@ _END = 0  # no signal has this number
 class SignalListener:
     """Stores the first signal that this process receives; a second one stops the process immediately.
 
-    A thread receives them through ``signal.set_wakeup_fd``. Python's handlers run in the main thread, which may be blocked
+    A thread receives the signals through ``signal.set_wakeup_fd``. Python's handlers run in the main thread, which may be blocked
     in a collective operation with a rank that never responds.
 
     Attributes:
@@ -77,8 +77,8 @@ class SignalListener:
             thread.join()
             os.close(source)
             os.close(sink)
-            # Another run that is training in a different thread also reads these; a signal that has been handled must not stop
-            # it.
+            # Another run that is training in a different thread also reads these attributes, and a handled signal must not
+            # stop it.
             self.first = self.second = None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:

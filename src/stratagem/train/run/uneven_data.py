@@ -27,8 +27,8 @@ _ADVICE = (
 class TrainBatches:
     """The training batches of one epoch after another, the same number on every rank.
 
-    The built-in samplers have the same number of batches on every rank. For other data, the ranks check before each iteration
-    whether all of them have a batch. Otherwise a rank would wait for the others in the backward pass until the timeout.
+    The built-in samplers yield the same number of batches on every rank. For other data, the ranks check before each iteration
+    whether all of them have a batch. Without this check, a rank would wait for the others in the backward pass until the timeout.
 
     Creating an instance is collective. Iterating over an epoch is collective if :attr:`checks` is True.
 

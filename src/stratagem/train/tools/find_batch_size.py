@@ -35,7 +35,7 @@ class BatchTrial:
 
     Attributes:
         batch_size: the number of samples per iteration.
-        seconds: the duration of an iteration without data loading; None if it ran out of memory.
+        seconds: the duration of an iteration without data loading; None if the trial ran out of memory.
         memory: the peak memory of tensors on the accelerator in bytes; None on the CPU.
     """
 
@@ -45,7 +45,7 @@ class BatchTrial:
 
     @property
     def throughput(self) -> float:
-        """Samples per second; 0 if it ran out of memory."""
+        """Samples per second; 0 if the trial ran out of memory."""
         return 0.0 if self.seconds is None else self.batch_size / self.seconds
 
 
@@ -75,7 +75,7 @@ class BatchSearch:
 def find_batch_size(
     strategy: BaseStrategy, dataloader: EpochLoader, *, limit: int | None = None, steps: int = 3
 ) -> BatchSearch:
-    """Double the batch size until memory is exhausted, search for the largest one that fits, and time each.
+    """Double the batch size until memory is exhausted, search for the largest one that fits, and time each trial.
 
     Out-of-memory errors are only reliable on accelerators. On the CPU, the operating system swaps or kills the process
     first, so the search stops at ``limit`` and only measures the throughput. Weights, optimizer and random states are
@@ -96,7 +96,8 @@ def find_batch_size(
     """
     if strategy.world_size > 1:
         raise PlacementError(
-            f"The search for the batch size needs a single process, but there are {strategy.world_size}. Its result is per rank."
+            f"The search for the batch size needs a single process, but there are {strategy.world_size}. The result is the "
+            "batch size of one rank."
         )
     for name, value in {"limit": limit, "steps": steps}.items():
         if value is not None and value < 1:

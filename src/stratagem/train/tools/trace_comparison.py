@@ -161,10 +161,10 @@ def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
 
 
 def require_movement(folder: Path, steps: int) -> None:
-    """Require that the training of a trace changed a parameter; otherwise a comparison with it shows nothing.
+    """Require that the traced run changed a parameter; otherwise, a comparison with its trace shows nothing.
 
     Raises:
-        TrainingError: if all parameters are the same after step ``steps`` as before the first.
+        TrainingError: if all parameters are the same after step ``steps`` as before the first step.
     """
     before, after = _read(folder, 0), _read(folder, steps)
     names = [name for name in after["trainable"] if name in before["state"]]
@@ -173,8 +173,9 @@ def require_movement(folder: Path, steps: int) -> None:
     rates = ", ".join(f"{name}={', '.join(f'{rate:g}' for rate in values)}" for name, values in after["rates"].items())
     raise TrainingError(
         f"No parameter moved in {steps} steps: all {len(names)} trainable parameters have their initial values ({rates}; the "
-        f"last loss is {after['loss']:g}). Every variant of a training that does not train is equal, so nothing was compared. "
-        "Check the learning rate, which parameters are frozen, and whether the loss depends on them."
+        f"last loss is {after['loss']:g}). Without a change of the parameters, all variants of a run give equal results, so "
+        "the comparison shows nothing. Check the learning rate, which parameters are frozen, and whether the loss depends on "
+        "them."
     )
 
 

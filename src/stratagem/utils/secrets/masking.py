@@ -2,7 +2,6 @@
 
 In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In strings, the following are
 masked: credentials and signatures in URLs, values that are assigned to the name of a secret, well-known forms of tokens, and
-    the
 secrets that :mod:`stratagem.utils.secrets.values` has recorded. The time is linear in the length of the text.
 """
 
@@ -18,7 +17,7 @@ from stratagem.utils.secrets.values import remember_secret, replace_known_secret
 __all__ = ["mask_secrets", "mask_text", "mask_tokens", "mask_urls"]
 
 _MASK = "***"
-# Up to the last @ before the path. A slash in a password is not valid in a URL, but it occurs in practice.
+# Match up to the last @ before the path. A slash in a password is not valid in a URL, but it occurs in practice.
 _USER_INFO = re.compile(
     r"://(?P<info>[^\s/?#@:\[\"'<>]{0,512}:(?!\d{0,5}(?:[/?#\s\"'<>]|$))[^\s@\"'<>]{0,128}(?=@)"
     r"|[^\s/?#\"'<>]{1,2048}(?=@))(?P<more>(?:@[^\s/?#@\"'<>]{0,512}(?=@))*)@"

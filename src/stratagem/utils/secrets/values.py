@@ -93,7 +93,7 @@ def _find_secrets() -> dict[str, str]:
 
 
 def replace_known_secrets(text: str, replacement: Callable[[str], str], known: Mapping[str, str] | None = None) -> str:
-    """Return ``text`` with every known secret replaced, also in the escaped forms of URLs, JSON and Python.
+    """Return ``text`` with every known secret replaced, including secrets that are escaped as in URLs, JSON or Python strings.
 
     Args:
         text: Any text.
