@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +15,26 @@ from torch.optim import Optimizer
 __all__ = ["probe_copy", "state_keys_of"]
 
 
-def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]]) -> Optimizer:
-    """Return a copy of an optimizer with other parameters, in groups with the same options, and without state or hooks."""
-    probe = copy.copy(optimizer)
-    probe.state = defaultdict(dict)
-    probe.param_groups = [
+def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, with_hooks: bool = False) -> Optimizer:
+    """Return a copy of an optimizer with other parameters, in groups with the same options, and without state.
+
+    Groups without parameters are omitted.
+    """
+    groups = [
         {**{key: _copied(value) for key, value in group.items()}, "params": list(some)}
         for group, some in zip(optimizer.param_groups, parameters, strict=True)
+        if some
     ]
+    if optimizer.state:
+        # Its constructor initializes the state, as that of Adagrad.
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+        return type(optimizer)(groups, **options)
+    probe = copy.copy(optimizer)
+    probe.state = defaultdict(dict)
+    probe.param_groups = groups
+    if with_hooks:
+        return probe
     for name in [name for name in vars(probe) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
         setattr(probe, name, OrderedDict())
     return probe
@@ -35,8 +48,8 @@ def state_keys_of(optimizer: Optimizer) -> set[str] | None:
         return None
     parameter = nn.Parameter(torch.ones((2,) * like.ndim, dtype=torch.float32, device=like.device))
     parameter.grad = torch.full_like(parameter, 0.1)
-    probe = probe_copy(optimizer, [[parameter], *([] for _ in groups[1:])])
     try:
+        probe = probe_copy(optimizer, [[parameter], *([] for _ in groups[1:])])
         probe.step()
     except Exception:  # noqa: BLE001 -- any optimizer, of any library
         return None

@@ -29,6 +29,7 @@ from stratagem.model import BaseModel
 from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.optim.amp import autocast_dtype
+from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.run_length import RunLength
@@ -136,6 +137,9 @@ class ComposedStrategy(BaseStrategy):
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
         policy = self._placement.gradient_policy(self.model, accumulates=accumulates)
         model = self.unwrap_model()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, wrapper in wrappers.items():
+            require_equal_sharded_updates(wrapper.optimizer, names, name)
         if isinstance(model, BaseModel):
             model.needs_loss_weight = accumulates or self.world.size > 1
         for wrapper in wrappers.values():

@@ -20,6 +20,7 @@ __all__ = [
     "to_local",
     "local_slice",
     "mesh_of",
+    "shard_as",
     "shard_like",
     "full_tensor",
 ]
@@ -88,6 +89,17 @@ def shard_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
     part = local_slice(full, like).to(to_local(like).device, copy=copy)
     sharded: Tensor = _dtensor().from_local(
         part, dtensor.device_mesh, dtensor.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return sharded
+
+
+@torch.no_grad()
+def shard_as(full: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Return a copy of a full tensor, which is the same on all ranks, as a ``DTensor`` with placements. Not collective."""
+    shape, offset = local_shape_and_offset(full.shape, mesh, placements)
+    part = full[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))].clone()
+    sharded: Tensor = _dtensor().from_local(
+        part, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
     return sharded
 
