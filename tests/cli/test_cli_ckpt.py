@@ -133,7 +133,7 @@ def test_exported_weights_are_those_that_the_run_evaluated(
 ) -> None:
     """If a run averaged its weights, the averaged ones are exported; `--raw` exports the trained ones."""
     exported = stratagem("ckpt", command, run / "epoch_1", tmp_path / "a.safetensors")
-    assert "--raw writes the trained ones" in exported.out
+    assert "Use --raw to write the trained weights" in exported.out
     assert load_file(tmp_path / "a.safetensors")["w"].tolist() == [[0.25, 0.25], [0.25, 0.25]]
     assert stratagem("ckpt", command, run / "epoch_1", tmp_path / "raw.safetensors", "--raw").status == 0
     assert load_file(tmp_path / "raw.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
@@ -144,7 +144,7 @@ def test_contradicting_options_for_the_exported_weights_are_rejected(
 ) -> None:
     """`--raw` applies to formats that contain only weights, and excludes `--averaged`."""
     both = stratagem("ckpt", "consolidate", run / "epoch_1", tmp_path / "a.safetensors", "--averaged", "--raw")
-    assert "--averaged and --raw exclude each other" in both.err
+    assert "--averaged and --raw are mutually exclusive" in both.err
     whole = stratagem("ckpt", "convert", run / "epoch_1", tmp_path / "a.pth", "--raw")
     assert "The format 'pth' contains the trained weights" in whole.err
     assert list(tmp_path.glob("a.*")) == []

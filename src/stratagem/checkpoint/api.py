@@ -80,10 +80,10 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
 
 
 def check_storable(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
-    """Check, without writing anything, that the format that ``filename`` selects can store all tensors.
+    """Check that the format selected by ``filename`` can store all tensors. Writes nothing.
 
     Raises:
-        CheckpointError: if it cannot; the message names the first tensor that it cannot store.
+        CheckpointError: if the format cannot store a tensor; the message names the first such tensor.
     """
     flat, _ = flatten_state({"state_dict": dict(tensors)})
     if isinstance(format_for(Path(filename)), DirectoryFormat):

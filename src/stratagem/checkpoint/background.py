@@ -77,7 +77,7 @@ class BackgroundSaver:
         self._task = self._thread.submit(_write, staged.write, tensors, filename, self._rank_group, then)
 
     def check(self) -> None:
-        """Raise the error of a failed save after all ranks have finished it, without waiting.
+        """If all ranks have finished the save and it failed, raise its error. Does not wait.
 
         Call it between training steps; all ranks raise at the same step.
 

@@ -54,7 +54,8 @@ class Staging:
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copy tensors to the buffer; return the copies, each with its own storage, valid until the next call."""
         if any(tensor.layout != torch.strided for tensor in tensors):
-            # Sparse tensors consist of several tensors, whose sizes change.
+            # A sparse tensor consists of several tensors whose sizes may change, so clone it instead of using the
+            # buffer.
             dense = iter(self.copy([tensor for tensor in tensors if tensor.layout == torch.strided]))
             return [next(dense) if tensor.layout == torch.strided else tensor.detach().clone() for tensor in tensors]
         on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)

@@ -158,7 +158,7 @@ def sample(
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="The random seed.")] = 0,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Use the trained weights, not the averaged ones with which the run evaluated.")
+        bool, typer.Option("--raw", help="Use the trained weights instead of the averaged weights.")
     ] = False,
     overrides: Overrides = None,
     traceback: Traceback = False,
@@ -182,7 +182,7 @@ def schedule(
     out: Out = None,
     nproc: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Plot the schedules of a run with N processes. No process is started."),
+        typer.Option(metavar="N", min=1, help="Plot the schedules for a run with N processes, without starting any."),
     ] = None,
     traceback: Traceback = False,
 ) -> None:

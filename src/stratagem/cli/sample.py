@@ -118,7 +118,7 @@ def _generate(config: Config, prompt: list[int], request: Request, checkpoint: s
 
 
 def _use_averages(checkpoint: StateTree) -> None:
-    """Replace the weights of a checkpoint by those with which the run evaluated."""
+    """Replace the weights in a checkpoint with the averaged weights, if the run averaged them."""
     weights = checkpoint.get("state_dict")
     if isinstance(weights, Mapping):
         checkpoint["state_dict"] = evaluated_weights(checkpoint, weights)

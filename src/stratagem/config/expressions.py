@@ -1,4 +1,4 @@
-"""Represent values as Python expressions or plain data that load as equal values."""
+"""Represent values as Python expressions or as plain data, from which equal values are loaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _TORCH_CONSTANTS: Final = frozenset({"dtype", "layout", "memory_format"})
 
 
 def as_builtin(value: Any) -> Any:
-    """Return a number, a string or an enum member with such a value as the built-in type; other values unchanged.
+    """Convert an instance of a number or string subclass, such as an enum member, to the built-in type.
 
-    NumPy scalars become Python numbers with the same value.
+    Other values are returned unchanged. NumPy scalars become Python numbers with the same value.
     """
     if type(value).__module__ == "numpy" and hasattr(value, "item") and hasattr(value, "dtype") and value.shape == ():
         item = value.item() if hasattr(value, "tobytes") and type(value).__name__ != "ndarray" else value
@@ -45,7 +45,7 @@ def as_builtin(value: Any) -> Any:
 
 
 def as_name(value: Any) -> str | None:
-    """Return the dotted name of a class or function that can be imported, or the text of a deferred value; otherwise None."""
+    """Return the dotted name of an importable class or function, or the text of a lazy or masked value; otherwise None."""
     if isinstance(value, LazyObject):
         return lazy_name(value)
     if isinstance(value, MaskedSecret):
@@ -60,7 +60,7 @@ def as_name(value: Any) -> str | None:
 
 
 def _is_importable(value: Any) -> bool:
-    """Return whether a class, a function or the class of an enum member is found under its own name."""
+    """Return whether looking up a class or function by its qualified name yields the same object."""
     found: Any = sys.modules.get(value.__module__ or "")
     if found is None or value.__module__ == "__main__":
         return False
@@ -98,14 +98,14 @@ def _path(value: PurePath) -> str | None:
     kind = type(value)
     if kind.__module__.partition(".")[0] != "pathlib":
         return None
-    # A path of this system is written without naming the system.
+    # Write PosixPath and WindowsPath as Path, so that the file does not depend on the operating system.
     name = {"PosixPath": "Path", "WindowsPath": "Path"}.get(kind.__name__, kind.__name__)
     return f"__import__('pathlib').{name}({str(value)!r})"
 
 
 def _date(value: Any) -> str | None:
     text = re.sub(r"\bdatetime\.(?=[a-z])", "__import__('datetime').", repr(value))
-    # The name of a time zone and a class that is derived from a date have other representations.
+    # The repr of a named time zone or of a date subclass is not a valid expression here.
     return text if type(value).__module__ == "datetime" and "zoneinfo" not in text else None
 
 
@@ -134,7 +134,7 @@ _WRITERS: Final[tuple[tuple[Any, Callable[[Any], str | None]], ...]] = (
 
 
 def _of_torch_or_numpy(value: Any) -> str | None:
-    """Return an expression for a constant of torch, such as ``torch.float16``, a device, or a NumPy dtype."""
+    """Return an expression for a torch constant, such as ``torch.float16``, for a device, or for a NumPy dtype."""
     kind, text = type(value).__name__, repr(value)
     if type(value).__module__ == "numpy":
         return None
@@ -144,7 +144,7 @@ def _of_torch_or_numpy(value: Any) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """Return a short description of a value that cannot be written, without an address in memory."""
+    """Return a short description of a value that cannot be written. It contains no memory address."""
     kind = type(value)
     if isinstance(value, FunctionType | BuiltinFunctionType | MethodType | type):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__qualname__}"

@@ -18,7 +18,7 @@ __all__ = ["python_text", "text_of"]
 
 _WIDTH = 100
 _LANGUAGES: Final = {".py": "Python", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".toml": "TOML"}
-# Names that expressions use, so that no earlier assignment may shadow them.
+# Names that the written expressions use. Keys with these names are written last, so that they do not shadow the names.
 _BUILTINS: Final = frozenset(
     {"dict", "float", "complex", "slice", "range", "set", "frozenset", "bytearray", "__import__"}
 )
@@ -27,8 +27,8 @@ _BUILTINS: Final = frozenset(
 def text_of(data: Mapping[str, Any], suffix: str, *, mark_unsupported: bool = False) -> str:
     """Return ``data`` in the language of ``suffix``: ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
 
-    The text loads as an equal configuration. Classes and functions are written as dotted names, and NumPy scalars and
-    members of enums with a number or a string as that value.
+    Loading the text yields an equal configuration. Classes and functions are written as dotted names. NumPy scalars,
+    and enum members whose value is a number or a string, are written as that number or string.
 
     Args:
         data: the configuration.
@@ -193,7 +193,7 @@ class _DataWriter:
             return key
         raise ConfigValueError(
             f"{path_text(path) or 'The configuration'} has the key {key!r} ({type(key).__name__}), but keys in "
-            f"{_LANGUAGES[self.suffix]} are strings. Write a .py file instead, or use a string as key."
+            f"{_LANGUAGES[self.suffix]} must be strings. Write a .py file instead, or use a string as the key."
         )
 
     def _value(self, value: Any, path: KeyPath) -> Any:
@@ -222,7 +222,7 @@ class _DataWriter:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a string can be encoded, that is, it contains no half of a surrogate pair."""
+    """Return whether a string can be encoded as UTF-8, that is, contains no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -231,6 +231,6 @@ def _is_unicode(text: str) -> bool:
 
 
 def _has_fixed_offset(value: Any) -> bool:
-    """Return whether the offset of a date and time is in whole minutes and not from a named time zone."""
+    """Return whether a datetime has a fixed UTC offset in whole minutes, not a named time zone."""
     offset = value.utcoffset()
     return isinstance(value, dt.datetime) and isinstance(value.tzinfo, dt.timezone) and not offset.seconds % 60

@@ -190,10 +190,11 @@ class OpaqueBatches:
 
 
 def _drawn_to_the_end(items: Iterator[Any], length: int | None) -> Iterator[Any]:
-    """Yield items, and draw the item after the last one before yielding the last one.
+    """Yield items. Before yielding the last one, try to draw another item.
 
-    A training loop takes ``length`` batches and then stops, whereas ``for batch in loader`` continues until the sampler ends.
-    Some samplers change their state there: torch's ``RandomSampler`` draws from its generator, on which the next epoch depends.
+    A training loop stops after ``length`` batches, whereas ``for batch in loader`` runs until the sampler is exhausted.
+    Some samplers change their state only then: torch's ``RandomSampler`` draws from its generator, which affects the
+    next epoch.
     """
     for count, item in enumerate(items, 1):
         following = list(islice(items, 1)) if count == length else []

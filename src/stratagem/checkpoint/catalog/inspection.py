@@ -19,7 +19,7 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["CheckpointInfo", "inspect_checkpoint"]
 
-# MMEngine's file names; its files do not contain a run ID.
+# The names of MMEngine checkpoints, which can only be recognized by name because they contain no run ID.
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
 _NOT_FINITE = "its weights contain NaN or Inf."
 

@@ -65,8 +65,9 @@ def convert_checkpoint(
         target: the path to write; it must not exist.
         target_format: one of :data:`TARGETS`; by default selected by the name of ``target``. ``"safetensors"`` and
             ``"huggingface"`` contain only the weights.
-        raw: whether formats with only the weights contain the trained weights even if the run averaged them. By default, they
-            contain the averaged ones, with which the run evaluated. The other formats always contain both.
+        raw: whether to write the trained weights to a format that contains only weights, even if the run averaged its
+            weights. By default, the averaged weights are written, which the run used for evaluation. The other formats
+            always contain both.
 
     Raises:
         CheckpointError: if ``target`` exists, the format is unknown, or it does not support a value.
@@ -80,7 +81,7 @@ def convert_checkpoint(
     if raw and chosen not in _WEIGHTS_ONLY:
         raise CheckpointError(
             f"--raw applies to {' and '.join(_WEIGHTS_ONLY)}, which contain only the weights. The format {chosen!r} contains the "
-            "trained weights in state_dict, and the averaged ones in average. Omit it."
+            "trained weights (state_dict) and the averaged weights (average). Omit --raw."
         )
     with open_checkpoint(source) as tree:
         if chosen in _WEIGHTS_ONLY:

@@ -77,7 +77,7 @@ class DirectoryFormat:
             CheckpointError: if a value cannot be stored.
         """
         snapshot = take_snapshot(tree, rank_group)
-        # Do not capture the tensors, since they would stay in memory together with their copies.
+        # Do not capture the tensors in write(): they would stay in memory together with their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
         keys = list(snapshot.local_boxes)
 

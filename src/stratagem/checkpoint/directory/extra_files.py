@@ -22,7 +22,7 @@ _PATH = re.compile(r"[^./\\:\x00][^/\\:\x00]*(/[^./\\:\x00][^/\\:\x00]*)*")
 
 
 def describe_extra_files(folder: Path, known_files: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return a mapping from path to size and digest, for the manifest, of all files that are not ``known_files``."""
+    """Return the manifest entries (path -> size and digest) of all files that are not in ``known_files``."""
     described = {}
     for where, _, names in os.walk(folder):
         for name in names:

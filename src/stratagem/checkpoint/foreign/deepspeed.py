@@ -88,7 +88,7 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
 
 
 def _folder_of(path: Path) -> Path:
-    """Return the folder that contains the files."""
+    """Return the folder that contains the checkpoint files: ``path``, or the subfolder that its file ``latest`` names."""
     return next((each for each in _candidates(path, path / _LATEST) if each.is_dir()), path)
 
 

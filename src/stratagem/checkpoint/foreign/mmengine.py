@@ -18,7 +18,7 @@ __all__ = ["mmengine_parts", "is_mmengine"]
 logger = logging.getLogger(__name__)
 
 _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
-# The keys of a scheduler's position, which have the same names in Stratagem.
+# The keys that record the progress of a scheduler. They have the same names in Stratagem.
 _POSITION = ("_global_step", "last_step")
 
 

@@ -226,7 +226,7 @@ def _planner(paths: Mapping[str, TreePath]) -> Any:
 
 
 def _dcp_paths(skeleton: Any) -> dict[str, TreePath]:
-    """Return the path in the saved state dict for the name of each tensor."""
+    """Return a mapping from tensor names to paths in the saved state dict."""
     paths: dict[str, TreePath] = {}
     used = {_TREE}
     for number, (name, path) in enumerate(tensor_paths(skeleton).items()):

@@ -27,8 +27,8 @@ _NAME: Final = re.compile(r".+-[0-9a-f]{8}\.pth")
 def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
     """Write selected parts of a checkpoint to ``<stem>-<sha256[:8]>.pth`` in the same folder; return the path.
 
-    If the run averaged its weights, ``state_dict`` contains the averaged ones, with which it evaluated, unless ``average`` is
-    selected as well: then it contains the trained ones.
+    If the run averaged its weights, ``state_dict`` contains the averaged weights, which the run used for evaluation. If
+    ``average`` is also selected, ``state_dict`` contains the trained weights.
 
     Raises:
         ConfigKeyError: if the checkpoint does not have one of the parts.

@@ -173,7 +173,7 @@ def _fetch_file(url: str, cache: Path) -> Path:
     if size > limit:
         raise CheckpointError(f"{mask_text(url)} has {size} bytes; at most {limit} bytes are downloaded.")
     version = hashlib.sha256(f"{folder.masked_url}/{name}@{folder.version(name)}".encode()).hexdigest()[:12]
-    # The end has the suffix; the version in front of the name keeps it unique.
+    # Keep the end of the name, which includes the suffix. The version as a prefix makes the name unique.
     copy = cache / f"{version}-{name.encode(errors='replace')[-_MOST_NAME_BYTES:].decode(errors='replace')}"
     if copy.is_file() and copy.stat().st_size == size:
         return copy

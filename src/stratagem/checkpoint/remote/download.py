@@ -32,7 +32,7 @@ _LIMIT_GB = "STRATAGEM_DOWNLOAD_LIMIT_GB"
 _DEFAULT_LIMIT_GB = 100.0
 _WHOLE_DIGEST = 64
 _MOST_DIGITS = 20
-# Most file systems allow 255 bytes in a name, of which a digest and the suffixes of temporary files need a part.
+# Most file systems limit a name to 255 bytes; leave room for a digest and the suffixes of temporary files.
 _MOST_NAME_BYTES = 150
 # As in resnet18-f37072fd.pth: the first digits of the file's SHA-256.
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")
@@ -122,7 +122,7 @@ class _Source:
     def local_name(self) -> str:
         """A file name that is unique for the address and the expected digest."""
         name = Path(urllib.parse.urlsplit(self.address).path).name
-        # The end has the suffix; the digest in front of the name keeps it unique.
+        # Keep the end of the name, which includes the suffix. The digest as a prefix makes the name unique.
         name = name.encode(errors="replace")[-_MOST_NAME_BYTES:].decode(errors="replace")
         if Path(name).suffix not in _SUFFIXES:
             name += ".pth"
@@ -137,7 +137,7 @@ class _Source:
 
 
 def _require_safe(parts: urllib.parse.SplitResult, digest: str, told: str) -> None:
-    """Apply the rules for an address, to the URL as well as to every redirect.
+    """Check that a URL, or the target of a redirect, is safe to download from.
 
     Raises:
         CheckpointError: if a third party could replace the file, or the host is a metadata service.
@@ -155,7 +155,7 @@ def _require_safe(parts: urllib.parse.SplitResult, digest: str, told: str) -> No
 
 @final
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but not from https to an insecure scheme, nor to an address that would not be allowed as a URL.
+    """Follow redirects, except those from https to an insecure scheme or to an address that is not allowed as a URL.
 
     Args:
         digest: the expected digest of the file; empty if it is unknown.
@@ -183,7 +183,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 @final
 class _HTTPConnection(http.client.HTTPConnection):
-    """A connection that is closed if the name of the host leads to a metadata service."""
+    """A connection that is closed if the host name resolves to a metadata service."""
 
     def connect(self) -> None:
         super().connect()
@@ -192,7 +192,7 @@ class _HTTPConnection(http.client.HTTPConnection):
 
 @final
 class _HTTPSConnection(http.client.HTTPSConnection):
-    """A connection that is closed if the name of the host leads to a metadata service."""
+    """A connection that is closed if the host name resolves to a metadata service."""
 
     def connect(self) -> None:
         super().connect()
@@ -210,7 +210,7 @@ def _require_public_peer(connection: http.client.HTTPConnection) -> None:
 
 @final
 class _HTTPHandler(urllib.request.HTTPHandler):
-    """Open http URLs with checked connections."""
+    """Open http URLs with connections that check the address of the server."""
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_HTTPConnection, req)
@@ -218,7 +218,7 @@ class _HTTPHandler(urllib.request.HTTPHandler):
 
 @final
 class _HTTPSHandler(urllib.request.HTTPSHandler):
-    """Open https URLs with checked connections."""
+    """Open https URLs with connections that check the address of the server."""
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_HTTPSConnection, req)

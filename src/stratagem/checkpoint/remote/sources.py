@@ -157,7 +157,7 @@ def _to_device(node: Any, device: torch.device | str) -> Any:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # Its name is too long or invalid.
+    except (OSError, ValueError):  # The path is too long or invalid.
         return False
 
 

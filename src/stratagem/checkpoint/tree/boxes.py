@@ -15,7 +15,8 @@ from stratagem.tensors.dtensor import is_sharded, local_box
 
 __all__ = ["TensorBox", "boxes_of_range", "box_of", "boxes_cover"]
 
-# A box has 2**n corners in n dimensions. Tensors are sharded in fewer dimensions than this.
+# Comparing corners takes 2**n steps per box if n dimensions are sharded, so limit n. Strategies shard fewer dimensions
+# than this.
 _MOST_CUT_DIMS = 8
 _MOST_PAIRED = 2000
 
@@ -84,16 +85,18 @@ def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
         return False
     cut = [dim for dim, size in enumerate(shape) if any(box.shape[dim] != size for box in boxes if box.numel)]
     if len(cut) > _MOST_CUT_DIMS:
-        # No strategy shards a tensor like this, and only a small number can be compared in pairs.
+        # No strategy shards a tensor along so many dimensions. Comparing all pairs is feasible only for a small number
+        # of boxes.
         return len(boxes) <= _MOST_PAIRED and not _any_overlap([box for box in boxes if box.numel])
     return _corners(boxes, cut) == _corners([TensorBox.whole(shape)], cut)
 
 
 def _corners(boxes: Sequence[TensorBox], dims: Sequence[int]) -> dict[tuple[int, ...], int]:
-    """Return the corners of boxes with signs, without those that cancel.
+    """Return the signed corners of all boxes, without corners whose signs cancel.
 
-    The signs are the mixed differences of the function that counts how many boxes contain an element. They determine this
-    function, so two sets of boxes with the same corners cover the same elements equally often. The time is linear.
+    The signs are the mixed differences of the function that counts how many boxes contain an element. They determine
+    this function, so two sets of boxes with the same signed corners cover the same elements equally often. The time is
+    linear in the number of boxes.
     """
     counts: dict[tuple[int, ...], int] = {}
     for box in boxes:

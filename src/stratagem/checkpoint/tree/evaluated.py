@@ -1,4 +1,4 @@
-"""The weights of a checkpoint with which its run evaluated the model."""
+"""Select the weights that a run used for evaluation from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["evaluated_weights", "has_averaged_weights"]
 
 
 def has_averaged_weights(checkpoint: Mapping[str, Any]) -> bool:
-    """Return whether the run averaged its weights, and therefore evaluated the average."""
+    """Return whether the run averaged its weights, and therefore evaluated the averaged weights."""
     average = checkpoint.get(AVERAGE_PART)
     return isinstance(average, Mapping) and bool(average.get("averages"))
 
 
 def evaluated_weights(checkpoint: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace weights by their averages, if the run averaged them; return all weights.
+    """Return all weights, with averaged weights in place of the trained weights if the run averaged them.
 
-    Averages have the dtype of the weight that they replace, as in an evaluation. All other weights are unchanged, and no
-    tensor is copied unless its dtype differs.
+    Averages are cast to the dtype of the weights that they replace, as during evaluation. All other weights are
+    unchanged, and no tensor is copied unless its dtype differs.
 
     Args:
         checkpoint: the state tree, which may contain an average.
@@ -32,7 +32,7 @@ def evaluated_weights(checkpoint: Mapping[str, Any], weights: Mapping[str, Any])
         return dict(weights)
     average = checkpoint[AVERAGE_PART]
     averages = {**average["averages"], **(average.get("statistics") or {})}
-    # Further names of tied weights.
+    # Add the averages under the other names of tied weights.
     averages |= {name: averages[first] for name, first in (average.get("aliases") or {}).items() if first in averages}
     return {**weights, **{name: _with_dtype_of(weights.get(name), each) for name, each in averages.items()}}
 

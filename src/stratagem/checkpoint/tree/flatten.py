@@ -42,7 +42,8 @@ TreePath = tuple[str | int, ...]
 # A dict with one of these as its only key represents a value that JSON does not support.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
 _VERSIONED, _ARRAY, _VIEWED = "$versioned", "$array", "$viewed"
-# Dtypes that safetensors lacks, and the dtype as which their memory is stored; complex numbers with a last dimension of size 2.
+# A mapping from dtypes that safetensors lacks to the dtypes of the views that are stored instead. A view of a complex
+# tensor has an additional last dimension of size 2.
 _VIEWED_AS = {
     torch.complex128: torch.float64,
     torch.complex32: torch.float16,
@@ -124,7 +125,7 @@ def _cannot_store(node: Any, path: str, where: str) -> CheckpointError:
 
 
 def _flatten_tensor(node: Tensor, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
-    """Flatten a tensor; one with a dtype that safetensors lacks as a view with another dtype."""
+    """Flatten a tensor. If safetensors lacks its dtype, store a view with another dtype."""
     kind = _unsupported_kind(node)
     if kind is not None:
         raise CheckpointError(
@@ -141,7 +142,7 @@ def _flatten_tensor(node: Tensor, path: str, tensors: dict[str, StoredTensor], w
 
 
 def _unsupported_kind(tensor: Tensor) -> str | None:
-    """Return what makes it impossible to store a tensor in any format, or None."""
+    """Return the reason that no format can store a tensor, as a phrase for the error message; None if it can be stored."""
     if tensor.is_meta:
         return "on the meta device"
     if tensor.is_quantized or tensor.is_nested:

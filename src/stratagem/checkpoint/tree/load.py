@@ -295,7 +295,7 @@ def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
 
 def _may_rename_keys(model: nn.Module) -> bool:
     """Return whether modules may rename keys while loading, so that mismatches are only known afterwards."""
-    # The hooks of torch's FSDP do not rename keys.
+    # torch's FSDP hooks do not rename keys.
     return any(not name.startswith(_SHARDING) for name in load_hook_modules(model))
 
 

@@ -92,14 +92,14 @@ def convert(
     ] = None,
     raw: Annotated[
         bool,
-        typer.Option("--raw", help="Write the trained weights, not the averaged ones with which the run evaluated."),
+        typer.Option("--raw", help="Write the trained weights instead of the averaged weights."),
     ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Convert CKPT to another format, one tensor at a time.
 
-    If the run averaged its weights (EMAHook), safetensors and huggingface contain the averaged ones. The other formats contain
-    both.
+    If the run averaged its weights (EMAHook), the safetensors and huggingface formats contain the averaged weights. The
+    other formats contain both.
     """
     lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form, raw=raw)
 
@@ -133,11 +133,11 @@ def consolidate(
     target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],
     averaged: Annotated[
         bool,
-        typer.Option("--averaged", help="Require averaged weights (EMA). They are used by default if there are any."),
+        typer.Option("--averaged", help="Fail if CKPT has no averaged weights (EMA). If it has, they are written by default."),
     ] = False,
     raw: Annotated[
         bool,
-        typer.Option("--raw", help="Write the trained weights, not the averaged ones with which the run evaluated."),
+        typer.Option("--raw", help="Write the trained weights instead of the averaged weights."),
     ] = False,
     traceback: Traceback = False,
 ) -> None:

@@ -23,7 +23,7 @@ def convert(source: str, target: Path, form: str | None, *, raw: bool) -> None:
         left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form, raw=raw)
     echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
     if AVERAGE_PART in left_out and not raw:
-        echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
+        echo("Wrote the averaged weights, which the run used for evaluation. Use --raw to write the trained weights.")
     if left_out:
         echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
 
@@ -35,7 +35,7 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
         CheckpointError: if ``target`` exists or has another suffix, or if averaged weights are requested but missing.
     """
     if averaged and raw:
-        raise CheckpointError("--averaged and --raw exclude each other. Specify one of them.")
+        raise CheckpointError("--averaged and --raw are mutually exclusive. Omit one of them.")
     if target.suffix != ".safetensors":
         raise CheckpointError(f"The target is a safetensors file, but {target} does not end in .safetensors.")
     if target.exists():
@@ -54,5 +54,5 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
         weights = weights if raw else evaluated_weights(tree, weights)
         write_weights(weights, absolute(target), folder=False)
     if has_averages and not raw:
-        echo("The weights are the averaged ones, with which the run evaluated. --raw writes the trained ones.")
+        echo("Wrote the averaged weights, which the run used for evaluation. Use --raw to write the trained weights.")
     echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")

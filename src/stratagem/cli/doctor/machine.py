@@ -136,6 +136,6 @@ def check_open_files(soft: int, hard: int) -> Finding:
     """
     found = f"soft limit {'none' if soft < 0 else soft}, hard limit {'none' if hard < 0 else hard}"
     if 0 <= hard < _OPEN_FILES:
-        advice = f"Raise the hard limit to at least {_OPEN_FILES}: ulimit -Hn, /etc/security/limits.conf."
+        advice = f"Raise the hard limit to at least {_OPEN_FILES}, with ulimit -Hn or in /etc/security/limits.conf."
         return Finding.warning("open files", found, advice)
     return Finding.ok("open files", found)

@@ -23,7 +23,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
     """Import the modules listed in ``custom_imports`` of the merged layers.
 
     The folders of the files with ``custom_imports`` and of the outermost file are put first on ``sys.path``, as Python does
-    with the folder of a script. They stay there, since worker processes unpickle objects of these modules later.
+    with the folder of a script. They stay there, because worker processes later unpickle objects from these modules.
 
     Raises:
         MissingDependencyError: if a module cannot be imported and ``allow_failed_imports`` is not True.

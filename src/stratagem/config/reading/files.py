@@ -122,7 +122,7 @@ def merge_layers(layers: Layers) -> dict[str, Any]:
 
 @final
 class _Bases:
-    """The bases of one file, which are loaded once the file has been read far enough to know them."""
+    """The bases of one file. They are loaded as soon as the part of the file that names them has been read."""
 
     def __init__(self, reader: Reader, name: str, suffix: str) -> None:
         self.layers: Layers = ()

@@ -40,7 +40,7 @@ _PLACEHOLDER = re.compile(
 )
 # The variable of a placeholder that stands for a masked secret; its "default" is the key of the secret.
 _MASKED = "SECRET"
-# Likewise, for a value that could not be written.
+# The variable of a placeholder that stands for a value that could not be written.
 _UNSAVED = "UNSAVED"
 # A default with these characters cannot be written unescaped in every language.
 _NEEDS_ESCAPING = re.compile(r"""['"\\]|[^ -~]""")
@@ -57,7 +57,7 @@ def masked_marker(path: KeyPath) -> str:
 
 
 def unsaved_marker(path: KeyPath) -> str:
-    """Return the marker that replaces the value at a path that a saved configuration cannot contain."""
+    """Return the marker that replaces the value at a path if a saved configuration cannot contain the value."""
     return _marker(_UNSAVED, path)
 
 

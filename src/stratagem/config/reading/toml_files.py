@@ -82,7 +82,7 @@ def _toml_value(value: Any) -> str:
 
 
 def _toml_text(value: Any) -> str:
-    # TOML requires that DEL is escaped, unlike JSON.
+    # Unlike JSON, TOML requires DEL to be escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

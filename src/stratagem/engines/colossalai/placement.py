@@ -155,7 +155,8 @@ class ColossalAIPlacement(Placement):
         if traits.zero_stage < 2:
             # In stage 2, each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
             self._no_sync = partial(booster.no_sync, engine, optimizer)
-            # float16 gradients are scaled, and gradients of tensor-parallel layers are sharded, so they are not saved.
+            # Gradients cannot be saved in float16, because they are scaled, or with tensor parallelism, because they
+            # are sharded.
             self.has_gradients = traits.precision != "fp16" and traits.tp_size == 1
         optim = BoosterOptimWrapper(
             optimizer,

@@ -128,7 +128,7 @@ def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_direct_backward(engine: Any) -> None:
-    """Make the engine reject backward passes that bypass it, and thus accumulation and loss scaling."""
+    """Make the engine reject backward passes that bypass it, because they would also bypass accumulation and loss scaling."""
     begin = engine._backward_prologue
 
     def checked_begin() -> None:

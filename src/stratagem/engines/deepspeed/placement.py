@@ -1,4 +1,4 @@
-"""Place a model in DeepSpeed's engine, with ZeRO stages 0 to 3."""
+"""Wrap a model in DeepSpeed's engine, with ZeRO stages 0 to 3."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["DeepSpeedPlacement"]
 
 @final
 class DeepSpeedPlacement(Placement):
-    """Place a model and its optimizer in DeepSpeed's engine.
+    """Wrap a model and its optimizer in DeepSpeed's engine.
 
     Args:
         logger: the logger for the ZeRO stage and the dtype.
