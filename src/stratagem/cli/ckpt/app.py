@@ -133,7 +133,9 @@ def consolidate(
     target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],
     averaged: Annotated[
         bool,
-        typer.Option("--averaged", help="Fail if CKPT has no averaged weights (EMA). If it has, they are written by default."),
+        typer.Option(
+            "--averaged", help="Fail if CKPT has no averaged weights (EMA). If it has, they are written by default."
+        ),
     ] = False,
     raw: Annotated[
         bool,
