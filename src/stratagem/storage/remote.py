@@ -37,8 +37,8 @@ def _require_safe(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if is_link_local(parts.hostname):
         raise CheckpointError(
-            f"{mask_text(url)}: checkpoints cannot be stored at a link-local address or in a metadata "
-            "service. Use a different host."
+            f"{mask_text(url)}: checkpoints cannot be stored at a link-local address or a metadata service. "
+            "Use a different host."
         )
     if parts.scheme.lower() in _WITHOUT_ENCRYPTION and not is_loopback(parts.hostname):
         raise CheckpointError(
