@@ -106,7 +106,7 @@ def load_checkpoint(
     strict: bool = False,
     revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
 ) -> tuple[StateTree, LoadReport]:
-    """Load the model weights of a checkpoint into ``model``; return the whole checkpoint and a report of the key matching.
+    """Load the model weights of a checkpoint into ``model``; return the whole checkpoint and a report on matching its keys.
 
     Raises:
         CheckpointError: (or a subclass) if the checkpoint is missing or damaged, or does not match the model.

@@ -267,7 +267,8 @@ def submit(
 ) -> None:
     """Write a SLURM batch script that trains CONFIG.
 
-    Before the time limit or a preemption, the job saves a checkpoint and is requeued. It then resumes from there.
+    Before the time limit or a preemption, the job saves a checkpoint and is requeued. The requeued job resumes from
+    this checkpoint.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
     allocation = lazy_command("stratagem.cli.submit:Allocation")(
@@ -324,7 +325,7 @@ def lr(
     loss: Annotated[str, typer.Option(metavar="NAME", help="The logged value to use as the loss.")] = "loss",
     optimizer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The optimizer whose learning rate to find, if there are several."),
+        typer.Option(metavar="NAME", help="If there are several optimizers, the one to find the learning rate for."),
     ] = None,
     out: Out = None,
     nproc: Nproc = None,

@@ -202,7 +202,7 @@ class _Check:
             yield from self.value(value, rule, path)
 
     def _argument(self, node: Any, key: str | int, registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
-        """Check the mappings nested in an argument, which this registry may or may not build."""
+        """Check the mappings nested in an argument. The registry may or may not build them."""
         try:
             value = node[key]
         except StratagemError as error:

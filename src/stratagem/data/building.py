@@ -97,7 +97,7 @@ def build_dataloader(
     if cfg.get("generator") is None:
         cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, stream_rank))
     single = cfg.get("batch_size", 1) is None and cfg.get("batch_sampler") is None
-    # Without batching, there is nothing to collate.
+    # Without batching, samples need not be collated.
     if "collate_fn" in cfg or not single:
         cfg["collate_fn"] = _build_function(cfg.get("collate_fn", default_collate), "collate_fn")
     user_init = cfg.get("worker_init_fn")

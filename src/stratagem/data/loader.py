@@ -57,7 +57,7 @@ class _LoaderState:
 
 @final
 class EpochLoader:
-    """A ``DataLoader`` that is iterated by epoch and position.
+    """A wrapper around a ``DataLoader`` that iterates over a given epoch from a given batch.
 
     Args:
         loader: any ``DataLoader``. If :func:`~stratagem.data.build_dataloader` built it with a built-in sampler, it starts
@@ -370,7 +370,8 @@ class EpochLoader:
                 yield batch
             share = self._order.share if isinstance(self._order, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
-                # The state was at the end of the previous epoch. During evaluation, a rank may have no batch while others do.
+                # The restored state was at the end of the previous epoch, so start a new one. Do not do this during
+                # evaluation, where a rank may have no batch while other ranks do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch

@@ -114,7 +114,7 @@ class StreamedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def _set_epoch(self, epoch: int) -> None:
-        """Pass the epoch to the dataset; a worker has a copy of the dataset."""
+        """Pass the epoch to this process's copy of the dataset, since each worker has its own copy."""
         if epoch != self._epoch:
             set_epoch_of(self.dataset, epoch)
             self._epoch = epoch

@@ -37,7 +37,7 @@ class CheckpointInfo:
             empty if no fault was found.
         position: the number of finished epochs and iterations, if recorded.
         run_id: the ID of the run that saved it, if recorded.
-        order: its position among the checkpoints of the run, if recorded.
+        order: its sort key within the run, if recorded.
         retention_tag: why it was saved.
         finite: False if its weights contained NaN or Inf when it was saved.
     """

@@ -23,7 +23,7 @@ _MAX_COUNT: Final = (1 << 53) - 1
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class SaveOrder:
-    """The position of a checkpoint among the checkpoints of its run; newer checkpoints compare as greater.
+    """A sort key for the checkpoints of a run. The key of a newer checkpoint is greater.
 
     Attributes:
         session: the number of the session (one start of the run) that saved it, from 1.
@@ -72,7 +72,7 @@ class HasSaveTime(Protocol):
 
     @property
     def order(self) -> SaveOrder | None:
-        """Its position among the checkpoints of the run, if known."""
+        """The sort key of the checkpoint within its run, if known."""
 
     @property
     def saved_at(self) -> float:

@@ -1,4 +1,4 @@
-"""Write and read the manifest: format version, files and digests, tensors, and the position of the run."""
+"""Write and read the manifest: format version, files and digests, tensors, and training progress."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def make_manifest(
     """Return the contents of a manifest file.
 
     Args:
-        meta: the tree's ``meta``, which provides the position, the run id, the save order and the retention tag.
+        meta: the tree's ``meta``, which provides the training progress, the run ID, the save order and the retention
+            tag.
         files: file name -> its size and digests.
         tensors: part -> the result of :func:`describe_tensors`.
         extra_files: path -> size and digest of extra files.

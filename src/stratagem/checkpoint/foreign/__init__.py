@@ -1,4 +1,4 @@
-"""Read other programs' checkpoints: their weights and, if present, optimizer state and position."""
+"""Read other programs' checkpoints: their weights and, if present, optimizer state and training progress."""
 
 from stratagem.checkpoint.foreign.colossalai import ENGINE_ORDER, ENGINE_PART, TIED, ColossalAIFolder
 from stratagem.checkpoint.foreign.deepspeed import (

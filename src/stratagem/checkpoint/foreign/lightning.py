@@ -38,7 +38,7 @@ def _optimizers(states: list[Any], checkpoint: LazyCheckpoint) -> Any:
 
 
 def _position(checkpoint: LazyCheckpoint) -> dict[str, int]:
-    """Return the position: finished epochs, iterations, and finished batches of the current epoch.
+    """Return the training progress: finished epochs, iterations, and finished batches of the current epoch.
 
     It is read from the loops, because Lightning's ``epoch`` is the current epoch and ``global_step`` counts optimizer steps.
     """

@@ -54,7 +54,7 @@ def _plain_entries(checkpoint: LazyCheckpoint) -> dict[str, Any]:
 
 
 def _positions(node: Any, checkpoint: LazyCheckpoint) -> Any:
-    """Return the position of each scheduler: a list, or a mapping from name to list for several optimizers."""
+    """Return the progress of each scheduler: a list, or a mapping from name to list for several optimizers."""
     if isinstance(node, list):
         return [
             {

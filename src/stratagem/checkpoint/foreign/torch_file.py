@@ -1,7 +1,7 @@
 """Open files written by ``torch.save``, in its zip format or its legacy format, without executing code from them.
 
-The format alone selects the reader. Zip files are read by :mod:`~stratagem.checkpoint.restricted_unpickler`, legacy files
-by torch with ``weights_only=True``, which rejects everything but plain values.
+The reader depends only on the file's format. Zip files are read by :mod:`~stratagem.checkpoint.restricted_unpickler`,
+legacy files by torch with ``weights_only=True``, which rejects everything but plain values.
 """
 
 from __future__ import annotations

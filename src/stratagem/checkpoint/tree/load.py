@@ -284,7 +284,7 @@ def _has_other_shape(value: Any, own: Any) -> bool:
 
 
 def _as_placed(value: Any, own: Any) -> Any:
-    """Return the tensor sharded like the model's tensor; if that is sharded, only this rank's part is read."""
+    """Return the tensor, sharded like the model's tensor. If that is sharded, only this rank's part is read."""
     return shard_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 

@@ -82,7 +82,7 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Return the names of the optimizer's parameters, one list per group.
 
-    Parameters that do not belong to the model are named by position: ``unnamed.<group>.<position>``.
+    Parameters that do not belong to the model are named by index: ``unnamed.<group index>.<parameter index>``.
     """
     known = {id(parameter): name for name, parameter in named_parameters(model).items()}
     return [

@@ -64,7 +64,7 @@ def _python_lines(text: str) -> Lines:
             case ast.Delete(targets=targets):
                 lines.update((_target_path(target), statement.lineno) for target in targets)
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=target))):
-                # A method that modifies its object, such as append.
+                # This may be a call of a method that modifies its object, such as append.
                 lines.setdefault(_target_path(target), statement.lineno)
     lines.pop((), None)
     return lines

@@ -92,7 +92,7 @@ class ParamShard:
 
 
 def param_shards(model: nn.Module, engine: OptimizerWrapper | None) -> dict[nn.Parameter, ParamShard]:
-    """Return the shard of each parameter of a boosted model. Without an optimizer, ``master`` is the parameter.
+    """Return the shard of each parameter of a model wrapped by the booster. Without an optimizer, ``master`` is the parameter.
 
     Raises:
         PlacementError: if a policy has sharded a parameter into parts that are not boxes.

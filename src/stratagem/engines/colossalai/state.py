@@ -1,4 +1,4 @@
-"""Read and write the state of a boosted model and its optimizer under the names of the unwrapped model."""
+"""Read and write the state of a model and optimizer wrapped by the booster, under the names of the unwrapped model."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _LAYERS: Final = {"colwise": Linear1D_Col, "rowwise": Linear1D_Row}
 
 @final
 class TPPlanPolicy(Policy):
-    """Shard the linear layers of a plan.
+    """Shard the linear layers that are listed in a tensor-parallel plan.
 
     Args:
         plan: maps patterns of module names to ``"colwise"`` or ``"rowwise"``, like the attribute ``tp_plan`` of a model.

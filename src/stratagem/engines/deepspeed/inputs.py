@@ -19,7 +19,7 @@ def cast_inputs(
     Args:
         dtype: the dtype to cast to; None to return ``forward`` itself.
         forward: the function to call.
-        selected: the positions and names of the inputs to cast; None for all.
+        selected: the indices of positional inputs and the names of keyword inputs to cast; None for all.
     """
     if dtype is None:
         return forward
