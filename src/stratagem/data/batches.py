@@ -223,6 +223,10 @@ class EpochBatches(Sampler[Any]):
         """Samples per batch on this rank; None without batching, or if it is unknown."""
         return None if self.single else self.source.batch_size
 
+    def copy(self) -> EpochBatches:
+        """Return an independent object with the same source."""
+        return EpochBatches(self.source, streamed=self._streamed, single=self.single)
+
     def set_requests(self, requests: Iterator[BatchRequest]) -> None:
         """Set the batches of the next iteration."""
         self._pending = requests

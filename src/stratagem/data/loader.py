@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -248,6 +249,28 @@ class EpochLoader:
         if self._stateful is not None:
             return self._from_state(self._stateful, epoch, done)
         return islice(self._begin(epoch), done, None)
+
+    def second_pass(self, epoch: int) -> Iterator[Any]:
+        """Iterate over a whole epoch without changing the position, the workers and the generators of this loader.
+
+        Raises:
+            StateError: if the loader has a custom order, whose state another iteration would change.
+        """
+        if self._source is None or self._batches is None:
+            raise StateError("The data has a custom loader, sampler or stream, which cannot be read a second time.")
+        loader = copy.copy(self.loader)
+        generator = self.loader.generator
+        changes = {
+            "sampler" if self._batches.single else "batch_sampler": self._batches.copy(),
+            "generator": None if generator is None else generator.clone_state(),
+            "worker_init_fn": copy.copy(self.loader.worker_init_fn),
+            "persistent_workers": False,
+            "_iterator": None,
+        }
+        for name, value in changes.items():
+            # DataLoader.__setattr__ raises an error.
+            object.__setattr__(loader, name, value)
+        return EpochLoader(loader, world_size=self._world_size, seed=self._seed).batches(epoch)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
         """Return the dataset indices of the samples in one of this rank's batches; batches are counted from 0.

@@ -110,6 +110,11 @@ class Placement(ABC):
     ) -> None:
         """Record that this rank's gradients of an incomplete accumulation window were restored from a checkpoint."""
 
+    def release_gathered(  # noqa: B027 -- most placements have nothing to do
+        self, model: nn.Module
+    ) -> None:
+        """Free parameters that a forward pass without a backward pass gathered."""
+
     def global_numel(self, parameter: nn.Parameter) -> int:
         """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""
         return parameter.numel()

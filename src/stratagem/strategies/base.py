@@ -456,6 +456,9 @@ class BaseStrategy(ABC):
         statistics = [each.name for each in iter_buffers(self.unwrap_model()) if each.is_statistic]
         return self._synced_buffers.copies(buffers, statistics=statistics, group=self.dp_group)
 
+    def release_gathered_parameters(self) -> None:  # noqa: B027 -- most strategies have nothing to do
+        """Free parameters that a forward pass without a backward pass gathered, so that changes of the weights take effect."""
+
     def _model_state(self) -> StateTree:
         """Return the state of the unwrapped model on its device."""
         model = self.unwrap_model()

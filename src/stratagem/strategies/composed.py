@@ -165,6 +165,9 @@ class ComposedStrategy(BaseStrategy):
     def unwrap_model(self) -> nn.Module:
         return self._placement.unwrap(self.model)
 
+    def release_gathered_parameters(self) -> None:
+        self._placement.release_gathered(self.unwrap_model())
+
     def _model_state(self) -> StateTree:
         model = self.unwrap_model()
         return with_canonical_keys(self._access.model_state(model), model)

@@ -284,7 +284,7 @@ class _EvaluationLoop:
     def __init__(self, run: Run, dataloader: EpochLoader, evaluator: Evaluator, *, fp16: bool | None = None) -> None:
         self._run = run
         self._fp16 = require_fp16(fp16)
-        self._told = False
+        self._precision_logged = False
         self.dataloader = dataloader
         self.evaluator = evaluator
 
@@ -334,11 +334,11 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         dtype = evaluation_dtype(run, self._fp16)
-        if dtype is not None and not self._told:
+        if dtype is not None and not self._precision_logged:
             run.logger.info(
                 "Evaluating under autocast with %s. To disable autocast, set %s_cfg=dict(fp16=False).", dtype, mode
             )
-            self._told = True
+            self._precision_logged = True
         step = in_precision(run, step, dtype)
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
         for index, batch in enumerate(pad_forward_passes(run, self.dataloader, step)):

@@ -322,10 +322,13 @@ class FSDPPlacement(Placement):
                 if not is_training:
                     # Without a backward pass, torch does not free the gathered parameters. Later changes to the shards,
                     # such as averaged weights, would then have no effect.
-                    for module in _sharded_modules(model):
-                        module.reshard()
+                    self.release_gathered(model)
 
         return step
+
+    def release_gathered(self, model: nn.Module) -> None:
+        for module in _sharded_modules(model):
+            module.reshard()
 
     def _note_loaded(self, module: nn.Module, keys: Any) -> None:
         self._weights_missing = self._weights_missing and bool(keys.missing_keys)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final, final
+from contextlib import closing, contextmanager
+from itertools import islice
+from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu, with_known_names
 from stratagem.distributed import all_gather_object
@@ -17,6 +19,7 @@ from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS
 from stratagem.tensors.dtensor import stack_over_ranks, to_local
+from stratagem.train.evaluation.batch_norm import can_recompute_statistics, recompute_statistics
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
@@ -44,6 +47,9 @@ class EMAHook(Hook):
         interval: update the average every ``interval`` steps (or epochs).
         device: the device of the average; by default, the device of each weight.
         update_buffers: also average floating-point buffers.
+        update_bn: recompute the running statistics of BatchNorm for the averaged weights with an epoch of the training data,
+            as SWA requires: True at the end of training, ``"eval"`` also before each validation.
+        update_bn_batches: the number of batches per rank for this; by default, the whole epoch.
         begin_iter: the first iteration, counted from 1, after which the average is updated.
         begin_epoch: the first epoch, counted from 1, in which the average is updated.
         by_epoch: update the average at the end of each epoch instead of after each step.
@@ -66,6 +72,8 @@ class EMAHook(Hook):
         interval: int = 1,
         device: torch.device | str | None = None,
         update_buffers: bool = False,
+        update_bn: bool | Literal["eval"] = False,
+        update_bn_batches: int | None = None,
         begin_iter: int = 0,
         begin_epoch: int = 0,
         by_epoch: bool = False,
@@ -79,6 +87,12 @@ class EMAHook(Hook):
             raise ConfigValueError(
                 f"EMAHook: begin_iter={begin_iter} and begin_epoch={begin_epoch} are both set; set only one."
             )
+        if update_bn not in (True, False, "eval"):
+            raise ConfigValueError(f"EMAHook: update_bn must be True, False or 'eval', got {update_bn!r}.")
+        if update_bn_batches is not None and (not update_bn or update_bn_batches < 1):
+            raise ConfigValueError(
+                f"EMAHook: update_bn_batches={update_bn_batches} must be positive, and requires update_bn."
+            )
         given = {"momentum": momentum, "gamma": gamma, "device": device}
         self._average_cfg: dict[str, Any] = {
             "interval": interval,
@@ -86,6 +100,9 @@ class EMAHook(Hook):
             **{key: value for key, value in given.items() if value is not None},
             **({"type": ema_type} if isinstance(ema_type, str) else ema_type),
         }
+        self._update_bn = update_bn
+        self._update_bn_batches = update_bn_batches
+        self._training = False
         self._begin_iter = begin_iter
         self._begin_epoch = begin_epoch
         self._by_epoch = by_epoch
@@ -101,7 +118,10 @@ class EMAHook(Hook):
 
     def get_triggered_stages(self) -> list[str]:
         events = ["after_load_checkpoint", "before_run", "before_train", "before_save_checkpoint"]
-        return [*events, "after_train_epoch" if self._by_epoch else "after_train_iter"]
+        if self._update_bn:
+            events += ["before_val", "after_train"]
+        by_iter, by_epoch = not self._by_epoch or self._update_bn, self._by_epoch or self._update_bn
+        return [*events, *(["after_train_epoch"] if by_epoch else []), *(["after_train_iter"] if by_iter else [])]
 
     @property
     def average(self) -> AveragedModel:
@@ -147,24 +167,48 @@ class EMAHook(Hook):
             raise ConfigValueError(
                 f"EMAHook: {what} counts epochs, but this run counts iterations. Use begin_iter and interval."
             )
+        if self._update_bn:
+            self._check_update_bn(run)
+        self._training = True
         if run.iter == 0:
             self.average.steps = self._updates = 0
+            self.average.statistics = {}
         elif self._average_missing:
             self._start_without_saved(run)
         self._average_missing = False
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self._by_epoch:
+            return
         updates = _updates(run.optim_wrapper)
         if updates != self._updates:
             self._updates = updates
             if self._has_begun(run):
                 self.average.update()
+        if self._update_bn and run.iter + 1 == run.max_iters:
+            self._update_statistics(run)
 
     def after_train_epoch(self, run: Run) -> None:
         updates = _updates(run.optim_wrapper)
-        if updates != self._updates and self._has_begun(run):
+        if self._by_epoch and updates != self._updates and self._has_begun(run):
             self._updates = updates
             self.average.update()
+        if self._update_bn and run.max_epochs is not None and run.epoch + 1 == run.max_epochs:
+            self._update_statistics(run)
+
+    def before_val(self, run: Run) -> None:
+        if self._update_bn == "eval" and self._training:
+            self._update_statistics(run)
+
+    def after_train(self, run: Run) -> None:
+        self._training = False
+        if self._update_bn and run.interrupt.received is None and self.average.steps and not self.average.statistics:
+            self._update_statistics(run)
+            if self.average.statistics:
+                run.logger.warning(
+                    "The run stopped early, so its checkpoints do not contain the BatchNorm statistics of the averaged weights "
+                    "at the end. With EMAHook(update_bn='eval'), those saved after a validation do."
+                )
 
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         average = self.average
@@ -201,6 +245,31 @@ class EMAHook(Hook):
             world = run.world
             rows = {name: stack_over_ranks(each, world.size, world.device) for name, each in own.items()}
             self._extra_parts["ranks"] = rows
+
+    def _update_statistics(self, run: Run) -> None:
+        """Recompute the BatchNorm statistics of the average, unless it has not changed since. Collective."""
+        average = self.average
+        if not average.steps or average.statistics or run.train_data is None:
+            return
+        with closing(cast("Any", run.train_data.second_pass(run.epoch))) as epoch, self._applied(run):
+            count = min(run.train_data.length or 0, self._update_bn_batches or run.train_data.length or 0)
+            statistics = recompute_statistics(run, islice(epoch, count))
+        average.statistics = statistics
+
+    def _check_update_bn(self, run: Run) -> None:
+        model, data = run.strategy.unwrap_model(), run.train_data
+        if not can_recompute_statistics(model):
+            raise ConfigValueError(
+                f"EMAHook: update_bn runs forward(mode='loss'), as the training step of a BaseModel does, but "
+                f"{type(model).__name__} defines another train_step. Omit update_bn, or compute them after the training."
+            )
+        if data is None or not data.positioned or data.length is None:
+            raise ConfigValueError(
+                "EMAHook: update_bn reads the training data a second time, which requires a built-in sampler; this run has a "
+                "custom loader, sampler or stream, whose state would change. Omit update_bn, or use a built-in sampler."
+            )
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            run.logger.warning("EMAHook: update_bn has no effect, because %s has no BatchNorm.", type(model).__name__)
 
     def _build(self, model: nn.Module) -> AveragedModel:
         built = MODELS.build(self._average_cfg, default_args={"model": model})
@@ -242,7 +311,7 @@ class EMAHook(Hook):
                     ", ".join(changed),
                 )
         else:
-            average.steps = 0
+            average.steps, average.statistics = 0, {}
         self._updates = int(saved["updates"])
 
     def _log_not_averaged(self, run: Run) -> None:
