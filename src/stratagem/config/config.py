@@ -36,7 +36,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         filename: The file that ``data`` was read from.
     """
 
-    # The instance shares its __dict__ with the ConfigDict, so that attribute access is equally fast.
+    # The instance shares its __dict__ with the ConfigDict, so that attribute access is as fast as on a ConfigDict.
     __slots__ = ("__dict__", "_data", "_filename", "_history")
 
     _data: ConfigDict

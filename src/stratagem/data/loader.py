@@ -352,7 +352,8 @@ class EpochLoader:
             and isinstance(self.dataset, Stateful)
             and shuffle_buffer_of(self.dataset) is not None
         ):
-            # The state of a stream without the samples in its buffer, from an earlier version. The position is sufficient.
+            # An earlier version saved this state of a stream, without the samples in its shuffle buffer. Ignore it: the
+            # position is sufficient.
             return
         if self._stateful is None:
             raise CheckpointMismatchError(

@@ -58,7 +58,7 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         """Close the file. Idempotent. After a failed write, the file may be incomplete."""
-        # Closing writes what a failed write has left in the buffer.
+        # close() tries again to write what a failed write left in the buffer.
         with suppress(OSError):
             self._file.close()
 

@@ -26,7 +26,7 @@ class SaveOrder:
     """A sort key for the checkpoints of a run. The key of a newer checkpoint is greater.
 
     Attributes:
-        session: the number of the session (one start of the run) that saved it, from 1.
+        session: the number of the session (one start of the run) that saved the checkpoint, from 1.
         save: the number of the save within the session, from 1, assigned when the save is requested.
     """
 

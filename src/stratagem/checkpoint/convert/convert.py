@@ -149,7 +149,7 @@ class _FileAllocator:
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path, *, folder: bool) -> None:
-    """Write only weights: one safetensors file, or a folder in the layout of Hugging Face libraries.
+    """Write only weights: one safetensors file, or a folder in Hugging Face layout.
 
     Raises:
         CheckpointError: if the file system reports an error.

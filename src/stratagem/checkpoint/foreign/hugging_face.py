@@ -1,4 +1,4 @@
-"""Read weights in the formats of Hugging Face libraries: ``.safetensors`` files, shards with an index, and folders of them.
+"""Read weights in Hugging Face formats: ``.safetensors`` files, shards with an index, and folders of them.
 
 A folder may also be a checkpoint of the Trainer; then ``optimizer.pt`` is the state of a torch optimizer, keyed by index.
 The Trainer's position, recorded in optimizer steps and fractions of epochs, is not converted.

@@ -27,8 +27,8 @@ RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 _REQUIRED = {
     "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    # MPI is checked before SLURM because, in a SLURM job, ranks of mpirun inherit the SLURM variables of the task that
-    # started them.
+    # MPI is checked before SLURM because, in a SLURM job, ranks started by mpirun inherit the SLURM variables of the
+    # task that ran mpirun.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }

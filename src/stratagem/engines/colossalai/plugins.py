@@ -123,7 +123,7 @@ def _dtype(name: str) -> torch.dtype:
 def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
     """Return the given policy, or one built from the model's tensor-parallel plan; None for ColossalAI's built-in policy."""
     if isinstance(policy, Mapping):
-        # Importing the module of the policy may import ColossalAI's layers for the first time.
+        # Importing the policy's module may import ColossalAI's layers for the first time.
         with import_stubs():
             policy = TASK_UTILS.build(policy)
     if isinstance(policy, type):

@@ -52,7 +52,7 @@ def load_deepspeed(world: World) -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed logs many messages on every rank.
     logging.getLogger(_LOGGER).setLevel(logging.WARNING)
-    # DeepSpeed calls deprecated functions of torch, which would emit warnings on every rank.
+    # DeepSpeed calls deprecated torch functions, which would emit warnings on every rank.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Remove references to the process group of an earlier strategy.
     deepspeed.utils.groups._release_process_group_references(group=None)

@@ -47,7 +47,7 @@ class ShardRange:
 
 
 class MasterWeights(ABC):
-    """The master weights and gradients in one type of DeepSpeed optimizer.
+    """The master weights and gradients of a DeepSpeed optimizer. Each type of optimizer has a subclass.
 
     Attributes:
         shard_ranges: for each trainable parameter, the elements that this rank updates.

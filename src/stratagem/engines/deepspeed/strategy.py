@@ -51,7 +51,7 @@ class DeepSpeedStrategy(ComposedStrategy):
         train_micro_batch_size_per_gpu: the number of samples that a rank processes in an iteration; must match the data loader.
         gradient_accumulation_steps: the number of micro-batches in an update, equivalent to ``accumulative_counts`` of the
             wrapper.
-        steps_per_print: the number of updates between two log lines of DeepSpeed; by default it logs none.
+        steps_per_print: the number of updates between two DeepSpeed log lines; by default, DeepSpeed logs none.
         checkpoint_format: ``"portable"``, or ``"deepspeed"`` for folders in DeepSpeed's own format, which other programs can
             read. Both can be resumed on any number of ranks and with any stage.
         exclude_frozen_parameters: whether to exclude frozen parameters from checkpoints in DeepSpeed's own format.

@@ -165,7 +165,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         """
         if not self.master_weights.accumulates_extra_backward and self._is_reduced:
             raise PlacementError(
-                "A second backward pass began before the update, but this stage of DeepSpeed only keeps the gradients "
+                "A second backward pass began before the update, but this ZeRO stage only keeps the gradients "
                 "of the last backward pass. Add the losses and call backward once: optim_wrapper.update_params(loss_1 "
                 "+ loss_2). To accumulate over several forward passes, set accumulative_counts."
             )
