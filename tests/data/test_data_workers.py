@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
-from stratagem.errors import TrainingError
+from stratagem.errors import CheckpointError, TrainingError
 from tests.support.ranks import scripts_environment
 
 if sys.platform == "win32":
@@ -241,3 +241,48 @@ def test_other_errors_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match="out of cheese") as caught, report_dead_workers():
         raise RuntimeError("out of cheese")
     assert type(caught.value) is RuntimeError
+
+
+def killed_after(seconds: float) -> multiprocessing.process.BaseProcess:
+    """Return a process that is killed after a moment."""
+    process = get_context("fork").Process(target=_kill_itself, args=(seconds,))
+    process.start()
+    return process
+
+
+def _kill_itself(seconds: float) -> None:
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"), FileNotFoundError(2, "x")]
+)
+def test_an_error_in_reading_from_a_dying_worker_names_the_worker(error: Exception) -> None:
+    """A worker that dies while it sends a batch causes an error before its exit is known."""
+    message = r"Data worker 0 \(process id \d+\) was killed by SIGKILL"
+    with pytest.raises(TrainingError, match=message), report_dead_workers([killed_after(0.2)]):
+        raise error
+
+
+def test_a_dead_worker_is_named_if_its_error_arrives_in_a_save() -> None:
+    """Torch raises the error wherever the main process is; a save reports it as the reason of its failure."""
+    message = "The data worker with process id 12 is killed by signal: Killed"
+    failed_save = CheckpointError("epoch_1: the checkpoint could not be written")
+    failed_save.__cause__ = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+    with pytest.raises(TrainingError, match=message), report_dead_workers(), report_dead_workers():
+        raise failed_save
+
+
+@pytest.mark.parametrize("error", [EOFError("end"), OSError(5, "disk"), CheckpointError("x")], ids=["eof", "os", "own"])
+def test_errors_with_active_workers_are_unchanged(error: Exception) -> None:
+    """An error of the dataset is raised as it is while the workers are alive."""
+    process = get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        with pytest.raises(type(error)) as caught, report_dead_workers([process]):
+            raise error
+        assert caught.value is error
+    finally:
+        process.kill()
+        process.join()

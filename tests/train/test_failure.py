@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stratagem.dist import Failure, RankGroup, all_reduce, get_rank
-from stratagem.errors import TrainingError
-from stratagem.train.run.rank_guard import RankGuard, describe_batch
+from stratagem.errors import CheckpointError, TrainingError
+from stratagem.train.run.rank_guard import RankGuard, _is_communication_error, _is_timeout, describe_batch
 from tests.support.ranks import Ranks
 
 
@@ -99,3 +99,35 @@ def test_an_error_that_quotes_another_rank_is_not_the_reported_one(ranks: Ranks,
         ("Rank 1 failed: TrainingError: no space", 1),
         ("no space", 1),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Application timeout caused pair closure",
+        "[/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete",
+    ],
+)
+def test_a_timeout_of_gloo_is_recognized(text: str):
+    """Not all messages of Gloo mention its source files."""
+    assert _is_timeout(RuntimeError(text))
+    assert _is_communication_error(RuntimeError(text))
+
+
+def test_a_rank_that_is_lost_in_a_save_is_a_communication_error():
+    """The errors of a group of ranks and of a save wrap the error of the collective, whose cause is on another rank."""
+    lost = TrainingError("Rank 0 lost the connection to the other 1 rank(s)")
+    lost.__cause__ = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    save = CheckpointError("epoch_1: the checkpoint could not be written")
+    save.__cause__ = lost
+    assert _is_communication_error(lost)
+    assert _is_communication_error(save)
+    assert not _is_timeout(save)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), TrainingError("timeout of the user"), ValueError("gloo")]
+)
+def test_other_errors_are_not_communication_errors(error: Exception):
+    """The cause of any other error is on this rank."""
+    assert not _is_communication_error(error)
