@@ -193,7 +193,9 @@ def test_a_torch_scheduler_is_rejected() -> None:
     """The error for a torch scheduler refers to the supported schedules."""
     optim = wrapper()
     foreign = torch.optim.lr_scheduler.LambdaLR(optim.optimizer, lambda _: 1.0)
-    with pytest.raises(ConfigTypeError, match=r"torch's LambdaLR is not supported.*Use a scheduler of stratagem.optim"):
+    with pytest.raises(
+        ConfigTypeError, match=r"torch's LambdaLR is not supported.*Use a scheduler from stratagem.optim"
+    ):
         build_param_schedulers([foreign], optim)  # type: ignore[list-item]
 
 

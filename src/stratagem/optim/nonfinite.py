@@ -167,7 +167,7 @@ class _Flag:
     """A scalar on the optimizer's device that becomes 1 if a gradient is NaN or Inf.
 
     Attributes:
-        found: the scalar; only the owner resets it to 0.
+        found: the scalar; only the object that created this flag resets it to 0.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

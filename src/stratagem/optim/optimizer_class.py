@@ -56,7 +56,7 @@ def saved_class(state: Mapping[str, Any]) -> str | None:
 
 
 def describe_difference(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
-    """Return how a saved state shows that it belongs to a different optimizer; None if it fits.
+    """Return the reason why a saved state does not belong to this optimizer; None if it fits.
 
     If the state does not contain its class, its options and the entries that it stores for each parameter are compared with
     those of the optimizer.

@@ -26,7 +26,7 @@ def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, 
         if some
     ]
     if optimizer.state:
-        # Its constructor initializes the state, as that of Adagrad.
+        # The constructor of some optimizers, such as Adagrad, already initializes the state.
         accepted = inspect.signature(type(optimizer)).parameters
         options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
         return type(optimizer)(groups, **options)
@@ -51,7 +51,7 @@ def state_keys_of(optimizer: Optimizer) -> set[str] | None:
     try:
         probe = probe_copy(optimizer, [[parameter], *([] for _ in groups[1:])])
         probe.step()
-    except Exception:  # noqa: BLE001 -- any optimizer, of any library
+    except Exception:  # noqa: BLE001 -- the optimizer may come from any library
         return None
     return {key for key, value in probe.state[parameter].items() if value is not None}
 

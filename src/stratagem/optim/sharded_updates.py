@@ -1,4 +1,4 @@
-"""Check that an optimizer updates sharded parameters like whole ones, by trying it on small tensors."""
+"""Check, on small tensors, that an optimizer updates sharded parameters in the same way as whole parameters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["require_equal_sharded_updates"]
 
 _STEPS: Final = 2
 _LR: Final = 0.01
-# Relative to the largest update. Optimizers that use norms of whole tensors differ by rounding in float32, about 1e-6.
+# The tolerance relative to the largest update. Optimizers that use norms of whole tensors differ by float32 rounding, about 1e-6.
 _TOLERANCE: Final = 1e-4
 _MOST_CASES: Final = 32
-# The rounding of these depends on the size of a matrix, so small ones do not show it.
+# The rounding errors of these optimizers depend on the size of a matrix, so a check on small matrices does not reveal them.
 _ROUNDED_MATRICES: Final[Mapping[type[Optimizer], str]] = {
     Muon: "it orthogonalizes matrices in bfloat16, whose rounding depends on the shards"
 }
@@ -43,7 +43,7 @@ class _Case:
     device: torch.device
 
     def values(self, step: int) -> Tensor:
-        """Return fixed numbers: the parameter for step 0, otherwise a gradient."""
+        """Return fixed values: those of the parameter for step 0, otherwise those of a gradient."""
         count = torch.Size(self.shape).numel()
         angles = torch.arange(count, dtype=torch.float32).mul(0.7 + step).add(step)
         return (angles.cos() * (0.01 if step else 0.1)).view(self.shape).to(self.device)
@@ -52,16 +52,16 @@ class _Case:
 def require_equal_sharded_updates(optimizer: Optimizer, names: Mapping[int, str], whose: str = "") -> None:
     """Require that two updates of small sharded tensors equal those of whole tensors, without changing the parameters.
 
-    The tensors have the placements of the parameters, one for each kind of shape. Collective, if there are sharded
-    parameters.
+    The tensors are sharded like the parameters; one tensor is checked for each kind of shape. Collective if there are
+    sharded parameters.
 
     Args:
-        optimizer: the optimizer; its class, options and implementation are tried.
+        optimizer: the optimizer whose class, options and implementation are checked.
         names: maps the ``id`` of each parameter to its name.
-        whose: the name of the optimizer among several.
+        whose: the name of the optimizer if there are several.
 
     Raises:
-        PlacementError: if the updates differ or fail; the same on all ranks.
+        PlacementError: on all ranks, if the updates differ or fail.
     """
     cases = _cases(optimizer, names)
     if not cases:
@@ -91,7 +91,7 @@ def _try_sharded(
         sharded = _updated(optimizer, cases, sharded=True)
         faults = [_difference(case, *pair) for case, pair in zip(cases, zip(sharded, whole, strict=True), strict=True)]
         failed = [(case, fault) for case, fault in zip(cases, faults, strict=True) if fault]
-    except Exception as raised:  # noqa: BLE001 -- whatever the optimizer raises becomes the cause
+    except Exception as raised:  # noqa: BLE001 -- any exception of the optimizer becomes the cause
         failed, error = _failing(optimizer, cases), raised
     found = torch.tensor(int(bool(failed)), device=cases[0].device)
     all_reduce(found, "max")
@@ -117,7 +117,7 @@ def _cases(optimizer: Optimizer, names: Mapping[int, str]) -> list[_Case]:
 
 
 def _small(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """Return a small shape whose dimensions compare, and are divisible by the number of ranks, as those of ``shape``."""
+    """Return a small shape with the same order of sizes, and the same divisibility by the number of ranks, as ``shape``."""
     order = sorted({size for size in shape if size > 2 * ranks})
     return tuple(
         min(size, 2 * ranks * (order.index(size) + 1) + size % ranks) if size in order else size for size in shape
@@ -134,7 +134,7 @@ def _updated(optimizer: Optimizer, cases: Sequence[_Case], *, sharded: bool) -> 
     by_group: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
     for case, parameter in zip(cases, parameters, strict=True):
         by_group[case.group].append(parameter)
-    # The hooks make item() of a DTensor return the same on all ranks.
+    # The hooks make item() of a DTensor return the same value on all ranks.
     probe: Any = probe_copy(optimizer, by_group, with_hooks=sharded)
     for group in probe.param_groups:
         if isinstance(group.get("lr"), Tensor):

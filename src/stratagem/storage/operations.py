@@ -41,12 +41,12 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def create_folder(path: Path) -> None:
-    """Create a folder, which must not exist."""
+    """Create a folder, which must not exist yet."""
     path.mkdir()
 
 
 def create_file(path: Path) -> int:
-    """Create an empty file, which must not exist; return a descriptor for writing."""
+    """Create an empty file, which must not exist yet; return a descriptor for writing."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o666)
 
 

@@ -419,7 +419,7 @@ class BaseStrategy(ABC):
         """Return the state of the unwrapped model on the CPU. Collective.
 
         A tensor that is sharded across ranks is a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState`; its
-        ``full_tensor()`` returns the whole tensor. Buffers that differ between ranks are synchronized, see
+        ``full_tensor()`` returns the whole tensor. Buffers that differ between ranks are synchronized; see
         :meth:`synchronized_buffers`.
         """
         with self.synchronized_buffers() as replaced:

@@ -1,4 +1,4 @@
-"""Open only regular files, so that a symbolic link, a pipe or a device in a shared directory is not written to or waited for."""
+"""Open only regular files, so that no symbolic link, pipe or device in a shared directory redirects or blocks the process."""
 
 from __future__ import annotations
 

@@ -180,7 +180,9 @@ def _type_of(options: Mapping[str, Any]) -> Any:
 def _torch_scheduler(found: type[LRScheduler]) -> ConfigTypeError:
     name = found.__name__
     own = (
-        f"type={name!r}, without torch's module path" if name in PARAM_SCHEDULERS else "a scheduler of stratagem.optim"
+        f"type={name!r}, without torch's module path"
+        if name in PARAM_SCHEDULERS
+        else "a scheduler from stratagem.optim"
     )
     renamed = " (its eta_max corresponds to torch's max_lr)" if name == "OneCycleLR" else ""
     return ConfigTypeError(

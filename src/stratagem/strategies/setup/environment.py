@@ -60,7 +60,7 @@ class Environment:
     _undo: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
-        """Restore the previous settings, and destroy the process group if it was created here. Idempotent."""
+        """Restore the previous settings, and destroy the process group if the setup created it. Idempotent."""
         self._undo.close()
 
 

@@ -125,7 +125,7 @@ class NonFiniteHook(Hook):
                     "The gradients of %s are not checked for NaN and Inf, because this wrapper does not support the check.",
                     type(wrapper).__name__,
                 )
-            elif wrapper.nonfinite != "error":  # such a wrapper raises the error itself
+            elif wrapper.nonfinite != "error":  # with nonfinite="error", the wrapper raises errors itself
                 self._guarded.append(_watch(name, wrapper, names, deferred=deferred, synchronized=run.world_size > 1))
         if deferred:
             run.before_saving.append(self._check_now)
@@ -184,7 +184,7 @@ class NonFiniteHook(Hook):
         self._read_checks(self._run)
 
     def _read_checks(self, run: Run) -> None:
-        """Read the results of the deferred checks since the last time, and act on them. Collective."""
+        """Read the results of the checks that were deferred since the last call, and act on them. Collective."""
         for each in self._guarded:
             watch = each.watch
             if isinstance(watch, DeferredNonFiniteCheck) and (first := watch.first_nonfinite()) is not None:

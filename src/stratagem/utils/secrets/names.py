@@ -43,7 +43,7 @@ _PAIRS = frozenset(
 _TRIPLES = frozenset({"access key id", "secret access key"})
 # Words that can follow the name of a secret.
 _TRAILING = _words_in("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
-# After one of these words, "token" refers to a token of a model instead of a secret.
+# After one of these words, "token" refers to a token that a model processes, not to a secret.
 _TOKENS_OF_A_MODEL = _words_in(
     "pad eos bos mask masked cls sep unk oov num max min special start end stop begin image img video audio speech text prompt "
     "class register query key value first last next prev previous current per add new extra target source src tgt input "
