@@ -270,3 +270,34 @@ def test_weights_go_to_the_cpu_without_a_copy() -> None:
     assert state["weight"].data_ptr() == weight.data_ptr()
     assert not state["weight"].requires_grad
     assert state["extra"] == {"steps": 3}
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_two_different_values_for_one_tied_weight_are_refused() -> None:
+    """The error names both keys, the model is unchanged, and ``revise_keys`` can leave one out."""
+    model = Tied()
+    before = model.head.weight.detach().clone()
+    state = {"embedding.weight": torch.ones(3, 2), "head.weight": torch.zeros(3, 2)}
+    with pytest.raises(CheckpointMismatchError, match="'embedding.weight' and 'head.weight' share one parameter"):
+        load_state_dict(model, state)
+    assert torch.equal(model.head.weight, before)
+    load_state_dict(model, state, revise_keys=[(r"^head\.weight$", "ignored.head.weight")])
+    assert torch.equal(model.head.weight, torch.ones(3, 2))
+
+
+def test_equal_values_for_a_tied_weight_are_loaded() -> None:
+    """Equal values load, also if they are NaN or only one of the names is in the checkpoint."""
+    model, values = Tied(), torch.tensor([[1.0, torch.nan]] * 3)
+    load_state_dict(model, {"embedding.weight": values, "head.weight": values.clone()}, strict=True)
+    torch.testing.assert_close(model.head.weight.detach(), values, equal_nan=True)
+    load_state_dict(model, {"head.weight": torch.zeros(3, 2)})
+    assert not model.embedding.weight.any()

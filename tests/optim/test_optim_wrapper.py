@@ -434,3 +434,15 @@ def test_schedule_free_optimizers_follow_the_mode_of_the_wrapper() -> None:
     wrapper.train()
     assert modes == ["train", "eval", "train"]
     OptimWrapper(SGD([parameter()], lr=1.0)).eval()
+
+
+@pytest.mark.parametrize("clip_grad", [{"max_norm": 0.1}, {"type": "value", "clip_value": 0.05}])
+def test_sparse_gradients_are_clipped_like_dense_ones(clip_grad: dict[str, Any]) -> None:
+    """An embedding with sparse gradients, in which rows repeat, trains like a dense one with clipping and weights."""
+    models = [nn.Embedding(5, 3, sparse=sparse) for sparse in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        wrapper = OptimWrapper(SGD(model.parameters(), lr=1.0), clip_grad=clip_grad, accumulative_counts=2)
+        for rows, weight in (([0, 1, 1], 3), ([1, 4], 2)):
+            wrapper.update_params(model(torch.tensor(rows)).square().mean(), weight=weight)
+    torch.testing.assert_close(models[0].weight, models[1].weight)

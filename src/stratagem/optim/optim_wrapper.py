@@ -33,6 +33,7 @@ from stratagem.optim.gradients import (
     scale,
 )
 from stratagem.step import apply_gradients, update_params
+from stratagem.utils.torch_private import stored_values
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
@@ -223,6 +224,10 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             for parameter in group["params"]
             if (grad := parameter.grad) is not None
         ]
+        for grad in grads:
+            if grad.is_sparse:
+                grads = _stored_values(self.optimizer)
+                break
         if self.weight is not None:
             scale(grads, self.weight_factor(micro_batches))
         return grads
@@ -272,6 +277,20 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if self.inner_count < self.max_counts < end:
             end = self.max_counts
         return end - self.window_start
+
+
+def _stored_values(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients of an optimizer, with the values that a sparse gradient stores once per row instead of it."""
+    grads = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    parameter.grad = parameter.grad.coalesce()
+                    grads.append(stored_values(parameter.grad))
+                else:
+                    grads.append(parameter.grad)
+    return grads
 
 
 def _power_of_two_above(weight: float | Tensor, device: torch.device) -> float:

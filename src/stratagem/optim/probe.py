@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["probe_copy", "state_keys_of"]
+from stratagem.errors import ConfigValueError
+
+__all__ = ["probe_copy", "require_step_without_closure", "state_keys_of"]
 
 
 def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, with_hooks: bool = False) -> Optimizer:
@@ -38,6 +40,22 @@ def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, 
     for name in [name for name in vars(probe) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
         setattr(probe, name, OrderedDict())
     return probe
+
+
+def require_step_without_closure(optimizer: Optimizer) -> None:
+    """Require that an optimizer can update without a function that computes the loss again.
+
+    Raises:
+        ConfigValueError: if its ``step`` requires a closure.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        name = type(optimizer).__name__
+        raise ConfigValueError(
+            f"{name} calls a closure several times per update, and the default train_step computes the loss once. Use a "
+            f"different optimizer such as AdamW, or override train_step of the model and call "
+            "optim_wrapper.step(closure=...) there."
+        )
 
 
 def state_keys_of(optimizer: Optimizer) -> set[str] | None:

@@ -196,6 +196,8 @@ class Replicated(Placement):
         return self._views[model] if model in self._views else unwrap_model(model)
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        if accumulates and self._options.get("static_graph"):
+            self._logger.info("static_graph=True: gradients are averaged over ranks in every micro-batch of a window.")
         return GradientPolicy(
             sync_context=self._sync_context, always_set_grad_sync=accumulates, complete=self._complete_gradients
         )
@@ -209,7 +211,8 @@ class Replicated(Placement):
             replica.local_gradients.complete()
 
     def _sync_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-        if sync:
+        # no_sync changes the graph, which static_graph forbids. Averaging in each micro-batch yields the same sum.
+        if sync or self._options.get("static_graph"):
             return NO_CONTEXT
         # The train_step of a model passes the model itself, so look up the replica that wraps it.
         wrapped = self._replicas.get(model, model)

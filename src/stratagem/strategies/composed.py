@@ -29,6 +29,7 @@ from stratagem.model import BaseModel
 from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.optim.amp import autocast_dtype
+from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
@@ -139,6 +140,8 @@ class ComposedStrategy(BaseStrategy):
         model = self.unwrap_model()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, wrapper in wrappers.items():
+            if getattr(type(model), "train_step", None) is BaseModel.train_step:
+                require_step_without_closure(wrapper.optimizer)
             require_equal_sharded_updates(wrapper.optimizer, names, name)
         if isinstance(model, BaseModel):
             model.needs_loss_weight = accumulates or self.world.size > 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -86,6 +88,7 @@ def load_state_dict(
     own_names = {canonical(key): key for key in own_state}
     own = with_canonical_keys(own_state, model)
     matched, shape_mismatches = _match(state, own, revise_keys)
+    _require_equal_ties(model, matched, canonical)
     incoming = with_versions(
         {own_names.get(name, name): _as_placed(value, own.get(name)) for name, value in matched.items()},
         _own_versions(own_state, _model_versions(state, own, revise_keys), canonical),
@@ -132,9 +135,41 @@ def match_state(
     own_names = {canonical(key): key for key in own}
     by_name = {canonical(key): value for key, value in own.items()}
     matched, shape_mismatches = _match(state, by_name, revise_keys, types=(Tensor, ShardedTensorState))
+    _require_equal_ties(model, matched, canonical)
     report = _report(matched, by_name, shape_mismatches)
     _check_report(report, strict=strict, allow_missing=allow_missing)
     return report, {own_names.get(name, name): value for name, value in matched.items()}
+
+
+def _require_equal_ties(model: nn.Module, matched: Mapping[str, Any], canonical: Callable[[str], str]) -> None:
+    """Require that all values for the names of a shared parameter are equal, since only one of them can be loaded.
+
+    Raises:
+        CheckpointMismatchError: if two differ.
+    """
+    names: dict[int, list[str]] = {}
+    for own_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = canonical(own_name)
+        if isinstance(matched.get(name), Tensor):
+            names.setdefault(id(parameter), []).append(name)
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    for key, (first, *others) in names.items():
+        for other in others:
+            if not _equal_in(parameters[key].dtype, matched[first], matched[other]):
+                raise CheckpointMismatchError(
+                    f"{first!r} and {other!r} share one parameter in the model, but the checkpoint has different values for "
+                    f"them. Untie them in the model, or ignore one of them, for example with "
+                    f"revise_keys=[(r'^{re.escape(other)}$', 'ignored.{other}')]."
+                )
+
+
+def _equal_in(dtype: torch.dtype, first: Tensor, second: Tensor) -> bool:
+    if first is second or first.shape != second.shape:
+        return first is second
+    same_memory = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
+    if same_memory and first.device.type != "meta":
+        return True
+    return torch.allclose(first.to(dtype), second.to(dtype), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _match(

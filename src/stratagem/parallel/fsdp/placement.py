@@ -157,10 +157,25 @@ class FSDPPlacement(Placement):
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self._logger.warning("%s has no trainable parameters but will still be sharded.", type(model).__name__)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+                raise PlacementError(
+                    f"{name!r} has sparse gradients (sparse=True), which FSDP cannot reduce. Use sparse=False, or DDPStrategy."
+                )
+        self._log_cast_inputs()
         if self._options.sync_bn is not None and not torch.accelerator.is_available():
             raise PlacementError(
                 "torch's SyncBatchNorm requires an accelerator, and this run is on the CPU. Omit sync_bn and use BatchNorm, or "
                 "a normalization that does not depend on the batch, such as GroupNorm."
+            )
+
+    def _log_cast_inputs(self) -> None:
+        precision = self._options.precision
+        if precision.param_dtype in (torch.bfloat16, torch.float16) and precision.cast_forward_inputs:
+            self._logger.info(
+                "mixed_precision casts all floating-point tensors of a batch to %s, including regression targets. If that is too "
+                "inaccurate, set mixed_precision=dict(..., cast_forward_inputs=False) and cast the inputs in the model.",
+                str(precision.param_dtype).removeprefix("torch."),
             )
 
     def _shard(self, model: nn.Module, world: World) -> None:
