@@ -143,10 +143,15 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             return loss  # loss * weight / weight
         exact = exact_scalar(weight)
         if not self._weight_unit:
-            self._weight_unit = 1.0 if self.loss_scale is None else _power_of_two_above(exact, loss.device)
+            self._weight_unit = 1.0 if not self.has_loss_scale else _power_of_two_above(exact, loss.device)
         self.weight = exact if self.weight is None else self.weight + exact
         self._num_weighted += 1
         return loss * weight if self._weight_unit == 1.0 else loss * (weight / self._weight_unit)
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether losses are scaled for float16, by this wrapper or by an engine."""
+        return self.loss_scale is not None
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         self.max_counts = max_counts

@@ -68,6 +68,11 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
             self.nonfinite = "skip"
 
     @property
+    def has_loss_scale(self) -> bool:
+        """Whether the booster scales losses for float16."""
+        return self.loss_scaler is not None
+
+    @property
     def loss_scaler(self) -> Any | None:
         """ColossalAI's loss scale in float16, otherwise None."""
         mixin = _precision_of(self.engine)

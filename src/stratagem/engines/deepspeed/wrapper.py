@@ -82,6 +82,11 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self._expose_flats()
 
     @property
+    def has_loss_scale(self) -> bool:
+        """Whether the engine scales losses for float16."""
+        return self._uses_loss_scale
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, including groups without trainable parameters."""
         return [group.options for group in self.groups]
