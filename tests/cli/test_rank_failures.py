@@ -1,5 +1,7 @@
 """Ranks that fail, exit, hang, are preempted or restarted: messages and remaining files."""
 
+import os
+import re
 import signal
 import stat
 import time
@@ -76,6 +78,26 @@ def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
     assert "time.sleep(0.1)" in stacks["stacks_rank1.txt"]
     assert "train_step" in stacks["stacks_rank0.txt"]
     assert shell.leftovers() == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_with_the_stacks_of_the_others(shell: Shell, config: str, tmp_path: Path, rank: int):
+    """A rank that does not run at all is named by its process state, also rank 0, which serves the store."""
+    process = shell.start(
+        "train", config, "--nproc", "2", *RUN, *failing("SIGSTOP", rank=rank), "--set", "env_cfg.dist_cfg.timeout=15"
+    )
+    give_up = time.monotonic() + SOON_S
+    stacks = f"run/*/stacks_rank{1 - rank}.txt"
+    while not list(tmp_path.glob(stacks)) and time.monotonic() < give_up and process.poll() is None:
+        time.sleep(0.1)
+    # The other rank writes its stacks before it exits.
+    time.sleep(10)
+    assert (tmp_path / "failed").exists(), process.communicate()[0]
+    os.kill(int((tmp_path / "failed").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=SOON_S)
+    # Either the collective times out first, or the store that rank 0 serves.
+    assert re.search(rf"rank {rank}(: .*)? is stopped by a signal", output), output
+    assert "train_step" in next(tmp_path.glob(stacks)).read_text()
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "logs")

@@ -65,7 +65,7 @@ class FailOnce(Hook):
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if run.iter + 1 != self.after or run.rank != self.rank or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
             return
-        Path("failed").touch()
+        Path("failed").write_text(str(os.getpid()))
         if self.how == "raise":
             raise ValueError("bad data on this rank")
         while self.how == "hang":
