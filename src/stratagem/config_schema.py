@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from stratagem import builtin_entries
 from stratagem.config import Rule, Section
 from stratagem.errors import StratagemError
 from stratagem.logging.logger import parse_level
@@ -30,6 +31,7 @@ from stratagem.registry import (
     STRATEGIES,
     TOKENIZERS,
 )
+from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.state.synced_buffers import BUFFER_SOURCES
 from stratagem.train.building import check_hook, loop_arguments
@@ -182,6 +184,22 @@ _DEFAULT_HOOKS = {
 }
 
 
+_STRATEGY = Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFER_SOURCES})
+
+
+def _strategy(value: Any) -> Section:
+    """Return the schema of a strategy, whose name may be short, such as "ddp"."""
+    name = value.get("type") if isinstance(value, Mapping) else value
+    full = full_strategy_name(name) if isinstance(name, str) else name
+    if full == name:
+        return _STRATEGY
+    return (
+        replace(_STRATEGY, registry=None, target=builtin_entries.STRATEGIES[full])
+        if isinstance(value, Mapping)
+        else _FREE
+    )
+
+
 def _keys(*names: str) -> Section:
     return Section(keys=dict.fromkeys(names, _FREE))
 
@@ -200,7 +218,7 @@ SECTIONS: Mapping[str, Rule] = {
     "test_evaluator": _evaluator,
     "optim_wrapper": _optim_wrapper,
     "param_scheduler": _param_scheduler,
-    "strategy": Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFER_SOURCES}),
+    "strategy": _strategy,
     "auto_scale_lr": replace(_keys("enable", "base_batch_size", "rule"), validate=AutoScale.parse),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),

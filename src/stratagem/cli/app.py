@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,10 @@ Out = Annotated[
 ]
 
 
+# The ranks of processes that a launcher started.
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+
 def _print_version(value: bool) -> None:
     if value:
         echo(f"stratagem {__version__}")
@@ -114,6 +119,9 @@ def train(
         nproc=nproc,
         max_restarts=max_restarts,
     )
+    if all(os.environ.get(variable, "0") == "0" for variable in _RANK_VARIABLES):
+        # Importing torch and the model's code takes seconds.
+        typer.echo(f"stratagem {__version__}: loading {config}", err=True)
     lazy_command("stratagem.cli.train:train")(options, resume=resume, load_from=load_from)
 
 
@@ -397,8 +405,13 @@ def explain(
 
 @config_app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A configuration file, or the copy that a run saved.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The configuration file to compare it with.")],
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="A configuration file, or a checkpoint, which contains its configuration."),
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="The configuration file or checkpoint to compare it with.")
+    ],
     traceback: Traceback = False,
 ) -> None:
     """Print the differences between two merged configurations."""

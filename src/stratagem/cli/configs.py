@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.syntax import Syntax
 
+from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.options import RunOptions, read_file
 from stratagem.cli.output import echo
 from stratagem.config import Config, parse_overrides, require
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
+from stratagem.config.compare import saved_text
+from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
 from stratagem.config_schema import SECTIONS
-from stratagem.errors import ConfigValueError
-from stratagem.utils import did_you_mean
+from stratagem.errors import CheckpointError, ConfigValueError
+from stratagem.utils import did_you_mean, mask_text
 from stratagem.utils.printable import escape_controls
 
 __all__ = ["check", "diff", "explain", "show"]
@@ -41,8 +46,25 @@ def explain(options: RunOptions, path: str) -> None:
 
 def diff(first: Path, second: Path) -> None:
     """Print the differences between two configurations."""
-    found = Config.diff(first, second)
+    lines = difflib.unified_diff(_text(first), _text(second), str(first), str(second), lineterm="")
+    found = "\n".join(lines)
     _print(found, "diff") if found else echo("No differences.")
+
+
+def _text(path: Path) -> list[str]:
+    """Return the lines of a merged configuration, of a file or in a checkpoint. The one in a checkpoint is not executed.
+
+    Raises:
+        CheckpointError: if the checkpoint contains no configuration.
+    """
+    if path.is_file() and path.suffix in {*DATA_SUFFIXES, ".py"}:
+        return Config.fromfile(path).pretty_text.splitlines()
+    with open_checkpoint(path) as tree:
+        meta = tree.get("meta")
+        saved = meta.get("cfg") if isinstance(meta, Mapping) else None
+    if not isinstance(saved, str) or not saved:
+        raise CheckpointError(f"{path} contains no configuration (meta has no 'cfg').")
+    return mask_text(saved_text(saved)).splitlines()
 
 
 def check(options: RunOptions) -> None:

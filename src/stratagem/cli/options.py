@@ -9,12 +9,11 @@ from typing import final
 from stratagem.config import Config, parse_overrides
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
-from stratagem.errors import ConfigValueError, LaunchError
-from stratagem.registry import STRATEGIES
-from stratagem.utils import did_you_mean
+from stratagem.errors import LaunchError
+from stratagem.registry.strategy_names import full_strategy_name, strategy_name
 from stratagem.utils.imports import drop_working_directory
 
-__all__ = ["RunOptions", "read_config", "read_file", "strategy_name", "with_strategy"]
+__all__ = ["RunOptions", "read_config", "read_file", "with_strategy"]
 
 
 @final
@@ -86,20 +85,6 @@ def read_config(options: RunOptions) -> Config:
 
 def with_strategy(section: object, class_name: str) -> dict[str, object]:
     """Return the strategy section for a class; keep the options unless they belong to a different class."""
-    if isinstance(section, dict) and section.get("type", class_name) == class_name:
+    if isinstance(section, dict) and full_strategy_name(str(section.get("type", class_name))) == class_name:
         return {**section, "type": class_name}
     return {"type": class_name}
-
-
-def strategy_name(name: str) -> str:
-    """Return the class name of a strategy, given its short name (such as ``fsdp``) or its class name.
-
-    Raises:
-        ConfigValueError: if the name is unknown.
-    """
-    known = STRATEGIES.names()
-    short = {each.removesuffix("Strategy").removesuffix("Device").lower(): each for each in known}
-    class_name = name if name in known else short.get(name.lower())
-    if class_name is None:
-        raise ConfigValueError(f"--strategy {name}: unknown strategy. {did_you_mean(name, [*short, *known])}")
-    return class_name

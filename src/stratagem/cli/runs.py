@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.output import Table, echo
+from stratagem.cli.tables import print_table
 from stratagem.errors import CheckpointNotFoundError
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
@@ -16,11 +15,12 @@ from stratagem.utils import is_url, mask_text
 __all__ = ["list_sessions", "show_sessions"]
 
 
-def list_sessions(folder: Path) -> None:
+def list_sessions(folder: Path, *, as_json: bool = False) -> None:
     """Print a table of all sessions of the runs in a folder.
 
     Args:
         folder: the folder of a run, or a folder that contains several of them.
+        as_json: whether to print JSON.
 
     Raises:
         CheckpointNotFoundError: if there are no sessions.
@@ -31,17 +31,33 @@ def list_sessions(folder: Path) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("session", "resumed from", "started at", "ended at", "outcome", "changes"):
         table.add_column(heading, overflow="fold")
-    for record in records:
+    for record, successor in zip(records, _successors(records), strict=True):
         history, outcome = read_record(record.parent)
         session = history.sessions[-1]
         source = "" if session.checkpoint is None else Path(session.checkpoint).name
         if len(history.sessions) > 1:
             source += f" of {history.sessions[-2].name}"
         reached = "" if outcome is None else _position(outcome.epoch, outcome.iter)
-        how = "killed or still running" if outcome is None else mask_text(outcome.how)
+        how = _without_outcome(successor) if outcome is None else mask_text(outcome.how)
         began = _position(session.epoch, session.iter)
         table.add_row(session.name, source, began, reached, how, str(len(session.changes) or ""))
-    Console(markup=False, highlight=False).print(table)
+    print_table(table, as_json=as_json)
+
+
+def _successors(records: Sequence[Path]) -> list[Path | None]:
+    """Return the record of the next session in the same work directory for each record."""
+    following = [*records[1:], None]
+    return [
+        after if after is not None and after.parent.parent == record.parent.parent else None
+        for record, after in zip(records, following, strict=True)
+    ]
+
+
+def _without_outcome(successor: Path | None) -> str:
+    """Describe a session that recorded no outcome. Only one session at a time can hold the work directory."""
+    if successor is None:
+        return "killed or still running"
+    return f"killed; {successor.parent.name} took over"
 
 
 def show_sessions(path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stratagem.cli.lazy_command import Traceback, lazy_command
+from stratagem.cli.tables import AsJson
 
 __all__ = ["runs_app"]
 
@@ -19,13 +20,14 @@ def list_(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of one run, or of several runs.")] = Path(
         "work_dirs"
     ),
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """List the sessions of the runs under FOLDER, oldest first.
 
     Prints the checkpoint that each session resumed from, and how it ended.
     """
-    lazy_command("stratagem.cli.runs:list_sessions")(folder)
+    lazy_command("stratagem.cli.runs:list_sessions")(folder, as_json=as_json)
 
 
 @runs_app.command()

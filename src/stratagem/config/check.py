@@ -24,6 +24,7 @@ __all__ = ["FREE_KEY", "SupportsLookup", "Problem", "Rule", "Section", "check", 
 # The section for values that are not checked, such as YAML anchors, notes, and values that other sections refer to.
 FREE_KEY = "vars"
 # Keys allowed in every mapping with a type; they are not passed to the target of the type.
+_SHOWN_PATHS = 3
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
 
@@ -117,11 +118,29 @@ def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None =
         ConfigKeyError: if there is a problem.
     """
     problems = check(config, sections, scope=scope)
-    if len(problems) == 1:
-        raise ConfigKeyError(str(problems[0]))
+    texts = _by_cause(problems)
+    if len(texts) == 1:
+        raise ConfigKeyError(texts[0])
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
+        listed = "\n".join(f"  {text}" for text in texts)
         raise ConfigKeyError(f"{config.filename or 'The configuration'} has {len(problems)} problems:\n{listed}")
+
+
+def _by_cause(problems: list[Problem]) -> list[str]:
+    """Return a text for each problem; problems with the same message are listed once, with the number of further paths."""
+    by_message: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_message.setdefault(problem.message, []).append(problem)
+    return [
+        str(same[0]) if len(same) == 1 else f"{same[0]} The same applies to {_paths(same[1:])}."
+        for same in by_message.values()
+    ]
+
+
+def _paths(problems: list[Problem]) -> str:
+    shown = ", ".join(problem.path for problem in problems[:_SHOWN_PATHS])
+    rest = len(problems) - _SHOWN_PATHS
+    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 @final

@@ -12,7 +12,7 @@ from stratagem.config.redact import redacted
 from stratagem.config.text import python_text
 from stratagem.errors import ConfigError
 
-__all__ = ["changed_values"]
+__all__ = ["changed_values", "saved_text"]
 
 _WIDTH = 60
 
@@ -38,6 +38,22 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
         if was != now and path[0] not in ignored:
             lines.append(f"{path_text(path)}: {_short(was, other=now)} -> {_short(now, other=was)}")
     return lines
+
+
+def saved_text(text: str) -> str:
+    """Return the text of a saved configuration as Python, without executing it."""
+    if _is_python(text):
+        return text
+    data = language_of(".yaml").parse(text, "configuration")
+    return python_text(data, mark_unsupported=True) if isinstance(data, dict) else text
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _values(text: str) -> dict[KeyPath, str] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from stratagem.distributed import infer_launcher
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import STRATEGIES
+from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.base import BaseStrategy
 
 __all__ = ["choose_strategy"]
@@ -28,7 +29,7 @@ def choose_strategy(
     """Return the given strategy, or build one from its configuration or name.
 
     Args:
-        strategy: a strategy, its configuration or its name. By default ``DDPStrategy`` if a launcher started the process,
+        strategy: a strategy, its configuration or its name, which may be short, such as "ddp". By default ``DDPStrategy`` if a launcher started the process,
             otherwise ``SingleDeviceStrategy``.
         launcher: the launcher that started the processes; inferred if None.
         work_dir: the work directory of the run; ``work_dirs`` by default.
@@ -59,6 +60,8 @@ def choose_strategy(
     if strategy is None:
         strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
     cfg = {"type": strategy} if isinstance(strategy, str) else strategy
+    if isinstance(cfg.get("type"), str):
+        cfg = {**cfg, "type": full_strategy_name(cfg["type"])}
     defaults = {
         "work_dir": work_dir or "work_dirs",
         "experiment_name": experiment_name,

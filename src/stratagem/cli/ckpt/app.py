@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stratagem.cli.lazy_command import Traceback, lazy_command
+from stratagem.cli.tables import AsJson
 
 __all__ = ["ckpt_app"]
 
@@ -27,13 +28,14 @@ def list_(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of one run, or of several runs.")] = Path(
         "work_dirs"
     ),
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """List the checkpoints under FOLDER, newest first.
 
     Prints the epoch, iteration, size and state of each. Reads only the manifests; `verify` reads all files.
     """
-    lazy_command("stratagem.cli.ckpt.listing:list_checkpoints")(folder)
+    lazy_command("stratagem.cli.ckpt.listing:list_checkpoints")(folder, as_json=as_json)
 
 
 @ckpt_app.command()

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stratagem.checkpoint import CheckpointInfo, format_for
 from stratagem.checkpoint import list_checkpoints as list_in
 from stratagem.cli.output import Table, echo
+from stratagem.cli.tables import print_table
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -21,7 +21,7 @@ from stratagem.storage import tree_bytes
 __all__ = ["list_checkpoints", "verify"]
 
 
-def list_checkpoints(folder: Path) -> None:
+def list_checkpoints(folder: Path, *, as_json: bool = False) -> None:
     """Print a table of the checkpoints in a folder and its subfolders.
 
     Raises:
@@ -41,7 +41,7 @@ def list_checkpoints(folder: Path) -> None:
         epoch, iteration = (str(candidate.position.get(key, "")) for key in ("epoch", "iter"))
         size = decimal(tree_bytes(candidate.path))
         table.add_row(str(name), epoch, iteration, saved, size, candidate.fault or "complete")
-    Console(markup=False, highlight=False).print(table)
+    print_table(table, as_json=as_json)
 
 
 def verify(paths: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ from stratagem.checkpoint import StateTree, flatten_tree
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.output import Table, echo
+from stratagem.cli.tables import print_table
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 
@@ -77,7 +78,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
         table.add_row(
             difference.key, _short(difference.first), _short(difference.second), _describe_difference(difference)
         )
-    Console(markup=False, highlight=False).print(table)
+    print_table(table)
     echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
     raise typer.Exit(1)
 

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from stratagem.cli.doctor.finding import Finding, Verdict
@@ -15,6 +14,7 @@ from stratagem.cli.doctor.machine import check_machine
 from stratagem.cli.doctor.ranks import check_ranks, read_findings
 from stratagem.cli.launch.processes import launch_locally
 from stratagem.cli.output import Table, echo
+from stratagem.cli.tables import print_table
 from stratagem.distributed import infer_launcher, read_launch
 
 __all__ = ["doctor"]
@@ -60,6 +60,6 @@ def _print(findings: list[Finding]) -> None:
         color = _COLORS[finding.verdict]
         # Use Text objects, because rich would interpret brackets in error messages as markup.
         table.add_row(Text(finding.verdict.value, color), *map(Text, (finding.subject, finding.found, finding.advice)))
-    Console().print(table)
+    print_table(table)
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
     echo(", ".join(f"{verdict.value}: {count}" for verdict, count in counts.items()))

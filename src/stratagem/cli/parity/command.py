@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import final
 
 import typer
-from rich.console import Console
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.output import Table, echo
 from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
+from stratagem.cli.tables import print_table
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
 from stratagem.data import build_dataloader
@@ -71,19 +71,14 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
     """Train all variants and print how they compare.
 
     Args:
-            options: the configuration.
-            settings: the settings of the comparison.
-            record: if given, this process only trains the variants with several processes, and records them in this folder.
+        options: the configuration.
+        settings: the settings of the comparison.
+        record: if given, this process only trains the variants with several processes, and records them in this folder.
 
     Raises:
-    <<<<<<< HEAD
-            ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
-            TrainingError: if training in several processes fails.
-    =======
-            ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
-            TrainingError: if training in several processes fails, or training does not change any parameter.
-    >>>>>>> 1a23dd0 (parity fails if no parameter moves, since equal variants of a training that does not train prove nothing)
-            typer.Exit: with status 1, if a difference is unexplained.
+        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
+        TrainingError: if training in several processes fails, or training does not change any parameter.
+        typer.Exit: with status 1, if a difference is unexplained.
     """
     config = read_config(options)
     if record is not None:
@@ -233,7 +228,7 @@ def _show(options: RunOptions, config: Config, settings: ParitySettings, report:
         compared = report.comparisons.get(variant.key, Comparison(None, None))
         ends = [each.describe() if each is not None else "" for each in (compared.first, compared.most)]
         table.add_row(variant.name, report.verdict(variant, tolerance=settings.tolerance), *ends)
-    Console().print(table)
+    print_table(table)
     for note in _notes(config, settings, report):
         echo(note)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-from stratagem.cli.options import strategy_name, with_strategy
+from stratagem.cli.options import with_strategy
 from stratagem.config import Config
 from stratagem.errors import ConfigValueError
+from stratagem.registry.strategy_names import strategy_name
 from stratagem.train.building import accumulation_of
 
 __all__ = [

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stratagem.config.reading.source import Source
-from stratagem.errors import ConfigKeyError, ConfigTypeError, MissingDependencyError
+from stratagem.errors import ConfigKeyError, ConfigParsingError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
 
 __all__ = ["CUSTOM_IMPORTS", "IMPORT_KEYS", "add_sibling_folders_to_path", "import_custom_modules"]
@@ -26,6 +28,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
     with the folder of a script. They stay there, because worker processes later unpickle objects from these modules.
 
     Raises:
+        ConfigParsingError: if a module raises an error; the message contains the file and line.
         MissingDependencyError: if a module cannot be imported and ``allow_failed_imports`` is not True.
         ConfigTypeError: if ``wanted`` does not have the form ``dict(imports=[...])``.
         ConfigKeyError: if it has an unknown key.
@@ -37,13 +40,37 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
         if CUSTOM_IMPORTS in layer.data or layer is layers[-1]:
             _put_on_path(layer.folder)
     for module in modules:
+        if importlib.util.find_spec(module.partition(".")[0]) is None and _is_in(Path.cwd(), module):
+            # As with `python -m stratagem`. The console script does not put the working directory on sys.path.
+            sys.path.append(str(Path.cwd()))
         try:
             importlib.import_module(module)
         except ImportError as error:
-            problem = f"{CUSTOM_IMPORTS}: {module!r} cannot be imported: {error}. Searched: {', '.join(sys.path)}"
+            problem = f"{CUSTOM_IMPORTS}: {module!r} cannot be imported{_line_of(error)}: {error}. Searched: {', '.join(sys.path)}"
             if not forgive:
                 raise MissingDependencyError(problem) from error
             warnings.warn(problem, UserWarning, stacklevel=4)
+        except Exception as error:
+            raise ConfigParsingError(
+                f"{CUSTOM_IMPORTS}: importing {module!r} failed{_line_of(error)}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _is_in(folder: Path, module: str) -> bool:
+    top = folder / module.partition(".")[0]
+    return top.is_dir() or top.with_suffix(".py").is_file()
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the file and line of an error in an imported module; empty if the module itself was not found."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" at {error.filename}:{error.lineno}"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<") and frame.filename not in (__file__, importlib.__file__)
+    ]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def add_sibling_folders_to_path(layers: tuple[Source, ...]) -> None:

@@ -1,0 +1,30 @@
+"""The short names of strategies."""
+
+from __future__ import annotations
+
+from stratagem.errors import ConfigValueError
+from stratagem.registry.builtin import STRATEGIES
+from stratagem.utils import did_you_mean
+
+__all__ = ["full_strategy_name", "strategy_name"]
+
+
+def full_strategy_name(name: str) -> str:
+    """Return the class name for a short name, such as ``DDPStrategy`` for ``ddp``; any other name unchanged."""
+    return name if name in STRATEGIES.names() else _short_names().get(name.lower(), name)
+
+
+def strategy_name(name: str) -> str:
+    """Return the class name of a strategy for ``--strategy``, given its short name or its class name.
+
+    Raises:
+        ConfigValueError: if the name is unknown.
+    """
+    full, known = full_strategy_name(name), STRATEGIES.names()
+    if full not in known:
+        raise ConfigValueError(f"--strategy {name}: unknown strategy. {did_you_mean(name, [*_short_names(), *known])}")
+    return full
+
+
+def _short_names() -> dict[str, str]:
+    return {each.removesuffix("Strategy").removesuffix("Device").lower(): each for each in STRATEGIES.names()}
