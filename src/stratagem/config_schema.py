@@ -190,8 +190,8 @@ _STRATEGY = Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFE
 def _strategy(value: Any) -> Section:
     """Return the schema of a strategy, whose name may be short, such as "ddp"."""
     name = value.get("type") if isinstance(value, Mapping) else value
-    full = full_strategy_name(name) if isinstance(name, str) else name
-    if full == name:
+    full = full_strategy_name(name) if isinstance(name, str) else None
+    if full is None or full == name:
         return _STRATEGY
     return (
         replace(_STRATEGY, registry=None, target=builtin_entries.STRATEGIES[full])

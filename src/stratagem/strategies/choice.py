@@ -29,8 +29,8 @@ def choose_strategy(
     """Return the given strategy, or build one from its configuration or name.
 
     Args:
-        strategy: a strategy, its configuration or its name, which may be short, such as "ddp". By default ``DDPStrategy`` if a launcher started the process,
-            otherwise ``SingleDeviceStrategy``.
+        strategy: a strategy, its configuration or its name, which may be short, such as ``"ddp"``. By default
+            ``DDPStrategy`` if a launcher started the process, otherwise ``SingleDeviceStrategy``.
         launcher: the launcher that started the processes; inferred if None.
         work_dir: the work directory of the run; ``work_dirs`` by default.
         experiment_name: the name of the run.

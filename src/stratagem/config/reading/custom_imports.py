@@ -46,7 +46,10 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
         try:
             importlib.import_module(module)
         except ImportError as error:
-            problem = f"{CUSTOM_IMPORTS}: {module!r} cannot be imported{_line_of(error)}: {error}. Searched: {', '.join(sys.path)}"
+            where = _line_of(error)
+            problem = (
+                f"{CUSTOM_IMPORTS}: {module!r} cannot be imported{where}: {error}. Searched: {', '.join(sys.path)}"
+            )
             if not forgive:
                 raise MissingDependencyError(problem) from error
             warnings.warn(problem, UserWarning, stacklevel=4)
