@@ -127,7 +127,7 @@ def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None =
 
 
 def _by_cause(problems: list[Problem]) -> list[str]:
-    """Return a text for each problem; problems with the same message are listed once, with the number of further paths."""
+    """Return a line for each problem; problems with the same message are listed once, with the number of further paths."""
     by_message: dict[str, list[Problem]] = {}
     for problem in problems:
         by_message.setdefault(problem.message, []).append(problem)

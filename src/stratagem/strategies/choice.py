@@ -60,7 +60,7 @@ def choose_strategy(
     if strategy is None:
         strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
     cfg = {"type": strategy} if isinstance(strategy, str) else strategy
-    if isinstance(cfg.get("type"), str):
+    if isinstance(cfg, Mapping) and isinstance(cfg.get("type"), str):
         cfg = {**cfg, "type": full_strategy_name(cfg["type"])}
     defaults = {
         "work_dir": work_dir or "work_dirs",
