@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -156,6 +156,81 @@ def test_reduce_held_gradients_reduces_what_no_sync_left(one_rank: None) -> None
     model.set_requires_gradient_sync(True)
     torch_private.reduce_held_gradients(model)
     assert model.weight.grad.full_tensor().tolist() == [[1.0, 2.0]]
+
+
+def test_rebuild_ddp_reducer_follows_the_trainable_parameters(one_rank: None) -> None:
+    """The new reducer waits for the parameters that are trainable now, and calls the communication hook as before."""
+
+    def count(calls: list[int], bucket: Any) -> Any:
+        calls.append(bucket.buffer().numel())
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    replica, sizes = nn.parallel.DistributedDataParallel(model), []
+    replica.register_comm_hook(
+        sizes, lambda calls, bucket: count(calls, bucket)
+    )  # torch rejects annotations as strings
+    replica(torch.ones(1, 2)).sum().backward()
+    model[0].requires_grad_(True)
+    torch_private.rebuild_ddp_reducer(replica)
+    replica(torch.ones(1, 2)).sum().backward()
+    model[1].requires_grad_(False)
+    torch_private.rebuild_ddp_reducer(replica)
+    replica(torch.ones(1, 2)).sum().backward()
+    assert sizes == [3, 9, 6]
+
+
+def test_refresh_fsdp_dtypes_knows_the_dtypes_of_a_frozen_module(one_rank: None) -> None:
+    """Gradients of a module that was frozen in the first forward pass have the dtype of its parameters."""
+    model = nn.Linear(2, 1, bias=False).requires_grad_(False)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    model(torch.ones(1, 2))
+    torch_private.refresh_fsdp_dtypes(model)
+    model.weight.requires_grad_(True)
+    model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad.full_tensor().tolist() == [[1.0, 1.0]]
+    assert model.weight.grad.dtype == torch.float32
+
+
+def test_accumulate_in_reduce_dtype_allows_a_parameter_to_join_late(one_rank: None) -> None:
+    """A parameter that gets its first gradient in the last micro-batch is reduced together with the others."""
+    model = nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    torch_private.initialize_fsdp_root(model)
+    torch_private.accumulate_in_reduce_dtype(model)
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(1, 1)).sum().backward()
+    model.set_requires_gradient_sync(True)
+    model.bias.requires_grad_(True)
+    model(torch.ones(1, 1)).sum().backward()
+    assert [each.grad.full_tensor().item() for each in (model.weight, model.bias)] == [2.0, 1.0]
+
+
+def test_gradient_hooks_are_listed_and_shared() -> None:
+    """Both kinds of hooks are found; copied hooks are called, and the original handle removes them."""
+    source, target = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    assert torch_private.gradient_hooks(source) == ([], [])
+
+    def hook(grad: Tensor) -> Tensor:
+        return grad * 2
+
+    def post_hook(each: Tensor) -> None:
+        each.grad.add_(1)
+
+    source.register_hook(hook)
+    handle = source.register_post_accumulate_grad_hook(post_hook)
+    assert torch_private.gradient_hooks(source) == ([hook], [post_hook])
+    torch_private.copy_gradient_hooks(source, target)
+    target.sum().backward()
+    assert target.grad.item() == 3
+    handle.remove()
+    target.grad = None
+    target.sum().backward()
+    assert target.grad.item() == 2
 
 
 def test_unsharded_class_is_the_class_before_sharding(one_rank: None) -> None:

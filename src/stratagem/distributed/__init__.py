@@ -1,5 +1,6 @@
 """Distributed processes: launch environments, rendezvous, collectives and failure detection."""
 
+from stratagem.distributed.agreement import EventAgreement
 from stratagem.distributed.async_reduce import AsyncMaxReduce
 from stratagem.distributed.collectives import (
     all_gather,
@@ -43,6 +44,7 @@ __all__ = [
     "RankGroup",
     "LAUNCHERS",
     "AsyncMaxReduce",
+    "EventAgreement",
     "Failure",
     "RAY_JOB_VARIABLE",
     "Launch",

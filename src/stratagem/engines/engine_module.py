@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast, final
+from typing import Any, NoReturn, cast, final
 
 from torch import Tensor, nn
 
 from stratagem.errors import PlacementError
 from stratagem.model import Trainable
 from stratagem.parallel.forward_redirection import redirect_forward
+from stratagem.parallel.trainable import TrainableChange
 
-__all__ = ["EngineModule"]
+__all__ = ["EngineModule", "refuse_trainable_change"]
+
+
+def refuse_trainable_change(engine: str, change: TrainableChange) -> NoReturn:
+    """Raise an error, because an engine assigns the trainable parameters to its buffers once.
+
+    Raises:
+        PlacementError: always.
+    """
+    raise PlacementError(
+        f"{change}, but {engine} determines the trainable parameters when it is created: parameters that were frozen then would "
+        "never be trained, and parameters that are frozen now would still change. Use DDPStrategy or FSDPStrategy, which "
+        "support changes during a run. Otherwise, set requires_grad before the run, and start a new run with load_from for "
+        "each stage."
+    )
 
 
 @final
@@ -27,6 +42,7 @@ class EngineModule(nn.Module):
         engine: the name of the engine in error messages.
         training_forward: runs the forward pass when a training step calls ``self(...)``.
         eval_forward: runs the forward pass when an evaluation step calls ``self(...)``.
+        before_train_step: runs at the start of each training step.
     """
 
     def __init__(
@@ -37,6 +53,7 @@ class EngineModule(nn.Module):
         engine: str,
         training_forward: Callable[..., Any],
         eval_forward: Callable[..., Any],
+        before_train_step: Callable[[], None],
     ) -> None:
         super().__init__()
         self.holder = holder
@@ -45,6 +62,7 @@ class EngineModule(nn.Module):
         self._engine = engine
         self._training_forward = training_forward
         self._eval_forward = eval_forward
+        self._before_train_step = before_train_step
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,6 +80,7 @@ class EngineModule(nn.Module):
         Raises:
             PlacementError: if the model's step did not call ``self(...)``, so the engine did not run the forward pass.
         """
+        self._before_train_step()
         with redirect_forward(self.unwrapped, self) as redirection:
             outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
         if not redirection.called:

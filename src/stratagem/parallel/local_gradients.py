@@ -76,10 +76,13 @@ class LocalGradients:
             return
         replica = cast("DistributedDataParallel", self._replica())
         ignored = set(replica.parameters_to_ignore)
-        named = replica.module.named_parameters()
-        average_gradients(
-            [each for name, each in named if each.requires_grad and name not in ignored], replica.process_group
-        )
+        # Also of frozen parameters, which have gradients if they were frozen in the middle of an accumulation window.
+        some = [
+            each
+            for name, each in replica.module.named_parameters()
+            if (each.is_floating_point() or each.is_complex()) and name not in ignored
+        ]
+        average_gradients(some, replica.process_group)
         self.held = self.missed = False
 
     def _note_pass(self, _: Tensor) -> None:

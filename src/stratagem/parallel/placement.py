@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from stratagem.distributed import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
+from stratagem.parallel.trainable import TrainableChange
 
 __all__ = ["AnyOptim", "Placed", "Placement", "Steps"]
 
@@ -45,6 +46,10 @@ class Placed:
     optim: AnyOptim | None = None
 
 
+def _nothing_to_check() -> None:
+    """Do nothing: the model was prepared for evaluation."""
+
+
 class Placement(ABC):
     """Base class of placements.
 
@@ -55,6 +60,10 @@ class Placement(ABC):
         has_gradients: whether accumulated gradients are in the parameters' ``grad``.
         params_are_master_weights: whether the model's parameters hold the full-precision weights between steps.
         params_accept_writes: whether training continues from values that are written into the parameters.
+        trainable_is_fixed: whether ``place`` determines which parameters are trainable.
+        before_train_step: called at the start of each training step of the placed model, before the forward pass; the
+            strategy sets it to a function that detects changes of ``requires_grad``.
+        wraps_train_step: whether the placed model calls ``before_train_step``; otherwise it is called before each update.
     """
 
     sharded: ClassVar[bool] = False
@@ -62,6 +71,9 @@ class Placement(ABC):
     full_state: bool = False
     params_are_master_weights: bool = True
     params_accept_writes: bool = True
+    before_train_step: Callable[[], None] = staticmethod(_nothing_to_check)
+    trainable_is_fixed: ClassVar[bool] = False
+    wraps_train_step: ClassVar[bool] = True
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         """Return the context in which a model is built from its configuration, such as the meta device."""
@@ -114,6 +126,19 @@ class Placement(ABC):
         self, model: nn.Module
     ) -> None:
         """Free parameters that a forward pass without a backward pass gathered."""
+
+    def check_trainable(self) -> None:
+        """Call ``before_train_step``, which the strategy may set after the model has been placed."""
+        self.before_train_step()
+
+    def apply_trainable_change(  # noqa: B027 -- most placements have nothing to do
+        self, model: nn.Module, change: TrainableChange
+    ) -> None:
+        """Prepare the placed model for a training step after ``requires_grad`` of some parameters has changed. Collective.
+
+        Raises:
+            PlacementError: if the placement does not support the change.
+        """
 
     def global_numel(self, parameter: nn.Parameter) -> int:
         """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""

@@ -21,6 +21,8 @@ class OnDevice(Placement):
     SyncBatchNorm layers are converted to BatchNorm, since there are no other ranks.
     """
 
+    wraps_train_step = False
+
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 

@@ -6,12 +6,14 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 
 from stratagem._version import __version__
 from stratagem.checkpoint import (
@@ -24,14 +26,16 @@ from stratagem.checkpoint import (
     save_checkpoint,
 )
 from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
-from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
+from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, PlacementError, StratagemError
 from stratagem.model import BaseModel
 from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.optim.amp import autocast_dtype
+from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
+from stratagem.parallel.trainable import TrainableParameters, some_names
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
@@ -39,6 +43,7 @@ from stratagem.strategies.state.configured_hyperparameters import ConfiguredHype
 from stratagem.strategies.state.optim_state import require_same_class
 from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
+from stratagem.strategies.state.trainable_state import apply_trainable, find_trainable_difference, read_trainable
 from stratagem.utils import generator_state, mask_text, restore_generator_state, with_canonical_keys
 
 __all__ = ["ComposedStrategy"]
@@ -52,6 +57,7 @@ class ComposedStrategy(BaseStrategy):
         with ExitStack() as undo:
             undo.callback(self.close)
             self._placement = self._make_placement()
+            self._trainable: TrainableParameters | None = None
             self._access = self._make_access()
             undo.pop_all()
 
@@ -117,6 +123,8 @@ class ComposedStrategy(BaseStrategy):
     ) -> None:
         with self._placement.construction(self.world):
             built = self.build_model(model)
+        if optim_wrapper is not None:
+            _refuse_lazy_parameters(built)
         steps = Steps(
             init_and_sync=self._init_model_weights,
             init_local=self._init_local_model_weights,
@@ -156,6 +164,7 @@ class ComposedStrategy(BaseStrategy):
                 wrapper.initialize_count_status(self.model, run_length.cur_iter, run_length.max_iters)
             wrapper.gradient_policy = policy
         self.optim_wrapper = optim
+        self._watch_trainable(optim)
         try:
             self._scale_lr()
         except StratagemError:
@@ -164,6 +173,30 @@ class ComposedStrategy(BaseStrategy):
             raise
         update_buffers_once(self.unwrap_model())
         self._synced_buffers.announce(self.unwrap_model())
+
+    def _watch_trainable(self, optim: AnyOptim) -> None:
+        """Detect changes of ``requires_grad`` before each training step or, if no wrapper calls it, before each update."""
+        self._trainable = TrainableParameters(
+            self.unwrap_model(),
+            lambda: optim.each().values(),
+            lambda change: self._placement.apply_trainable_change(self.model, change),
+            self.logger,
+        )
+        description = self._trainable.describe()
+        if description is not None:
+            self.logger.info(description)
+        self._placement.before_train_step = self._trainable.check
+        if not self._placement.wraps_train_step:
+            for wrapper in optim.each().values():
+                wrapper.gradient_policy = replace(
+                    wrapper.gradient_policy,
+                    sync_context=self._check_in_window,  # for each micro-batch of an accumulation window
+                    complete=self._trainable.check_update,
+                )
+
+    def _check_in_window(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+        self._placement.before_train_step()
+        return NO_CONTEXT
 
     def unwrap_model(self) -> nn.Module:
         return self._placement.unwrap(self.model)
@@ -260,6 +293,7 @@ class ComposedStrategy(BaseStrategy):
                 "New parameters keep their initial values and have no optimizer state: %s. All other parameters were "
                 "restored, but the loss is not comparable to the loss of the saved model.", ", ".join(report.missing),
             )  # fmt: skip
+        self._restore_trainable(checkpoint, report.missing, restore="optimizer" in parts)
         write_per_rank_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
             own = ConfiguredHyperparameters(self.optim_wrapper)
@@ -277,6 +311,32 @@ class ComposedStrategy(BaseStrategy):
         # Restore the random state last, since no random numbers may be drawn afterwards.
         self._resume_randomness(checkpoint, meta)
         return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def _restore_trainable(self, checkpoint: StateTree, new: Sequence[str], *, restore: bool) -> None:
+        """Freeze and unfreeze parameters as in the saved run, since hooks may have changed them; log differences.
+
+        Raises:
+            CheckpointMismatchError: if the placement determined the trainable parameters when it was prepared.
+        """
+        model = self.unwrap_model()
+        change = find_trainable_difference((checkpoint.get("meta") or {}).get("trainable"), model, new=new)
+        if self._trainable is None or not (change.unfrozen or change.frozen):
+            return
+        if not restore:
+            self.logger.warning(
+                "Compared with this run, the checkpoint was saved with different trainable parameters: %s. With "
+                "resume_optimizer=False, this run keeps its own.", change,
+            )  # fmt: skip
+            return
+        if self._placement.trainable_is_fixed:
+            raise CheckpointMismatchError(
+                f"When the checkpoint was saved, other parameters were trainable than in this run: {change}. "
+                f"{type(self).__name__} determines them before it reads a checkpoint. Set requires_grad of these parameters in "
+                "the model as in the checkpoint, or resume with DDPStrategy or FSDPStrategy."
+            )
+        apply_trainable(change, model)
+        self._trainable.adopt()
+        self.logger.warning("As in the checkpoint, %s.", change)
 
     def save_checkpoint(
         self,
@@ -373,6 +433,7 @@ class ComposedStrategy(BaseStrategy):
             "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
             "world_size": self.world_size,
             "data_size": self.dp_size,
+            "trainable": read_trainable(self.unwrap_model()),
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         }
 
@@ -443,6 +504,21 @@ class ComposedStrategy(BaseStrategy):
                 "again.",
                 unknown,
             )
+
+
+def _refuse_lazy_parameters(model: nn.Module) -> None:
+    """Require that all parameters have a shape, which those of lazy layers get in their first forward pass.
+
+    Raises:
+        PlacementError: if some have none.
+    """
+    names = [name for name, each in model.named_parameters() if is_lazy(each)]
+    if names:
+        raise PlacementError(
+            f"{len(names)} parameters of {type(model).__name__} have no shape yet, because they belong to lazy layers: "
+            f"{some_names(names)}. The optimizer and the strategy require all shapes. Call the model on a batch before you pass "
+            "it, or at the end of its constructor, or use layers with explicit sizes, such as nn.Linear instead of nn.LazyLinear."
+        )
 
 
 def _part(checkpoint: StateTree, key: str, filename: str | os.PathLike[str]) -> Any:

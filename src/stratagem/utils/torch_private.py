@@ -8,10 +8,12 @@ to avoid an additional call.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, cast
 
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import distributed as _ddp
 from torch.optim import Optimizer
@@ -21,7 +23,10 @@ from stratagem.utils.imports import import_object
 __all__ = [
     "CALL_ATTRIBUTE",
     "backward_pass_id",
+    "copy_gradient_hooks",
+    "gradient_hooks",
     "checkpoint_module",
+    "accumulate_in_reduce_dtype",
     "default_store",
     "flatten_mesh",
     "gather_scalars",
@@ -32,6 +37,8 @@ __all__ = [
     "local_shape_and_offset",
     "mark_nonfinite",
     "operator_schema",
+    "rebuild_ddp_reducer",
+    "refresh_fsdp_dtypes",
     "reduce_held_gradients",
     "storage_id",
     "stored_values",
@@ -111,6 +118,93 @@ def initialize_fsdp_root(model: nn.Module) -> None:
     """
     root: Any = model
     root._get_fsdp_state()._lazy_init()
+
+
+def gradient_hooks(parameter: Tensor) -> tuple[list[Any], list[Any]]:
+    """Return the hooks on the gradient of a parameter: from ``register_hook``, and from ``register_post_accumulate_grad_hook``.
+
+    Private: ``Tensor._backward_hooks`` and ``Tensor._post_accumulate_grad_hooks``. Hooks can be registered publicly but not
+    listed.
+    """
+    hooks, post_hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return list((hooks or {}).values()), list((post_hooks or {}).values())
+
+
+def copy_gradient_hooks(source: Tensor, target: Tensor) -> None:
+    """Let ``target`` share the hooks of ``source``, so that handles returned at their registration also remove them there.
+
+    Private: as in :func:`gradient_hooks`.
+    """
+    theirs, own = cast("Any", source), cast("Any", target)
+    if theirs._backward_hooks:
+        own._backward_hooks = theirs._backward_hooks
+    if theirs._post_accumulate_grad_hooks:
+        own._post_accumulate_grad_hooks = theirs._post_accumulate_grad_hooks
+
+
+def rebuild_ddp_reducer(replica: nn.Module) -> None:
+    """Replace the reducer of a ``DistributedDataParallel`` with one for the parameters that are trainable now. Collective.
+
+    Private: ``_build_params_for_reducer``, ``_build_debug_param_to_name_mapping`` and ``_ddp_init_helper``, called as in
+    ``DistributedDataParallel.__setstate__``, and ``_comm_hooks``. Wrapping the model again would lose its hooks and identity.
+    """
+    ddp: Any = replica
+    parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    # Remove the autograd hooks of the old reducer before the new one registers its own.
+    ddp.reducer._remove_autograd_hooks()
+    ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    if ddp.static_graph:
+        ddp._set_static_graph()
+    for hook, state in ddp._comm_hooks:
+        torch_dist._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]  # private
+
+
+def refresh_fsdp_dtypes(model: nn.Module) -> None:
+    """Update the dtypes in which FSDP reduces gradients, which depend on the parameters that are trainable.
+
+    Private: ``FSDPParamGroup._init_mp_dtypes``, ``_orig_dtype`` and ``_reduce_dtype``. Torch determines them in the first forward
+    pass and uses None for a group without trainable parameters, whose gradients then fail or are reduced in a wrong dtype.
+
+    Raises:
+        AssertionError: if the trainable parameters of a group have different dtypes.
+    """
+    for group in _fsdp_groups(model):
+        group._init_mp_dtypes()
+        dtypes = {
+            (each.orig_dtype, each.reduce_dtype) for each in group.fsdp_params if each.orig_dtype.is_floating_point
+        }
+        if group._orig_dtype is None and len(dtypes) == 1:
+            # If a parameter becomes trainable within a step, torch does not determine the dtypes again.
+            group._orig_dtype, group._reduce_dtype = dtypes.pop()
+
+
+def accumulate_in_reduce_dtype(model: nn.Module) -> None:
+    """Make FSDP convert every gradient to the reduce dtype, also gradients of parameters that have none accumulated.
+
+    Private: ``FSDPParam.accumulate_unsharded_grad_if_needed`` and ``to_accumulated_grad_if_needed``. In the last micro-batch
+    of an accumulation window, torch converts only the gradients that it adds to earlier ones, and fails if the dtypes of a
+    group differ.
+    """
+
+    def convert(param: Any, accumulate: Callable[[], None]) -> None:
+        accumulate()
+        if hasattr(param, "_unsharded_param"):
+            param.to_accumulated_grad_if_needed()
+
+    for group in _fsdp_groups(model):
+        for param in group.fsdp_params:
+            param.accumulate_unsharded_grad_if_needed = partial(
+                convert, param, param.accumulate_unsharded_grad_if_needed
+            )
+
+
+def _fsdp_groups(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", None)
+        if state is not None:
+            yield from state()._fsdp_param_groups
 
 
 def reduce_held_gradients(model: nn.Module) -> None:

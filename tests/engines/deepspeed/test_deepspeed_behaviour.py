@@ -17,7 +17,8 @@ from stratagem.utils import import_module
 from tests.engines.deepspeed.engine_runs import FP32, differences, go, placed, state_in
 from tests.support import backward_passes, special_layers
 from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
-from tests.support.ranks import Ranks
+from tests.support.changing_models import Freezing, Unfreezing, Unfrozen
+from tests.support.ranks import RankError, Ranks
 from tests.support.sharded_runs import OPTIM, Gpt
 
 pytestmark = pytest.mark.deepspeed
@@ -88,6 +89,33 @@ def test_special_layers_train_as_in_one_process(two: Ranks, folder: Path, name: 
     for found in two.run(special_layers.all_losses, placed(name), str(folder), [*kinds, "empty"]):
         assert all(found[kind] == pytest.approx(expected[kind], rel=1e-5) for kind in kinds)
         assert name != "ZeRO-3" or "does not support parameters without elements: empty." in found["empty"]
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Unfreezing, r"1 parameter became trainable: places\.weight, but DeepSpeed determines"),
+        (Freezing, r"2 parameters became frozen: norm\.weight, norm\.bias, but DeepSpeed determines"),
+    ],
+)
+def test_a_change_of_the_trainable_parameters_is_an_error_at_the_next_step(
+    two: Ranks, folder: Path, name: str, model: type[Gpt], message: str
+) -> None:
+    """DeepSpeed would never train the unfrozen parameter, and would still change the frozen ones; the error names them."""
+    with pytest.raises(RankError, match=message):
+        two.run(go, placed(name), folder, model={"type": model})
+
+
+def test_a_checkpoint_with_other_trainable_parameters_is_refused(two: Ranks, folder: Path) -> None:
+    """A run whose layer was frozen cannot resume a run that trained it, and a model that trains it can."""
+    go(placed("single"), folder / "a", model={"type": Unfrozen}, stop=6, save=folder / "at")
+    expected = go(placed("single"), folder / "b", model={"type": Unfrozen}, start=6, resume=folder / "at")
+    resumed = {"start": 6, "resume": folder / "at"}
+    with pytest.raises(RankError, match=r"1 parameter became trainable: places\.weight\. DeepSpeedStrategy determines"):
+        two.run(go, placed("ZeRO-2"), folder / "c", **resumed)
+    seen = two.run(go, placed("ZeRO-2"), folder / "d", model={"type": Unfrozen}, **resumed)[0]
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=2e-5)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Self, TypeVar, final
+from typing import Any, ClassVar, Self, TypeVar, final
 
 import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -32,6 +32,10 @@ _ATTEMPTS = 2
 _RESPONSE_S = 5.0
 
 T = TypeVar("T")
+
+
+def _publish_nothing(store: Store) -> None:
+    """Write nothing but heartbeats."""
 
 
 @final
@@ -70,20 +74,29 @@ class RankMonitor:
     Args:
         iteration: a function that returns the number of iterations that this rank has completed.
         on_failure: a function that the thread calls once, with the failure of another rank.
+        on_poll: a function that the thread calls after each heartbeat, to write more to the store.
     """
 
     _num_created = 0
+    _active: ClassVar[RankMonitor | None] = None
 
-    def __init__(self, iteration: Callable[[], int], on_failure: Callable[[Failure], None]) -> None:
+    def __init__(
+        self,
+        iteration: Callable[[], int],
+        on_failure: Callable[[Failure], None],
+        on_poll: Callable[[Store], None] = _publish_nothing,
+    ) -> None:
         self.rank, self.size = get_dist_info()
         number, RankMonitor._num_created = RankMonitor._num_created, RankMonitor._num_created + 1
         # Use a separate connection: on the group's connection, requests would queue behind a blocking wait.
         store: Store = default_store().clone()
         store.set_timeout(_STORE_TIMEOUT)
-        self._store = PrefixStore(f"monitor/{number}", store)
+        self._prefix = f"monitor/{number}"
+        self._store = PrefixStore(self._prefix, store)
         self._processes: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
         self._iteration = iteration
         self._on_failure = on_failure
+        self._on_poll = on_poll
         # torchrun's launcher process outlives its ranks unless it is killed. Other launchers may exit before their
         # ranks.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -95,6 +108,12 @@ class RankMonitor:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stratagem-ranks", daemon=True)
         self._thread.start()
+        RankMonitor._active = self
+
+    @classmethod
+    def store_prefix(cls) -> str | None:
+        """Return the prefix of the keys that the active monitor writes to the store; None if there is none."""
+        return None if cls._active is None else cls._active._prefix
 
     @property
     def failure(self) -> Failure | None:
@@ -103,6 +122,7 @@ class RankMonitor:
 
     def close(self) -> None:
         """Stop monitoring."""
+        RankMonitor._active = None
         self._closed.set()
         self._thread.join(2 * self._poll_s)
 
@@ -236,6 +256,7 @@ class RankMonitor:
         """Write a heartbeat; return a failure that another rank reported or that is detected here."""
         heartbeat = {"time": time.time(), "iteration": self._iteration()}
         self._store.set(f"heartbeat/{self.rank}", json.dumps(heartbeat))
+        self._on_poll(self._store)
         if self._has("failure"):
             return Failure.from_json(self._store.get("failure"))
         dead = self._dead_process()

@@ -27,7 +27,7 @@ from stratagem.engines.colossalai.options import PluginSpec, max_norm_of
 from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, plugin_traits
 from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
 from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper
-from stratagem.engines.engine_module import EngineModule
+from stratagem.engines.engine_module import EngineModule, refuse_trainable_change
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.model.replaced_layers import lost_by_replacement
@@ -35,6 +35,7 @@ from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
+from stratagem.parallel.trainable import TrainableChange
 from stratagem.parallel.unused_parameters import unused_parameters_error
 
 __all__ = ["BoostedModel", "ColossalAIPlacement"]
@@ -67,6 +68,7 @@ class ColossalAIPlacement(Placement):
     """
 
     sharded = True
+    trainable_is_fixed = True
     has_gradients = False
     params_are_master_weights = True
     params_accept_writes = True
@@ -151,7 +153,7 @@ class ColossalAIPlacement(Placement):
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
             self._dp_group = plugin.dp_group
         if settings is None:
-            return Placed(model=_engine_module(engine, model))
+            return Placed(model=self._engine_module(engine, model))
         if traits.zero_stage < 2:
             # In stage 2, each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
             self._no_sync = partial(booster.no_sync, engine, optimizer)
@@ -169,7 +171,7 @@ class ColossalAIPlacement(Placement):
         )
         if isinstance(engine.module, DistributedDataParallel):
             self._local_gradients = LocalGradients.of(engine.module)
-        return Placed(model=_engine_module(engine, model), optim=optim)
+        return Placed(model=self._engine_module(engine, model), optim=optim)
 
     def _build(
         self, model: nn.Module, settings: AccumulatingOptimWrapper | None, world: World
@@ -224,36 +226,45 @@ class ColossalAIPlacement(Placement):
     def global_numel(self, parameter: nn.Parameter) -> int:
         return self.param_shards[parameter].shape.numel()
 
+    def apply_trainable_change(self, model: nn.Module, change: TrainableChange) -> None:
+        refuse_trainable_change("ColossalAI", change)
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.unwrapped) if isinstance(model, EngineModule) else model
 
+    def _engine_module(self, engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
+        """Return a module that trains the model through ColossalAI but calls the model directly in evaluation.
 
-def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
-    """Return a module that trains the model through ColossalAI but calls the model directly in evaluation.
+        As a result, evaluation needs no communication between replicas, and ranks may have different numbers of batches.
+        """
+        # Casts floating-point inputs to the plugin's dtype.
+        convert = getattr(engine, "convert_fn", None)
 
-    As a result, evaluation needs no communication between replicas, and ranks may have different numbers of batches.
-    """
-    # Casts floating-point inputs to the plugin's dtype.
-    convert = getattr(engine, "convert_fn", None)
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            if convert is not None:
+                args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
+            return unwrapped(*args, **kwargs)
 
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        if convert is not None:
-            args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
-        return unwrapped(*args, **kwargs)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return engine(*args, **kwargs)
+            except RuntimeError as error:
+                if not isinstance(engine.module, DistributedDataParallel):
+                    raise
+                names = [name for name, value in unwrapped.named_parameters() if value.requires_grad]
+                explained = unused_parameters_error(error, engine.module, names, _FIND_UNUSED)
+                if explained is None:
+                    raise
+                raise explained from None
 
-    def train(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return engine(*args, **kwargs)
-        except RuntimeError as error:
-            if not isinstance(engine.module, DistributedDataParallel):
-                raise
-            names = [name for name, value in unwrapped.named_parameters() if value.requires_grad]
-            explained = unused_parameters_error(error, engine.module, names, _FIND_UNUSED)
-            if explained is None:
-                raise
-            raise explained from None
-
-    return EngineModule(unwrapped, engine, engine="ColossalAI", training_forward=train, eval_forward=evaluate)
+        return EngineModule(
+            unwrapped,
+            engine,
+            engine="ColossalAI",
+            training_forward=train,
+            eval_forward=evaluate,
+            before_train_step=self.check_trainable,
+        )
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:

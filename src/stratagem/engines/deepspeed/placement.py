@@ -30,12 +30,13 @@ from stratagem.engines.deepspeed.master_weights import (
 from stratagem.engines.deepspeed.options import Options
 from stratagem.engines.deepspeed.unused_parameters import UnusedParameters
 from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper, OriginalGroup, require_plain_wrapper
-from stratagem.engines.engine_module import EngineModule
+from stratagem.engines.engine_module import EngineModule, refuse_trainable_change
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import OptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.trainable import TrainableChange
 
 __all__ = ["DeepSpeedPlacement"]
 
@@ -56,6 +57,7 @@ class DeepSpeedPlacement(Placement):
     """
 
     sharded = True
+    trainable_is_fixed = True
     # The engine stores gradients until the accumulation window is complete.
     has_gradients = False
 
@@ -120,6 +122,9 @@ class DeepSpeedPlacement(Placement):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.unwrapped) if isinstance(model, EngineModule) else model
 
+    def apply_trainable_change(self, model: nn.Module, change: TrainableChange) -> None:
+        refuse_trainable_change("DeepSpeed", change)
+
     def global_numel(self, parameter: nn.Parameter) -> int:
         # Between stage-3 steps, a parameter is empty and stores its size in an attribute.
         return int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -154,7 +159,12 @@ class DeepSpeedPlacement(Placement):
     def _engine_module(self, model: nn.Module, forward: Callable[..., Any]) -> EngineModule:
         forward_with_cast = cast_inputs(self._options.dtype, forward, self._options.half_inputs)
         return EngineModule(
-            model, model, engine="DeepSpeed", training_forward=forward_with_cast, eval_forward=forward_with_cast
+            model,
+            model,
+            engine="DeepSpeed",
+            training_forward=forward_with_cast,
+            eval_forward=forward_with_cast,
+            before_train_step=self.check_trainable,
         )
 
     def _cast_parameters(self, model: nn.Module) -> nn.Module:

@@ -15,7 +15,15 @@ from stratagem.errors import PlacementError
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.tensors.dtensor import copy_into, local_box, to_local
 
-__all__ = ["INIT_SOURCES", "InitSource", "InitialWeights", "move_to_meta", "named_tensors", "require_same_model"]
+__all__ = [
+    "INIT_SOURCES",
+    "InitSource",
+    "InitialWeights",
+    "make_contiguous",
+    "move_to_meta",
+    "named_tensors",
+    "require_same_model",
+]
 
 InitSource = Literal["rank0", "per_rank", "whole"]
 INIT_SOURCES: Final[tuple[InitSource, ...]] = ("rank0", "per_rank", "whole")
@@ -179,8 +187,21 @@ def move_to_meta(model: nn.Module) -> dict[str, Tensor]:
     return originals
 
 
-def _meta_like(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+def make_contiguous(model: nn.Module) -> list[str]:
+    """Replace parameters on the meta device that have another memory format, such as channels last; return their names."""
+    names = [name for name, parameter in model.named_parameters() if not parameter.is_contiguous()]
+    replaced: dict[int, Tensor] = {}
+    for module in model.modules() if names else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_contiguous():
+                if id(parameter) not in replaced:
+                    replaced[id(parameter)] = _meta_like(parameter, torch.contiguous_format)
+                module._parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]  # a parameter
+    return names
+
+
+def _meta_like(tensor: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", memory_format=memory_format)
     if not isinstance(tensor, nn.Parameter):
         return empty
     parameter = nn.Parameter(empty, requires_grad=tensor.requires_grad)

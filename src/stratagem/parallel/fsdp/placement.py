@@ -27,21 +27,25 @@ from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.model import convert_sync_batchnorm, is_model_wrapper
 from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
-from stratagem.parallel.deferred_init.materialize import InitialWeights, require_same_model
+from stratagem.parallel.deferred_init.materialize import InitialWeights, make_contiguous, require_same_model
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
+from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, refuse_gradient_hooks
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.parallel.fsdp.options import FSDPOptions, Precision
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
 from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.trainable import TrainableChange, some_names
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
 from stratagem.utils.torch_private import (
+    accumulate_in_reduce_dtype,
     gather_scalars,
     initialize_fsdp_root,
     reduce_held_gradients,
+    refresh_fsdp_dtypes,
     unsharded_class,
 )
 
@@ -93,6 +97,7 @@ class FSDPPlacement(Placement):
         self._sync = True
         self._weights_missing = options.skip_init_weights
         self._names_before: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._frozen_in_window: list[nn.Parameter] = []
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         return self._weights.recording()
@@ -115,12 +120,20 @@ class FSDPPlacement(Placement):
             model = convert_sync_batchnorm(model, self._options.sync_bn)
         require_same_model(model)
         parameters_before = dict(model.named_parameters())
+        refuse_gradient_hooks(model, self._options.ignored_parameters(model))
         metas = self._weights.detach_storage(model)
+        converted = make_contiguous(model)
+        if converted:
+            self._logger.info(
+                "FSDP shards contiguous parameters, so these were converted from another memory format: %s.",
+                some_names(converted),
+            )
         self._meshes = Meshes.make(self._layout, world)
         self._shard(model, world)
         self._allocate(model, world)
         self._materialize(model, metas)
         self._register_parameters(parameters_before, model)
+        keep_gradient_hooks(parameters_before, model, self._logger)
         model = steps.compile(model)
         self._guard(model)
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
@@ -129,10 +142,12 @@ class FSDPPlacement(Placement):
         return model
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        if accumulates:
+            accumulate_in_reduce_dtype(model)
         return GradientPolicy(
             sync_context=self._set_grad_sync,
             always_set_grad_sync=accumulates,
-            complete=functools.partial(self._reduce_held_gradients, model),
+            complete=functools.partial(self._complete_gradients, model),
             discard_pending=cast("FSDPModule", model).reset_iter_state,
         )
 
@@ -271,29 +286,48 @@ class FSDPPlacement(Placement):
         """Store the original parameter names for :meth:`bind`, and add hooks that average unsharded gradients."""
         for name, parameter in before.items():
             self._names_before[parameter] = name
-        for parameter in model.parameters():
-            if parameter.requires_grad and not is_sharded(parameter):
-                parameter.register_post_accumulate_grad_hook(self._average_gradient)
+        for parameter in _whole_parameters(model):
+            # Also on frozen parameters, since they may become trainable. A hook requires requires_grad when it is added.
+            is_trainable = parameter.requires_grad
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._average_gradient)
+            parameter.requires_grad_(is_trainable)
 
     def _average_gradient(self, parameter: Tensor) -> None:
         """Average the gradient of an unsharded parameter in the last micro-batch of an accumulation window."""
         if self._sync and parameter.grad is not None and self._layout.dp_size > 1:
             all_reduce(parameter.grad, "mean", self.dp_group)
 
-    def _reduce_held_gradients(self, model: nn.Module) -> None:
+    def apply_trainable_change(self, model: nn.Module, change: TrainableChange) -> None:
+        try:
+            refresh_fsdp_dtypes(model)
+        except AssertionError as error:
+            raise PlacementError(
+                f"{change}, but FSDP reduces the gradients of a wrapped module together: {error}. Select modules in wrap_policy "
+                "such that the trainable parameters of each have the same dtype, or list these parameters in ignored."
+            ) from error
+        if not self._sync:
+            # In the middle of an accumulation window, the last backward pass no longer reaches these parameters.
+            frozen = set(change.frozen)
+            self._frozen_in_window += [
+                each for name, each in model.named_parameters() if name in frozen and not is_sharded(each)
+            ]
+
+    def _complete_gradients(self, model: nn.Module) -> None:
         """Reduce the gradients that the last backward pass did not reduce. Collective.
 
         This is needed if the update takes place in the middle of an accumulation window, for example because a step
-        calls ``backward`` without the optimizer wrapper.
+        calls ``backward`` without the optimizer wrapper, and for unsharded parameters that were frozen in the window.
         """
         if self._sync:
+            if self._frozen_in_window and self._layout.dp_size > 1:
+                average_gradients(self._frozen_in_window, self.dp_group)
+            self._frozen_in_window = []
             return
+        self._frozen_in_window = []
         self._set_grad_sync(model, sync=True)
         reduce_held_gradients(model)
         if self._layout.dp_size > 1:
-            average_gradients(
-                [each for each in model.parameters() if each.requires_grad and not is_sharded(each)], self.dp_group
-            )
+            average_gradients(_whole_parameters(model), self.dp_group)
 
     # ---- the model's methods ----------------------------------------------------------------------------------------
 
@@ -308,6 +342,7 @@ class FSDPPlacement(Placement):
         # FSDP treats the first module that is called as the root. Make the model the root, even if a step only calls
         # submodules.
         initialize_fsdp_root(model)
+        refresh_fsdp_dtypes(model)
         if self._weights_missing:
             model.register_load_state_dict_post_hook(self._note_loaded)
         for name in _STEPS:
@@ -318,6 +353,8 @@ class FSDPPlacement(Placement):
     def _guarded(self, model: nn.Module, method: Callable[..., Any], *, is_training: bool) -> Callable[..., Any]:
         @functools.wraps(method)
         def step(*args: Any, **kwargs: Any) -> Any:
+            if is_training:
+                self.before_train_step()
             if self._weights_missing:
                 raise StateError(
                     "skip_init_weights=True left the model uninitialized, and no weights were loaded. Load a checkpoint with "
@@ -428,6 +465,13 @@ def _register_method(model: nn.Module, path: str) -> None:
 
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _whole_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not sharded and may be trainable."""
+    return [
+        each for each in model.parameters() if not is_sharded(each) and (each.is_floating_point() or each.is_complex())
+    ]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.distributed import Failure, RankMonitor, barrier, get_world_size
+from stratagem.distributed import EventAgreement, Failure, RankMonitor, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.train.run.hard_exit import dump_stacks, exit_now
 from stratagem.utils import mask_text
@@ -73,7 +73,9 @@ class RankGuard:
         if get_world_size() == 1:
             yield
             return
-        monitor = RankMonitor(self._iteration, lambda failure: self._stop(monitor, failure))
+        monitor = RankMonitor(
+            self._iteration, lambda failure: self._stop(monitor, failure), EventAgreement.publish_checks
+        )
         try:
             yield
             # A rank that finishes first must not be mistaken for one that exited.
