@@ -43,7 +43,7 @@ from torch import Tensor
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 JOB: Final = ROOT / "benchmarks" / "bits_job.py"
-# Both timeouts are long; they end a launch that hangs, for example because one rank failed.
+# Both timeouts are generous, because they only need to end launches that hang, for example after one rank failed.
 STARTUP_S, CASE_S = 180.0, 120.0
 # Keys of a checkpoint whose values differ between any two runs. Only their presence is compared.
 VOLATILE: Final = frozenset(

@@ -275,7 +275,7 @@ def record(case: Case, folder: Path) -> list[Entry]:
 
 
 def main() -> int:
-    """Train the jobs that are named, one after another, on this rank."""
+    """Train the given jobs one after another on this rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where records and checkpoints are written")
     parser.add_argument("--source", type=Path, required=True, help="the folder from which Stratagem must be imported")

@@ -27,7 +27,7 @@ READS = 100_000
 
 
 def write_files(folder: Path) -> Path:
-    """Write the five files: the run is based on a recipe and a dataset; the recipe, on a model and a schedule."""
+    """Write the five files: the run inherits from a recipe and a dataset, and the recipe from a model and a schedule."""
     (folder / "model.py").write_text(
         _stages("model", 22) + "model['backbone'] = dict(type='ResNet', depth=50, width=64)\n"
     )

@@ -74,7 +74,7 @@ class CallCounter:
     @property
     def calls(self) -> int:
         """The number of calls."""
-        # Without the call that disables the profiler.
+        # Do not count the call that disables the profiler.
         return sum(entry.callcount for entry in self.profile.getstats()) - 1
 
 

@@ -1,4 +1,4 @@
-"""Measure the cost of optimization: building and stepping optimizers with parameter groups, averaging, schedules, the wrapper.
+"""Measure the cost of optimization: building and stepping optimizers, averaging, schedules, and the optimizer wrapper.
 
 Run ``python benchmarks/optim.py``. Every figure is the best of several interleaved rounds on one thread. Ratios are relative
 to hand-written code for the same work.
@@ -169,7 +169,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), best of {ROUNDS} rounds")
-    hand_written(nn.Linear(1, 1))  # creating the first optimizer imports the compiler of torch
+    hand_written(nn.Linear(1, 1))  # creating the first optimizer imports torch's compiler
     for tensors in arguments.tensors:
         measure_groups(tensors)
     measure_average()

@@ -4,13 +4,14 @@
         [--what memory|time] [--keep FILE]
 
 The example language model with 19 million parameters is trained on batches of the same 8 sequences with every strategy, with
-AdamW and gradient clipping, in float32 unless stated otherwise. Memory is the private memory of a rank minus that with a tiny
-model, in multiples of the float32 weights, without memory-mapped files: the peak during the iterations, and the memory in use
-between two of them. It is measured in separate processes, whose allocator returns freed memory to the system immediately, which
-takes time. Rounds alternate between the strategies, and medians are reported. With ``--keep``, the measurements are added to a
-file, and the table is computed from all measurements in it; so memory can be measured at any time, and times when the machine is
-idle. The command fails if the losses differ from those of a single process. Engines that are not installed are skipped;
-``make test-deepspeed`` and ``make test-colossalai`` install them.
+AdamW and gradient clipping, in float32 unless stated otherwise. Memory is the private memory of a rank, minus the private memory
+of a rank with a tiny model, in multiples of the float32 weights, without memory-mapped files. The command reports the peak during
+the iterations and the memory in use between two iterations. Memory is measured in separate processes, because their allocator
+returns freed memory to the system immediately, which takes time. Rounds alternate between the strategies, and medians are
+reported. With ``--keep``, the measurements are added to a file, and the table is computed from all measurements in the file. You
+can therefore measure memory at any time, and measure times later, when the machine is idle. The command fails if the losses
+differ from those of a single process. Engines that are not installed are skipped; ``make test-deepspeed`` and
+``make test-colossalai`` install them.
 """
 
 from __future__ import annotations
