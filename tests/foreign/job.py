@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,11 +26,18 @@ STRATEGIES: Mapping[str, tuple[Any, int]] = {
 
 def sample_ids(batch: Any) -> list[str]:
     """Return an ID of each sample of a batch: a digest of its data, without trailing zeros (padding)."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    rows = [value.numpy() for value in values if isinstance(value, Tensor) and value.ndim]
+    rows = list(_arrays(batch))
     return [
         hashlib.sha256(b"".join(_unpadded(row[index]) for row in rows)).hexdigest() for index in range(len(rows[0]))
     ]
+
+
+def _arrays(batch: Any) -> Iterator[np.ndarray]:
+    for value in batch.values() if isinstance(batch, Mapping) else batch:
+        if isinstance(value, Tensor):
+            yield value.numpy()
+        elif isinstance(value, Mapping):
+            yield from _arrays(value)
 
 
 def _unpadded(values: np.ndarray) -> bytes:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.foreign.job import ByHand, Job, Result, combined, run
+from tests.foreign.job import ByHand, Result, combined, run
+from tests.foreign.works_with import NAMES, job_of, page
 from tests.support.ranks import RankError, Ranks
 
-pytestmark = pytest.mark.foreign
+# A slow machine may need minutes for the first job, which starts the ranks and imports the packages.
+pytestmark = [pytest.mark.foreign, pytest.mark.timeout(900)]
 
-NAMES = sorted(file.stem for file in (Path(__file__).parent / "jobs").glob("*.py"))
-
-
-def job_of(name: str) -> Job:
-    """Return the job of a file."""
-    return importlib.import_module(f"tests.foreign.jobs.{name}").JOB
+PAGE = Path(__file__).parents[2] / "docs" / "works-with.md"
 
 
 @functools.cache
@@ -57,7 +53,7 @@ def test_two_ranks_equal_the_hand_written_loop(
         with pytest.raises(RankError, match=job.refused[strategy]):
             ranks.run(run_on_rank, name, strategy, tmp_path)
         return
-    found = combined(ranks.run_within(120, run_on_rank, name, strategy, tmp_path))
+    found = combined(ranks.run_within(300, run_on_rank, name, strategy, tmp_path))
     assert found.samples == expected.samples
     assert len(found.metrics) == len(expected.metrics)
     for metrics, values in zip(found.metrics, expected.metrics, strict=True):
@@ -67,3 +63,9 @@ def test_two_ranks_equal_the_hand_written_loop(
         torch.testing.assert_close(
             value, expected.weights[key], atol=job.tolerance, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def test_the_documentation_lists_the_jobs_and_the_installed_versions() -> None:
+    """The table of the page is the one that ``python -m tests.foreign.works_with`` writes."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text
