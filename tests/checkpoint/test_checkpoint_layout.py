@@ -110,7 +110,7 @@ def test_offsets_that_are_not_integers_are_damage(offsets: object) -> None:
 
 @pytest.mark.parametrize("shape", [[2.0], [True, 2], [-2], 2, None, [None], "2"])
 def test_shapes_that_are_not_integers_are_damage(shape: object) -> None:
-    """The same holds for shapes."""
+    """A shape that is not a list of non-negative integers is reported as damage."""
     text = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
     header = len(text).to_bytes(8, "little") + text
     with pytest.raises(CheckpointDamagedError, match="The header of the file cannot be read"):

@@ -52,7 +52,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 @each_tensor
 @pytest.mark.parametrize("name", ["c", "c.pth"])
 def test_dtypes_that_safetensors_lacks_are_restored(tensor: Tensor, name: str, tmp_path: Path) -> None:
-    """Both formats restore the dtype and every byte."""
+    """A directory and a ``.pth`` file restore the dtype and every byte."""
     save_checkpoint({"state_dict": {"w": tensor, "v": torch.ones(3)}}, tmp_path / name)
     state = CheckpointLoader.load_checkpoint(tmp_path / name)["state_dict"]
     assert same(tensor, state["w"])
@@ -61,7 +61,7 @@ def test_dtypes_that_safetensors_lacks_are_restored(tensor: Tensor, name: str, t
 
 @each_tensor
 def test_dtypes_that_safetensors_lacks_are_converted(tensor: Tensor, tmp_path: Path) -> None:
-    """Conversion to DCP and back restores them; safetensors files for other tools reject them."""
+    """Conversion to DCP and back restores the tensors; conversion to safetensors files for other tools is rejected."""
     save_checkpoint({"state_dict": {"w": tensor}}, tmp_path / "c")
     convert_checkpoint(tmp_path / "c", tmp_path / "dcp", "dcp")
     with open_checkpoint(tmp_path / "dcp") as tree:
@@ -72,7 +72,7 @@ def test_dtypes_that_safetensors_lacks_are_converted(tensor: Tensor, tmp_path: P
 
 @pytest.mark.parametrize("name", ["c", "c.pth"])
 def test_a_meta_tensor_is_rejected_by_name(name: str, tmp_path: Path) -> None:
-    """Both formats name the tensor without values."""
+    """A tensor without values is rejected with its name, in both formats."""
     with pytest.raises(CheckpointError, match="state_dict/w is a tensor on the meta device"):
         save_checkpoint({"state_dict": {"w": torch.empty(2, device="meta")}}, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -133,7 +133,7 @@ def test_a_tensor_that_cannot_be_saved_is_rejected_before_training(
 
 
 def test_a_run_with_a_complex128_buffer_resumes(tmp_path: Path) -> None:
-    """The buffer is restored by a resumed run."""
+    """A resumed run restores the buffer."""
     with_buffer = run_with(UNUSUAL["complex128"], tmp_path)
     with_buffer.train()
     with_buffer.close()

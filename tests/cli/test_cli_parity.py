@@ -151,7 +151,7 @@ def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str
 def test_a_training_that_cannot_be_split(
     stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]
 ):
-    """A training that cannot be split raises an error before any training."""
+    """A run that cannot be split raises an error before it trains."""
     done = stratagem("parity", config, *words)
     assert done.status == 2
     for text in texts:
@@ -175,7 +175,7 @@ def test_the_number_of_steps_is_limited_by_the_epoch(stratagem: Command, config:
     ],
 )
 def test_a_training_that_does_not_train_is_an_error(stratagem: Command, config: str, change: str):
-    """Without a moving parameter all variants are equal, which must not look like success."""
+    """If no parameter changes, all variants are equal, which must not be reported as success."""
     change = change.replace("FrozenModel", f"{__name__}.FrozenModel").replace("ZeroG", f"{__name__}.ZeroG")
     options = ("--set", change, *(("--set", "optim_wrapper.optimizer.weight_decay=0") if "Zero" in change else ()))
     done = stratagem("parity", config, *SMALL, *options, "--nproc", "1")

@@ -1,4 +1,4 @@
-"""Names from files cannot act on the terminal, whichever command prints them."""
+"""All commands print names from files without control characters."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EVIL = "e\x1b[31mv\x1b]0;title\x07\x9b1A\r\u202el\u200b\n"
 
 
 def controls_in(text: str) -> set[str]:
-    """Return the characters in text that act on a terminal, except line feeds."""
+    """Return the control characters in a text, except line feeds."""
     return {each for each in text if not each.isprintable() and each != "\n"}
 
 
 def checkpoint(path: Path, **state: Any) -> Path:
-    """Save a checkpoint whose names and values are hostile."""
+    """Save a checkpoint whose names and values contain control characters."""
     tree = {
         "state_dict": {EVIL: torch.ones(1), **state},
         "hooks": {EVIL: {EVIL: torch.zeros(1), "text": EVIL}},
@@ -118,7 +118,7 @@ def test_commands_on_configurations_escape_names(
     [f"{EVIL}=1", f"model.{EVIL}=1", f"train_cfg.max_epochs={EVIL}", f"custom_hooks=[{EVIL}", EVIL, f"a.{EVIL}.b=[1"],
 )
 def test_errors_about_overrides_are_escaped(stratagem: Command, config: str, text: str) -> None:
-    """An override from a script with a hostile name is reported without control characters."""
+    """An override whose key contains control characters is reported without them."""
     for words in (("config", "check", config), ("config", "show", config), ("train", config)):
         outcome = stratagem(*words, "--set", text)
         assert outcome.out + outcome.err
@@ -126,7 +126,7 @@ def test_errors_about_overrides_are_escaped(stratagem: Command, config: str, tex
 
 
 def test_log_lines_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The console and the log file hold no control characters from names."""
+    """Control characters in names appear neither on the console nor in the log file."""
     logger = Logger("x", log_file=tmp_path / "log")
     logger.warning("Loading %s", EVIL)
     logger.log(logging.ERROR, EVIL)

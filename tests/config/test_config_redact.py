@@ -45,7 +45,7 @@ def test_values_that_are_not_strings_are_saved_as_values(monkeypatch):
 
 
 def test_a_default_under_a_secret_name_is_masked(monkeypatch):
-    """The default of a placeholder is masked under a secret name, and omitted if the variable is set."""
+    """The default of a placeholder is masked if the key names a secret, and omitted if the variable is set."""
     monkeypatch.delenv("SOME_VALUE", raising=False)
     text = "password = '{{ $SOME_VALUE:hunter2 }}'"
     assert show(Config.fromstring(text, ".py")) == "password = '{{ $SECRET:password }}'\n"
@@ -83,7 +83,7 @@ SECRETS = {
 
 @pytest.mark.parametrize("key", SECRETS)
 def test_secrets_are_saved_as_placeholders(key):
-    """Strings under secret names and the secrets in URLs are masked; all other values are unchanged."""
+    """Strings whose keys name secrets, and secrets in URLs, are masked; all other values are unchanged."""
     value, kept = SECRETS[key]
     config = Config({key: value})
     assert show(config) == show(Config({key: kept})) == config.dump() == config.pretty_text
@@ -133,7 +133,7 @@ def test_a_variable_named_secret_is_an_ordinary_variable(monkeypatch):
 
 
 def test_explain_shows_no_secrets(monkeypatch):
-    """Explain shows each change in masked form, even if a parent key has a secret name."""
+    """Explain shows each change in masked form, even if a parent key names a secret."""
     monkeypatch.setenv("WORD", "w0rd-of-the-environment")
     config = Config.fromstring("credentials = dict(value='hunter2', more=dict(a='hunter3'))\na = '{{ $WORD }}'", ".py")
     config.merge_from_dict({"credentials.value": "hunter4"})

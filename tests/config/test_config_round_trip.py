@@ -212,7 +212,7 @@ def round_trip(folder: Path, suffix: str, value: Any) -> Any:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("kind", VALUES)
 def test_a_value_loads_as_it_was_or_is_refused(tmp_path: Path, suffix: str, kind: str):
-    """A value never becomes a different value or a text; the error names its key."""
+    """A value is never loaded as a different value or as text; if it cannot be dumped, the error names its key."""
     loaded = round_trip(tmp_path, suffix, VALUES[kind])
     if isinstance(loaded, ConfigValueError):
         assert "vars.deep.0.v" in str(loaded)
@@ -229,7 +229,7 @@ PLAIN |= {"own IntEnum", "StrEnum", "IntFlag", "empty", "mixed list"} | {
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("kind", sorted(PLAIN))
 def test_strings_and_numbers_of_all_kinds_can_be_written(tmp_path: Path, suffix: str, kind: str):
-    """Strings that look like numbers, NumPy scalars and enums of numbers and strings have a value in every language."""
+    """Strings that look like numbers, NumPy scalars and enums of numbers and strings can be dumped in every language."""
     assert is_same(VALUES[kind], round_trip(tmp_path, suffix, VALUES[kind]))
 
 
@@ -281,7 +281,7 @@ TREES = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(value=TREES)
 def test_any_tree_loads_as_it_was_or_is_refused(tmp_path_factory: Any, suffix: str, value: Any):
-    """The property holds for any combination of values."""
+    """Any combination of values loads with equal values or raises an error that names the key."""
     loaded = round_trip(tmp_path_factory.mktemp("dump"), suffix, value)
     if isinstance(loaded, ConfigValueError):
         assert "vars.deep.0.v" in str(loaded)
@@ -297,7 +297,7 @@ def test_a_top_level_key_that_python_cannot_assign_is_refused(key: Any):
 
 
 def test_a_top_level_key_can_have_the_name_of_a_builtin(tmp_path: Path):
-    """Expressions that use the builtin come first."""
+    """Expressions that use the builtin are written before the key of the same name."""
     data = {"dict": {"a": 1}, "set": 1, "float": 2, "x": {"s": {1}, "f": math.inf}}
     Config(data).dump(tmp_path / "run.py")
     assert Config.fromfile(tmp_path / "run.py").to_dict() == data

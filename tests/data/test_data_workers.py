@@ -244,7 +244,7 @@ def test_other_errors_are_unchanged() -> None:
 
 
 def killed_after(seconds: float) -> multiprocessing.process.BaseProcess:
-    """Return a process that is killed after a moment."""
+    """Return a process that is killed shortly after it starts."""
     process = get_context("fork").Process(target=_kill_itself, args=(seconds,))
     process.start()
     return process
@@ -266,7 +266,7 @@ def test_an_error_in_reading_from_a_dying_worker_names_the_worker(error: Excepti
 
 
 def test_a_dead_worker_is_named_if_its_error_arrives_in_a_save() -> None:
-    """Torch raises the error wherever the main process is; a save reports it as the reason of its failure."""
+    """If torch raises the error during a save, the save fails with this error as its cause, and the worker is still named."""
     message = "The data worker with process id 12 is killed by signal: Killed"
     failed_save = CheckpointError("epoch_1: the checkpoint could not be written")
     failed_save.__cause__ = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
@@ -276,7 +276,7 @@ def test_a_dead_worker_is_named_if_its_error_arrives_in_a_save() -> None:
 
 @pytest.mark.parametrize("error", [EOFError("end"), OSError(5, "disk"), CheckpointError("x")], ids=["eof", "os", "own"])
 def test_errors_with_active_workers_are_unchanged(error: Exception) -> None:
-    """An error of the dataset is raised as it is while the workers are alive."""
+    """An error in the dataset is raised unchanged while the workers are alive."""
     process = get_context("fork").Process(target=time.sleep, args=(60,))
     process.start()
     try:

@@ -51,7 +51,7 @@ def train(optim_of: Callable[[nn.Module], Any], batch_size: int, **options: Any)
 
 
 def by_hand(optim_of: Callable[[nn.Module], torch.optim.Optimizer], record: ByHand):
-    """Train the same in a plain loop."""
+    """Run the same training in a plain loop."""
     training, validation = data()
     model = network()
     optim = optim_of(model)
@@ -82,7 +82,7 @@ def optimizer_job(
     configured: Callable[[nn.Module], Any] | None = None,
     **options: Any,
 ) -> Job:
-    """Return the job of an optimizer; ``configured`` is what Stratagem gets, by default the optimizer itself."""
+    """Return the job for an optimizer; ``configured`` is what Stratagem gets, by default the optimizer itself."""
     return Job(
         packages=(package, "scikit-learn"),
         summary=summary,

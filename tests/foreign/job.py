@@ -1,4 +1,4 @@
-"""A training job with packages of other projects, and its results next to those of a hand-written loop."""
+"""A training job that uses third-party packages, and its results compared with those of a hand-written loop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Recorder(Hook):
 @final
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a job must have in common with its hand-written loop.
+    """The results that a job must have in common with its hand-written loop.
 
     Attributes:
         samples: the IDs of the samples of every iteration, sorted.
@@ -77,7 +77,7 @@ class Result:
 
 @final
 class ByHand:
-    """What a hand-written loop records: call ``samples`` with every batch and ``metrics`` after every validation."""
+    """Records the results of a hand-written loop: call ``samples`` with every batch and ``metrics`` after every validation."""
 
     def __init__(self) -> None:
         self._samples: list[list[str]] = []
@@ -99,14 +99,14 @@ class ByHand:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A training job with packages of other projects.
+    """A training job that uses third-party packages.
 
     Attributes:
         packages: the names of the distributions that the job uses.
         summary: what is trained, for the documentation.
         train: called with the batch size per rank and further arguments of the runner. Returns a runner that has trained, and
             the user's own network.
-        by_hand: trains the same without Stratagem, in one process.
+        by_hand: runs the same training without Stratagem, in one process.
         batch: the number of samples of an iteration over all ranks.
         tolerance: the largest absolute difference of the weights on two ranks. In one process, they must be equal.
         metric_tolerance: the largest absolute difference of the metrics on two ranks.

@@ -1,4 +1,4 @@
-"""Jobs with packages of other projects train the same as a hand-written loop, in one process and on two ranks."""
+"""Jobs that use third-party packages give the same results as a hand-written loop, in one process and on two ranks."""
 
 from __future__ import annotations
 

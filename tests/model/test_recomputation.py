@@ -146,7 +146,7 @@ def test_batch_norm_in_a_checkpoint_of_the_model(tmp_path: Path, call: Any, accu
 
 
 def test_error_in_a_recomputation_restores_the_buffers():
-    """The buffers of the model are restored after a forward pass within the backward pass failed."""
+    """The buffers of the model are restored if the forward pass that is repeated in the backward pass fails."""
 
     class Failing(nn.BatchNorm1d):
         calls = 0

@@ -44,7 +44,7 @@ class ShardNorm(WholeNorm):
 
 
 class Stateful(WholeNorm):
-    """Counts its updates in an attribute, which trying it must not change."""
+    """Counts its updates in an attribute, which trial updates must not change."""
 
     updates = 0
 
@@ -90,7 +90,7 @@ def all_of_torch(folder: str) -> dict[str, str]:
 def test_torch_optimizers_that_cannot_update_shards_are_refused_before_the_first_step(
     ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Adafactor, Rprop and Muon are refused with the parameter and alternatives; elementwise optimizers train."""
+    """Adafactor, Rprop and Muon raise an error that names the parameter and alternatives; elementwise optimizers train."""
     for errors in ranks.run(all_of_torch, str(tmp_path)):
         assert {name for name, error in errors.items() if error} == set(REFUSED)
         for name, cause in REFUSED.items():
@@ -111,7 +111,7 @@ def custom(folder: str) -> dict[str, str]:
 
 
 def test_an_optimizer_of_another_library_is_judged_by_its_numbers(ranks: Ranks, tmp_path: Path) -> None:
-    """An optimizer that silently computes something else on shards is refused; one with global norms trains."""
+    """An optimizer that silently computes something else on shards is rejected; one that uses global norms trains."""
     for errors in ranks.run(custom, str(tmp_path)):
         assert errors["WholeNorm"] == errors["Stateful"] == ""
         assert re.search(r"ShardNorm .* its update differs by 0\.\d+ of the largest change", errors["ShardNorm"])

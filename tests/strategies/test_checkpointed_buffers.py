@@ -69,7 +69,7 @@ def test_fsdp_checkpoints_train_as_without(ranks: Ranks, tmp_path: Path, options
 @pytest.mark.parametrize("call", [reentrant, non_reentrant])
 @pytest.mark.parametrize("kind", [DDPStrategy, FSDPStrategy])
 def test_checkpoints_in_the_model_keep_batch_norm(ranks: Ranks, tmp_path: Path, kind: type[BaseStrategy], call: Any):
-    """BatchNorm in a model that calls torch's checkpoint is updated as without it, on each rank."""
+    """If a model calls torch's checkpoint, BatchNorm is updated on each rank as it would be without the call."""
     plain = ranks.run(train, kind, str(tmp_path / "plain"), {}, custom=False)
     checkpointed = ranks.run(train, kind, str(tmp_path / "checkpointed"), {}, call, custom=False)
     for rank in range(2):

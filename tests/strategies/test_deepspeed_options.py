@@ -92,7 +92,7 @@ def test_auto_counts_as_not_set() -> None:
 
 
 def test_an_optimizer_whose_learning_rate_is_auto_is_rejected() -> None:
-    """Otherwise the run would train with torch's default learning rate, which nobody chose."""
+    """``"auto"`` raises an error, because the run would otherwise train with torch's default learning rate."""
     config = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": "auto"}}}
     with pytest.raises(ConfigValueError, match=r"optimizer.params.eps, optimizer.params.lr is 'auto'.*lr=\.\.\."):
         with_optimizer({}, parse(config).optimizer)

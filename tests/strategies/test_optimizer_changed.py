@@ -58,7 +58,7 @@ def state_of(name: str, *, before: bool, **options: Any) -> tuple[nn.Linear, dic
 @pytest.mark.parametrize("own", OPTIMIZERS)
 @pytest.mark.parametrize("saved", OPTIMIZERS)
 def test_the_state_of_another_optimizer_is_refused_before_the_first_step(saved: str, own: str, *, before: bool) -> None:
-    """Of 100 pairs, the 10 equal ones continue as an uninterrupted run, and the error of the others names what to do."""
+    """Of 100 pairs of optimizers, the 10 equal ones continue like an uninterrupted run; the others raise an error with advice."""
     model, state = state_of(saved, before=before)
     resumed, wrapper = trained(own, steps=0)
     if own != saved:
@@ -80,7 +80,7 @@ def test_the_state_of_another_optimizer_is_refused_before_the_first_step(saved: 
 def test_adam_and_adamw_continue_each_other_without_weight_decay(
     saved: str, own: str, caplog: pytest.LogCaptureFixture, *, before: bool
 ) -> None:
-    """Without weight decay, both compute the same. A later weight decay is that of the configured optimizer."""
+    """Without weight decay, both optimizers are equivalent. The configured one determines how weight decay is applied later."""
     model, state = state_of(saved, before=before, weight_decay=0.0)
     resumed, wrapper = trained(own, steps=0, weight_decay=0.0)
     with caplog.at_level("INFO"):

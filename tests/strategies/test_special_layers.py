@@ -28,7 +28,7 @@ TP = {"type": "FSDPStrategy", "tp": 2, "tp_plan": PLAN}
 def test_special_layers_train_as_in_one_process(
     ranks: Ranks, tmp_path: Path, strategy: dict[str, Any], kinds: list[str]
 ) -> None:
-    """The losses equal those of a single process, and each kind changes the losses, or is only an empty parameter."""
+    """The losses equal those of a single process. Every kind of layer affects the losses, except empty parameters."""
     expected = all_losses(SINGLE, str(tmp_path), [*kinds, "plain"])
     for found in ranks.run(all_losses, strategy, str(tmp_path), kinds):
         for kind in kinds:

@@ -448,7 +448,7 @@ def test_scaling_after_building_schedulers_is_rejected(single: Make) -> None:
 
 @pytest.mark.parametrize("base", [None, 0, -4, "16", True])
 def test_scaling_requires_the_base_batch_size(single: Make, base: Any) -> None:
-    """A missing or invalid base_batch_size must be .* got an error."""
+    """A missing or invalid ``base_batch_size`` raises an error that shows the value."""
     with pytest.raises(ConfigValueError, match=f"base_batch_size must be .* got {base!r}"):
         single(auto_scale_lr={"enable": True, "base_batch_size": base})
 

@@ -1,4 +1,4 @@
-"""Buffers that ranks update from their own samples, in evaluations and checkpoints."""
+"""Evaluations and checkpoints of models with buffers that each rank updates from its own samples."""
 
 import contextlib
 from collections.abc import Mapping

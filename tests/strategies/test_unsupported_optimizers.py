@@ -1,4 +1,4 @@
-"""Combinations of optimizers, gradients and options of a strategy that are refused or that need care."""
+"""Combinations of optimizers, gradients and options of a strategy that are rejected or need special handling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUIET = {"log_kwargs": {"log_level": "ERROR"}}
 
 
 def test_lbfgs_is_refused_before_training_with_the_default_train_step(tmp_path: Path) -> None:
-    """The error explains the closure, which torch reports as a missing argument in the first step."""
+    """The error explains that a closure is needed; torch would only report a missing argument in the first step."""
     strategy = SingleDeviceStrategy(work_dir=str(tmp_path), **QUIET)
     with pytest.raises(ConfigValueError, match="LBFGS calls a closure several times per update"):
         strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "LBFGS"}})

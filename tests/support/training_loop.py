@@ -17,7 +17,7 @@ from stratagem.train.hooks import ParamSchedulerHook
 
 @dataclass(frozen=True)
 class Iteration:
-    """The batch of this rank, the learning rates before the step, and its outputs.
+    """The batch of this rank, the learning rates before the step, and the outputs of the step.
 
     ``grad_norm`` is None if gradients are not clipped or if the iteration did not complete an accumulation window.
     """

@@ -52,7 +52,7 @@ class Spoil(Hook):
 def spoiled_settings(
     spoil: Mapping[int, str], *, rank: int | None = None, hooks: Mapping[str, Any] | None = None, **changes: Any
 ) -> tuple[dict[str, Any], Recorder, Spoil]:
-    """Return the settings of such a run of two epochs, its recorder, and the hook."""
+    """Return the settings of a two-epoch run with non-finite values, its recorder, and the hook."""
     recorder, spoiler = Recorder(), Spoil(spoil, rank)
     default_hooks = {"runtime_info": None, "logger": None, "checkpoint": None, **(hooks or {})}
     arguments = settings(

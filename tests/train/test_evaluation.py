@@ -82,7 +82,7 @@ def test_a_custom_metric_receives_results_in_the_order_of_the_samples():
 
 
 def test_a_given_prefix_replaces_the_default():
-    """A given prefix replaces the default, as two metrics of one class require."""
+    """``prefix`` replaces the default name, which is necessary for two metrics of the same class."""
     values = evaluate([Numbers(prefix="a"), ACCURACY])
     assert list(values) == ["a/numbers", "a/count", "accuracy"]
 

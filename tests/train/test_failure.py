@@ -109,13 +109,13 @@ def test_an_error_that_quotes_another_rank_is_not_the_reported_one(ranks: Ranks,
     ],
 )
 def test_a_timeout_of_gloo_is_recognized(text: str):
-    """Not all messages of Gloo mention its source files."""
+    """Gloo errors are recognized even if the message does not mention Gloo's source files."""
     assert _is_timeout(RuntimeError(text))
     assert _is_communication_error(RuntimeError(text))
 
 
 def test_a_rank_that_is_lost_in_a_save_is_a_communication_error():
-    """The errors of a group of ranks and of a save wrap the error of the collective, whose cause is on another rank."""
+    """Errors of a rank group and of a save are recognized by the collective error that they wrap."""
     lost = TrainingError("Rank 0 lost the connection to the other 1 rank(s)")
     lost.__cause__ = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     save = CheckpointError("epoch_1: the checkpoint could not be written")

@@ -66,13 +66,13 @@ def test_a_hook_keeps_its_state_if_another_one_is_added(make_runner: MakeRunner)
 
 
 def test_two_hooks_with_the_same_key_are_refused_at_the_start(make_runner: MakeRunner):
-    """The error shows what to write."""
+    """The error suggests a ``state_key`` for the configuration."""
     with pytest.raises(ConfigValueError, match=r'Counter.*state_key="first"'):
         make_runner(custom_hooks=[Counter(1), Counter(100)])
 
 
 def test_two_hooks_without_a_state_need_no_key(make_runner: MakeRunner):
-    """Hooks that do not override ``state_dict`` have nothing to tell apart."""
+    """Several hooks of one class are accepted if they do not override ``state_dict``."""
     make_runner(custom_hooks=[Hook(), Hook()])
 
 
@@ -83,7 +83,7 @@ def test_the_key_can_be_configured(make_runner: MakeRunner):
 
 
 def test_a_key_in_a_configuration_passes_the_check():
-    """The check of configurations knows ``state_key``."""
+    """The configuration check accepts ``state_key``."""
     model = {"type": "torch.nn.Linear", "in_features": 1, "out_features": 1}
     hook = {"type": "EarlyStoppingHook", "monitor": "loss", "state_key": "a"}
     Runner.from_cfg(Config({"model": model, "custom_hooks": [hook], "log_level": "ERROR"})).close()
@@ -98,7 +98,7 @@ def test_two_early_stops_are_told_apart_by_their_metric(make_runner: MakeRunner)
 
 
 def test_checkpoint_hooks_without_a_best_metric_have_no_state(make_runner: MakeRunner):
-    """Several of them can save at different intervals, as before."""
+    """Several checkpoint hooks can save at different intervals, as before."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 2}}
     make_runner(default_hooks=hooks, custom_hooks=[{"type": "CheckpointHook", "interval": 1}])
 
@@ -135,14 +135,14 @@ def test_states_by_position_are_matched_by_their_metric():
 
 
 def test_as_many_states_as_hooks_are_matched_by_position_with_a_warning():
-    """The checkpoint does not show whether the order has changed."""
+    """A warning states that the order may have changed, because the checkpoint does not show this."""
     found, warnings = matched({"Counter": {"n": 1}, "Counter_2": {"n": 2}}, Counter(1, "a"), Counter(1, "b"))
     assert found == {"a": {"n": 1}, "b": {"n": 2}}
     assert "If that order has changed" in warnings[0]
 
 
 def test_states_by_position_are_not_restored_if_a_hook_was_removed():
-    """It is unknown which of the two states belongs to the remaining hook."""
+    """Neither of the two states is restored, because it is unknown which one belongs to the remaining hook."""
     found, warnings = matched({"Counter": {"n": 1}, "Counter_2": {"n": 2}}, Counter(1, "b"))
     assert found == {}
     assert "none is restored" in warnings[0]
@@ -155,7 +155,7 @@ def test_a_class_whose_name_ends_with_a_number_is_not_a_position():
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(make_runner: MakeRunner, tmp_path: Path):
-    """Without the mark in ``meta``, a state under the name of the class belongs to the only hook of that class."""
+    """In an old checkpoint without the entry in ``meta``, a state under a class name belongs to the only hook of that class."""
     train(make_runner, [Counter(100)], 1)
     state = tmp_path / "run" / "epoch_1" / "state.json"
     assert json.loads(state.read_text())  # the states of hooks are in the checkpoint

@@ -59,7 +59,7 @@ def test_a_signal_during_a_validation_aborts_it(make_runner: MakeRunner, tmp_pat
 
 
 def test_a_signal_during_a_save_lets_it_finish(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """A signal during a save lets it finish, and the run ends at the next boundary with another checkpoint."""
+    """If a signal arrives during a save, the save completes, and the run ends at the next boundary with another checkpoint."""
     hooks = {"checkpoint": {"interval": 2, "by_epoch": False}}
     runner = make_runner(custom_hooks=[SignalIn("before_save_checkpoint")], default_hooks=hooks)
     train_until_signal(runner)

@@ -132,7 +132,7 @@ def test_a_run_continues_after_a_validation_without_metrics(
 
 
 def test_the_first_metric_is_chosen_when_there_is_one(make_runner: MakeRunner):
-    """With ``save_best="auto"``, a validation without metrics does not choose."""
+    """With ``save_best="auto"``, a validation without metrics does not determine the metric."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"save_best": "auto"}}
     runner = train(make_runner, [{}, {"acc": 0.1}], default_hooks=hooks)
     assert (Path(runner.strategy.work_dir) / "best_acc_epoch_2").is_dir()
@@ -153,7 +153,7 @@ def test_a_known_metric_may_be_missing_beside_others(make_runner: MakeRunner, re
 
 
 def test_a_validation_without_metrics_does_not_count_towards_the_patience_of_a_plateau(make_runner: MakeRunner):
-    """With a patience of one, the value is reduced after two validations without improvement, wherever the empty ones are."""
+    """With a patience of one, the value is reduced after two bad validations; validations without metrics do not count."""
     plateau = {"type": "ReduceOnPlateauLR", "monitor": "acc", "rule": "greater", "patience": 1}
     # The validation after the last epoch is not counted.
     results = [{"acc": 0.5}, {}, {}, {"acc": 0.5}, {}]

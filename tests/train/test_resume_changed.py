@@ -59,7 +59,7 @@ def test_resume_param_scheduler_false_continues_with_the_configured_schedule(mak
 
 
 def test_a_different_number_or_type_of_schedules_must_be_requested(make_runner: MakeRunner):
-    """Without ``resume_param_scheduler=False`` it raises an error; with it, new schedules start at the current position."""
+    """Different schedules raise an error unless ``resume_param_scheduler=False``; then they start at the current position."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
     other = [{"type": "StepLR", "step_size": 1, "gamma": 0.5}, {"type": "ConstantLR", "factor": 0.5, "by": "step"}]
     with pytest.raises(CheckpointMismatchError, match="resume_param_scheduler=False"):
@@ -116,7 +116,7 @@ class Taller(Toy):
 
 
 def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
-    """An unlisted one raises an error; a listed one keeps its initialization, and the others keep their optimizer state."""
+    """A new parameter that is not listed raises an error; a listed one keeps its initial value, and all others are restored."""
     adam = {"optimizer": {"type": "Adam", "lr": 0.01}}
     first = make_runner(optim_wrapper=adam, default_hooks=SAVING, train_cfg={"max_epochs": 1})
     first.train()

@@ -120,7 +120,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(
 
 
 def test_a_checkpoint_saved_during_validation_has_all_three_weights(make_runner: MakeRunner, tmp_path: Path):
-    """The model part holds the evaluation weights, the optimizer part the training weights, and the average its own."""
+    """Checkpoints contain evaluation weights in the model part, training weights in the optimizer part, and the average."""
 
     class SaveInside(Means):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -137,7 +137,7 @@ def test_a_checkpoint_saved_during_validation_has_all_three_weights(make_runner:
 
 
 def test_the_schedulefree_library_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path):
-    """Its AdamW, given by its qualified name, resumes exactly, including validations and checkpoints."""
+    """AdamW from schedulefree, configured by its qualified name, resumes exactly, including validations and checkpoints."""
     pytest.importorskip("schedulefree")
     optim = {"optim_wrapper": {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "warmup_steps": 3}}}
     whole, pieces = Recorder(), Recorder()

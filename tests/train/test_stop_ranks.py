@@ -74,7 +74,7 @@ def test_a_request_to_stop_after_an_epoch_on_one_rank_stops_all_ranks(ranks: Ran
 
 
 class Diary(Hook):
-    """Adds an entry and has a state that differ between ranks."""
+    """Adds an entry to each checkpoint and has a state; both differ between ranks."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

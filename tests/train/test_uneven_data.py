@@ -118,7 +118,7 @@ def test_an_epoch_can_end_with_the_shortest_rank(ranks: Ranks, tmp_path: Path, t
 
 
 def test_an_unknown_policy_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """The error suggests the closest value."""
+    """The error for an invalid value suggests the closest valid one."""
     changes = {"train_cfg": {"max_epochs": 1, "uneven_data": "shortst"}}
     for (error,) in ranks.run(train, str(tmp_path), ["stream"], "DDPStrategy", changes):
         assert "uneven_data='shortst'. Did you mean 'shortest'?" in error

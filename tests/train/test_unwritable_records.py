@@ -1,4 +1,4 @@
-"""Records that a run does not depend on never decide how it ends."""
+"""A run is not affected by records that cannot be written, unless it depends on them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_run_does_not_start_on_a_full_disk(make_runner: MakeRunner, disk: Full
 def test_a_run_on_a_full_disk_completes_with_one_warning(
     make_runner: MakeRunner, disk: FullDisk, capsys: pytest.CaptureFixture[str], at: int
 ) -> None:
-    """A run without checkpoints trains to its end, although its record cannot be written, and says so once for each record."""
+    """A run without checkpoints completes although its records cannot be written; each record causes one warning."""
     fill = At(at, lambda _: setattr(disk, "is_full", True))
     runner = make_runner(default_hooks=LOGGED, custom_hooks=[fill], train_cfg={"max_epochs": 1}, log_level="INFO")
     runner.train()
@@ -70,7 +70,7 @@ def test_a_run_on_a_full_disk_completes_with_one_warning(
 
 
 def test_a_deleted_log_folder_is_a_warning(make_runner: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run whose log folder is deleted meanwhile trains to its end and saves its checkpoint."""
+    """A run whose log folder is deleted during training completes and saves its checkpoint."""
     delete = At(3, lambda run: shutil.rmtree(run.log_dir))
     saving = {**LOGGED, "checkpoint": {"interval": 1}}
     runner = make_runner(default_hooks=saving, custom_hooks=[delete], train_cfg={"max_epochs": 1}, log_level="INFO")
@@ -111,7 +111,7 @@ class Unwritable:
 
 
 def test_a_recorder_that_cannot_write_is_a_warning(make_runner: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
-    """The scalars of each iteration are lost with one warning in all."""
+    """If the scalars cannot be written in any iteration, only one warning is logged."""
     add = At(1, lambda run: run.recorders.append(Unwritable()))
     runner = make_runner(default_hooks=LOGGED, custom_hooks=[add], train_cfg={"max_epochs": 1}, log_level="INFO")
     runner.train()

@@ -186,13 +186,13 @@ def test_a_pipe_in_the_work_directory_does_not_block_the_start(make_runner: Make
 
 @pytest.mark.parametrize("name", ["caf\udce9", "a\0b"])
 def test_a_work_directory_that_is_not_utf8_is_rejected_at_the_start(make_runner: MakeRunner, tmp_path: Path, name: str):
-    """Checkpoints in it could be written, but not read by safetensors; a NUL character is rejected in the same way."""
+    """Safetensors could write checkpoints to such a path, but not read them; a NUL character is rejected in the same way."""
     with pytest.raises(WorkDirError, match=r"work_dir: .* (is not UTF-8 at byte \d+|contains a NUL character)"):
         make_runner(work_dir=str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_name_that_is_not_utf8_is_rejected(tmp_path: Path):
-    """The same holds for checkpoints without a run."""
+    """Saving a checkpoint under such a name is also rejected without a run."""
     with pytest.raises(CheckpointError, match="is not UTF-8"):
         save_checkpoint({"state_dict": {}}, tmp_path / "caf\udce9")

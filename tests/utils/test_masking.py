@@ -23,7 +23,7 @@ OTHER_NAMES = (
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_values_of_secret_names_are_masked(name: str) -> None:
-    """A value under a secret name is masked."""
+    """A value whose key names a secret is masked."""
     assert mask_secrets({name: "hunter2"}) == {name: "***"}
 
 
@@ -41,13 +41,13 @@ def test_an_object_under_an_ambiguous_name_is_kept() -> None:
 
 
 def test_everything_under_a_secret_name_is_masked() -> None:
-    """Strings and numbers below a secret name are masked at any depth."""
+    """Strings and numbers below a key that names a secret are masked at any depth."""
     given = {"login": {"credentials": {"user": "me", "pins": [1234, "x"]}}, "lr": 0.1}
     assert mask_secrets(given) == {"login": {"credentials": {"user": "***", "pins": ["***", "***"]}}, "lr": 0.1}
 
 
 def test_other_values_are_kept() -> None:
-    """Values that are not secret are unchanged, and so are flags under secret names."""
+    """Values that are not secret are unchanged, and so are flags whose keys name a secret."""
     given: dict[str, Any] = {"lr": 0.1, "sizes": (1, 2), "use_token": True, "token": None, "name": "resnet"}
     assert mask_secrets(given) == given
 
@@ -103,7 +103,7 @@ def test_secrets_in_urls_are_masked(text: str, masked: str) -> None:
     ],
 )
 def test_assigned_secrets_in_messages_are_masked(text: str, masked: str) -> None:
-    """Values assigned to secret names are masked anywhere in a string."""
+    """Values that are assigned to names of secrets are masked anywhere in a string."""
     assert mask_text(text) == masked
 
 

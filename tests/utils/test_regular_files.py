@@ -1,4 +1,4 @@
-"""Only regular files are opened for writing; anything else is an error at once."""
+"""Only regular files are opened for writing; anything else raises an error immediately."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def saved_in_background(folder: str, **options: Any) -> tuple[dict[str, Any], di
 
 
 class LargerGpt(Gpt):
-    """Has one additional parameter."""
+    """The small model with one additional parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def _batch(strategy: Any) -> list[Tensor]:
 
 
 class WithBatchNorm(Gpt):
-    """Contains batch normalization."""
+    """A model with batch normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class WithBatchNorm(Gpt):
 
 
 class OfTwoTypes(Gpt):
-    """One of its parameters has another dtype."""
+    """A model in which one parameter has a different dtype."""
 
     def __init__(self) -> None:
         super().__init__()

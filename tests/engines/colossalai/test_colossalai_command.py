@@ -73,7 +73,7 @@ def test_the_colossalai_format_contains_averaged_weights(tmp_path: Path) -> None
 
 
 def test_averaging_rounded_weights_is_rejected(tmp_path: Path) -> None:
-    """With bfloat16, the average would be of the model's rounded weights instead of the master weights."""
+    """EMAHook is rejected with bfloat16, because it would average rounded weights instead of the master weights."""
     config = _config(tmp_path / "run.py", strategy=STRATEGY + "\n" + AVERAGE)
     message = _stratagem(tmp_path, "train", str(config), "--nproc", "2", status=2)
     assert "EMAHook needs the master weights in the model" in message

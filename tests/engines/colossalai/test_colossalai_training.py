@@ -142,7 +142,7 @@ def test_gradients_of_several_backward_passes_are_added(two: Ranks, tmp_path: Pa
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "hybrid"])
 def test_unsynchronized_gradients_are_averaged_before_an_update(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """A train_step may call loss.backward() and step at any time, since DistributedDataParallel has the gradients."""
+    """A train_step may call loss.backward() and step at any time, because DistributedDataParallel synchronizes gradients."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 4}
     found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), "own window", optim)
     require_equal(found, by_plain_torch("own window", window=2))

@@ -61,7 +61,7 @@ class Recomputed(Gpt):
 
 
 class WithUnused(Gpt):
-    """Has a layer that is never used."""
+    """The small model with a layer that is never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_an_overflow_only_counts_as_an_attempted_step(two: Ranks, single: dict[s
 
 
 def test_master_weights_start_from_the_unrounded_weights(two: Ranks, single: dict[str, Any], folder: Path) -> None:
-    """DeepSpeed alone would start with weights rounded to bfloat16."""
+    """Master weights equal the weights of the model; without Stratagem, DeepSpeed would round them to bfloat16."""
     go(placed("single"), folder / "a", stop=0, save=folder / "one")
     for name in ("ZeRO-0", "ZeRO-2", "ZeRO-3"):
         two.run(go, placed(name, bf16=True), folder / "b", stop=0, save=folder / name)

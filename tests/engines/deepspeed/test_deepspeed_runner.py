@@ -171,7 +171,7 @@ def test_averaged_weights_match_a_single_process(two: Ranks, folder: Path) -> No
 def test_averaging_is_rejected_without_master_weights_in_the_model(
     two: Ranks, folder: Path, options: dict[str, Any]
 ) -> None:
-    """ZeRO 3 keeps no weights in the model and 16-bit weights are rounded; the error says what to use."""
+    """EMAHook raises an error, because with ZeRO 3 or in 16 bits, the model does not contain the master weights."""
     messages = two.run(
         error_message, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}]
     )

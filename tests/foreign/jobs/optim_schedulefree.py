@@ -1,4 +1,4 @@
-"""AdamW of schedulefree, whose weights for evaluation differ from those for training."""
+"""AdamW from schedulefree, whose weights for evaluation differ from those for training."""
 
 from schedulefree import AdamWScheduleFree
 

@@ -58,7 +58,7 @@ def _fail_on(saving: Saving, operation: int, code: int, place: Path) -> None:
 
 
 def ever_since(operation: int, code: int) -> Act:
-    """Return an act that fails from an operation on: on a full disk operations that need space, otherwise all."""
+    """Return an act that fails from an operation on: with a full disk, operations that need space; otherwise, all."""
     count = -1
     fail = failing(code)
 
