@@ -68,8 +68,23 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     return progress.iter - first
 
 
+class _TrainLoop:
+    """The code that the training loops share."""
+
+    _batches: TrainBatches
+
+    @property
+    def dataloader(self) -> EpochLoader:
+        """The training data of this rank."""
+        return self._batches.loader
+
+    @dataloader.setter
+    def dataloader(self, loader: EpochLoader) -> None:
+        self._batches.loader = loader
+
+
 @final
-class EpochBasedTrainLoop:
+class EpochBasedTrainLoop(_TrainLoop):
     """Train for a number of epochs, and validate after some of them.
 
     Args:
@@ -96,7 +111,6 @@ class EpochBasedTrainLoop:
         val_loop: ValLoop | None = None,
     ) -> None:
         self._run = run
-        self.dataloader = dataloader
         self._val_loop = val_loop
         self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)
@@ -147,7 +161,7 @@ class EpochBasedTrainLoop:
 
 
 @final
-class IterBasedTrainLoop:
+class IterBasedTrainLoop(_TrainLoop):
     """Train for a number of iterations, repeating the data as needed, and validate after some of them.
 
     The length is the number of iterations or, to be independent of gradient accumulation, the number of optimizer updates. A
@@ -185,7 +199,6 @@ class IterBasedTrainLoop:
         if max_steps is not None:
             max_iters = _positive("max_steps", max_steps) * accumulative_counts
         self._run = run
-        self.dataloader = dataloader
         self._val_loop = val_loop
         self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)

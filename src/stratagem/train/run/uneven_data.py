@@ -39,6 +39,7 @@ class TrainBatches:
             ``"shortest"`` ends the epoch on all ranks.
 
     Attributes:
+        loader: the training data; may be replaced by a loader of the same data with a different seed.
         length: the number of batches per epoch, the same on every rank; None if it is unknown.
         slack: the maximum number of batches beyond ``length``.
         checks: whether the ranks check before each iteration that all of them have a batch.
@@ -53,7 +54,7 @@ class TrainBatches:
                 f"train_cfg: unknown uneven_data={uneven_data!r}. {did_you_mean(str(uneven_data), _POLICIES)}"
             )
         self._run = run
-        self._loader = loader
+        self.loader = loader
         self._policy = uneven_data
         self._has_reported = False
         self.length, self.slack = loader.length, loader.slack
@@ -68,7 +69,7 @@ class TrainBatches:
         Raises:
             TrainingError: if a rank runs out of batches before the others, and ``uneven_data="error"``.
         """
-        batches = self._loader.batches(epoch, done)
+        batches = self.loader.batches(epoch, done)
         return self._checked(batches, epoch, done) if self.checks else batches
 
     def _checked(self, batches: Iterator[Any], epoch: int, num_batches: int) -> Iterator[Any]:
