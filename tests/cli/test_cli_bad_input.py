@@ -74,7 +74,7 @@ def test_a_missing_configuration(stratagem: Command):
         ("default_hooks.loger=None", ("'loger'", "'logger'")),
         ("custom_hooks=[3]", ("stratagem.train.Hook", "3")),
         ("strategy=5", ("strategy", "5")),
-        ("val_evaluator=5", ("Expected a metric", "5")),
+        ("val_evaluator=5", ("Expected a torchmetrics metric", "5")),
         ("launcher=torchrum", ("'torchrum'", "pytorch")),
         ("log_level=LOUD", ("'LOUD'",)),
         ("load_form=x", ("'load_form'", "'load_from'")),

@@ -77,7 +77,7 @@ def test_resume_without_a_checkpoint_starts_from_scratch(stratagem: Command, con
     """--resume without an existing checkpoint starts from scratch, so the same command always works."""
     done = stratagem("train", config, "--work-dir", "run", "--resume")
     assert done.status == 0
-    assert "starting from scratch" in done.out + done.err
+    assert "Starting from scratch" in done.out + done.err
 
 
 def test_resume_accepts_a_path(stratagem: Command, config: str, tmp_path: Path):

@@ -128,7 +128,7 @@ def test_a_key_in_two_pure_python_bases_is_rejected(tmp_path):
         ("with read_base():\n    import a\n", "<string>:2: a read_base"),
         ("from .a import b\n", "<string>:1: a relative import"),
         ("from torch.optim import *\n", "<string>:1: list the names to import"),
-        ("import torch\nx = torch.zeros(3)\n", "torch.zeros is called"),
+        ("import torch\nx = torch.zeros(3)\n", "torch.zeros was called"),
     ],
 )
 def test_unsupported_statements_in_a_pure_python_config_are_rejected(text, problem):

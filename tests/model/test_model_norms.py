@@ -78,5 +78,5 @@ def test_a_model_without_sync_batch_norm_is_unchanged() -> None:
 
 def test_other_implementations_are_rejected() -> None:
     """The error for an unknown implementation refers to the conversion functions of other libraries."""
-    with pytest.raises(ConfigValueError, match=r"Unknown sync_bn='mmcv'\..*Convert layers of other libraries"):
+    with pytest.raises(ConfigValueError, match=r"Unknown sync_bn='mmcv'\..*Convert layers from other libraries"):
         convert_sync_batchnorm(network(), "mmcv")

@@ -241,7 +241,7 @@ def test_a_stateful_loader_of_a_shuffle_buffer_warns(
 
     text = warnings_of(make_runner, capfd, StatefulDataLoader(shuffled(), 2, collate_fn=as_samples))
     assert text.count("shuffles its samples in a buffer of 6, which its state_dict does not contain") == 1
-    assert "Use a plain DataLoader instead of StatefulDataLoader" in text
+    assert "use a plain DataLoader instead of StatefulDataLoader" in text
 
 
 def test_a_stateful_loader_is_trusted_with_a_note(make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]) -> None:

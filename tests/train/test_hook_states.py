@@ -145,7 +145,7 @@ def test_states_by_position_are_not_restored_if_a_hook_was_removed():
     """Neither of the two states is restored, because it is unknown which one belongs to the remaining hook."""
     found, warnings = matched({"Counter": {"n": 1}, "Counter_2": {"n": 2}}, Counter(1, "b"))
     assert found == {}
-    assert "none is restored" in warnings[0]
+    assert "No state is restored" in warnings[0]
 
 
 def test_a_class_whose_name_ends_with_a_number_is_not_a_position():

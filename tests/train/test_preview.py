@@ -51,7 +51,7 @@ def test_multiple_processes_share_the_samples():
     preview = shown(world_size=2, auto_scale_lr={"enable": True, "base_batch_size": 16, "rule": "sqrt"})
     assert (preview.epoch_length, preview.max_iters) == (4, 12)
     assert set(values(preview)) == {0.5}
-    assert "by 0.5 (square root)" in preview.scaling[0]
+    assert "by 0.5 (the square root of the ratio)" in preview.scaling[0]
 
 
 def test_values_change_at_optimizer_steps():

@@ -157,7 +157,7 @@ class _Check:
             return
         problems = list(self._structure(value, section, path))
         yield from problems
-        if section.validate is not None and not problems:
+        if section.validate is not None and value is not None and not problems:
             yield from self._validated(value, section.validate, path)
 
     def _validated(self, value: Any, validate: Callable[[Any], object], path: KeyPath) -> Iterator[Problem]:
