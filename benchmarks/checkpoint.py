@@ -121,7 +121,7 @@ class Peak:
         self.bytes = self._most - self._before
 
     def _used(self) -> int:
-        # Without pages of memory-mapped files, which the system can drop at any time.
+        # Do not count pages of memory-mapped files, which the system can drop at any time.
         memory = self._process.memory_full_info()
         return int(memory.rss - memory.shared)
 

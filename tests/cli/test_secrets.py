@@ -180,7 +180,7 @@ def printed_by_commands(run: Callable[..., str], session: str) -> Mapping[str, s
 def test_no_secret_is_saved_or_printed(
     secret_run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 secrets from configuration, environment, URLs and errors are in no file and output of a crashing run."""
+    """None of 20 secrets from the configuration, environment, URLs and errors is in the files or output of a crashed run."""
     assert len(SECRETS) == 20
     monkeypatch.setenv("CRASH", "1")
     printed = {"crash": secret_run("train", "source/run.py", *OVERRIDES, status=1)}

@@ -1,4 +1,4 @@
-"""The 1,797 digits of scikit-learn and a small network, for the jobs that differ in their optimizer."""
+"""The 1,797 digits from scikit-learn and a small network, for the jobs that differ only in their optimizer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def job_of(name: str) -> Job:
-    """Return the job of a file."""
+    """Return the job that a file defines."""
     return importlib.import_module(f"tests.foreign.jobs.{name}").JOB
 
 

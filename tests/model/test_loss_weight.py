@@ -148,7 +148,7 @@ def test_equal_weights_are_available() -> None:
 
 @pytest.mark.parametrize("make", [lambda: SupervisedModel(nn.Linear(1, 1), nn.MSELoss(), weight="n")])
 def test_a_weight_of_the_wrong_type_is_refused(make: Callable[[], Any]) -> None:
-    """``SupervisedModel`` has no batch with names, so a name is an error."""
+    """A name raises an error in ``SupervisedModel``, because its batches have no named entries."""
     with pytest.raises(ConfigTypeError, match="weight must be a function of the predictions and targets"):
         make()
     with pytest.raises(ConfigTypeError, match="weight must be a name, a function"):

@@ -1,4 +1,4 @@
-"""A recurrent network on the Japanese Vowels of aeon: sequences of different lengths, packed."""
+"""A recurrent network on the Japanese Vowels dataset from aeon, with packed sequences of different lengths."""
 
 import torch
 from aeon.datasets import load_japanese_vowels
@@ -14,7 +14,7 @@ BATCH = 30
 
 
 class Speakers(nn.Module):
-    """Names one of nine speakers from the 12 coefficients of an utterance."""
+    """Predicts one of nine speakers from the 12 coefficients of an utterance."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A shuffled stream of Hugging Face datasets, shuffled anew in every epoch."""
+"""A Hugging Face stream that is shuffled again in every epoch."""
 
 import torch
 from datasets import Dataset
@@ -29,7 +29,7 @@ class Tumors(BaseModel):
 
 
 class Auc(BaseMetric):
-    """The area under the curve as scikit-learn computes it, from the scores of all ranks."""
+    """The area under the curve, computed by scikit-learn from the scores of all ranks."""
 
     def process(self, data_batch, data_samples):
         self.results += zip(data_samples["scores"].tolist(), data_samples["malignant"].tolist(), strict=True)
@@ -96,7 +96,7 @@ def by_hand(record: ByHand):
 
 JOB = Job(
     packages=("datasets", "scikit-learn"),
-    summary="a shuffled `IterableDataset` with `set_epoch`, and `roc_auc_score` of scikit-learn as a metric of the user",
+    summary="a shuffled `IterableDataset` with `set_epoch`, and `roc_auc_score` from scikit-learn as a user-defined metric",
     train=train,
     by_hand=by_hand,
     batch=BATCH,

@@ -1,4 +1,4 @@
-"""A StatefulDataLoader of torchdata with two workers, on the wines of scikit-learn, with several metrics."""
+"""A StatefulDataLoader from torchdata with two workers, on the wine dataset from scikit-learn, with several metrics."""
 
 import warnings
 

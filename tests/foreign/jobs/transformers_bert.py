@@ -1,4 +1,4 @@
-"""A small BERT that finds out from which third of the Bible a paragraph is, with dynamic padding and accumulation."""
+"""A small BERT that predicts which third of the Bible a paragraph is from, with dynamic padding and accumulation."""
 
 import torch
 from torch.utils.data import DataLoader
@@ -39,7 +39,7 @@ def loader(samples, batch_size, seed=None):
 def network():
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    # No dropout: two ranks draw other random numbers than one process.
+    # No dropout: two ranks draw different random numbers from one process.
     config = BertConfig(**sizes, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(config)
 
@@ -53,7 +53,7 @@ def schedule(optimizer):
 
 
 class LinearSchedule(Hook):
-    """Steps the schedule of transformers after every optimizer step."""
+    """Steps the transformers schedule after every optimizer step."""
 
     def before_train(self, run):
         self.schedule = schedule(run.optim_wrapper.optimizer)

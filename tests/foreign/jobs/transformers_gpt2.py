@@ -1,4 +1,4 @@
-"""A small GPT-2 with tied embeddings, on a tokenized dataset of Hugging Face datasets."""
+"""A small GPT-2 with tied embeddings, on a tokenized Hugging Face dataset."""
 
 import torch
 from datasets import Dataset
@@ -102,7 +102,7 @@ def by_hand(record: ByHand):
 
 JOB = Job(
     packages=("transformers", "datasets", "torchmetrics"),
-    summary="a small GPT-2 with tied embeddings on a `Dataset` with `map`, `select` and `shuffle`; a metric of the user",
+    summary="a small GPT-2 with tied embeddings on a `Dataset` with `map`, `select` and `shuffle`; a user-defined metric",
     train=train,
     by_hand=by_hand,
     batch=BATCH,
