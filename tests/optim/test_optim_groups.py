@@ -241,6 +241,24 @@ def test_invalid_rules_are_rejected(rules: dict[str, Any], error: type[Exception
         build(Net(), rules, weight_decay=None)
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """An optimizer whose step size has another name than ``lr``."""
+
+    def __init__(self, params: Any, step_size: float = 0.1) -> None:
+        super().__init__(params, {"step_size": step_size})
+
+
+def test_an_optimizer_without_a_learning_rate_needs_no_rules() -> None:
+    """Biases have a multiplier of 1 by default, which needs no base value; a different multiplier raises an error."""
+    cfg = {"optimizer": {"type": WithoutRate, "step_size": 0.2}}
+    wrapper = build_optim_wrapper(nn.Linear(2, 2), cfg)
+    assert isinstance(wrapper, BaseOptimWrapper)
+    assert [group["step_size"] for group in wrapper.param_groups] == [0.2]
+    assert wrapper.get_lr() == {"lr": []}
+    with pytest.raises(ConfigValueError, match="lr_mult of bias multiplies lr"):
+        build_optim_wrapper(nn.Linear(2, 2), {**cfg, "paramwise_cfg": {"bias_lr_mult": 2.0}})
+
+
 def test_a_submodule_named_module_is_not_unwrapped() -> None:
     """A submodule named ``module`` is not mistaken for a wrapped model."""
     model = nn.Module()

@@ -165,8 +165,8 @@ class BaseOptimWrapper(ABC):
         return self.optimizer.defaults
 
     def get_lr(self) -> dict[str, list[float]]:
-        """Return ``{"lr": [...]}``, the current learning rate of each group."""
-        return {"lr": [group["lr"] for group in self.param_groups]}
+        """Return ``{"lr": [...]}``, the current learning rate of each group that has one."""
+        return {"lr": [group["lr"] for group in self.param_groups if "lr" in group]}
 
     def get_momentum(self) -> dict[str, list[float]]:
         """Return ``{"momentum": [...]}``, the current momentum of each group; see :func:`momentum_of`."""

@@ -238,6 +238,8 @@ def _group_options(
         if rule.get(multiplier) is None:
             continue
         value = own.get(key, base.get(key))
+        if value is None and rule[multiplier] == 1.0:
+            continue
         if value is None:
             raise ConfigValueError(
                 f"paramwise_cfg: {multiplier} of {name} multiplies {key}, which the optimizer's configuration does not "
