@@ -166,6 +166,7 @@ def test_error_in_a_recomputation_restores_the_buffers():
     assert all(buffer is before[name] for name, buffer in layer.named_buffers())
 
 
+@pytest.mark.slow
 def test_compiled_model_has_no_graph_break():
     """The hooks do not prevent torch.compile from capturing the whole model."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -54,6 +54,7 @@ def state_of(name: str, *, before: bool, **options: Any) -> tuple[nn.Linear, dic
     return model, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("own", OPTIMIZERS)
 @pytest.mark.parametrize("saved", OPTIMIZERS)

@@ -75,6 +75,7 @@ def train(make_runner: MakeRunner, results: list[dict[str, Any]], **changes: Any
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_scalar_of_any_kind_is_a_metric(make_runner: MakeRunner, reader: str, kind: str):
@@ -83,6 +84,7 @@ def test_a_scalar_of_any_kind_is_a_metric(make_runner: MakeRunner, reader: str, 
     assert has_read(train(make_runner, [{"acc": KINDS[kind](1)}] * 5, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -110,6 +112,7 @@ def test_logged_values_are_scalars_of_any_kind(kind: str):
     assert smoother.means() == {"acc": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recorded_metric_is_a_number(make_runner: MakeRunner, kind: str):
     """Records contain one number for each scalar, not a list or a text."""
