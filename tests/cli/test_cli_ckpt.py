@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,19 @@ def test_show_lists_tensors_with_their_range(stratagem: Command, run: Path) -> N
     save_checkpoint({"state_dict": {"x": torch.tensor([1.5, -2.0, float("inf")])}}, run / "odd")
     rows = [line.split() for line in stratagem("ckpt", "show", run / "odd", "--tensors").out.splitlines()]
     assert ["state_dict/x", "float32", "[3]", "-2", "1.5", "1"] in rows
+
+
+def test_show_and_diff_print_json(stratagem: Command, run: Path) -> None:
+    """``--json`` prints the same information for other programs, also if there are no differences."""
+    shown = json.loads(stratagem("ckpt", "show", run / "epoch_2", "--tensors", "--json").out)
+    assert shown["meta"]["epoch"] == "2"
+    assert "state_dict" in [row["part"] for row in shown["parts"]]
+    assert {"tensor", "dtype", "shape", "min", "max", "NaN or Inf"} == shown["tensors"][0].keys()
+    same = stratagem("ckpt", "diff", run / "epoch_2", run / "epoch_2", "--json")
+    assert (same.status, json.loads(same.out)) == (0, [])
+    different = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "state_dict", "--json")
+    assert different.status == 1
+    assert {"where", "first", "second", "difference"} == json.loads(different.out)[0].keys()
 
 
 def test_verify_checks_all_checkpoints_in_a_folder(stratagem: Command, run: Path) -> None:

@@ -14,6 +14,7 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import echo
 from stratagem.cli.runs_app import runs_app
+from stratagem.cli.tables import AsJson
 
 __all__ = ["app"]
 
@@ -221,6 +222,7 @@ def parity(
             "--strategy", metavar="NAMES", help="The strategies to run in N processes: ddp,fsdp,deepspeed,colossalai."
         ),
     ] = "ddp",
+    as_json: AsJson = False,
     record: Annotated[Path | None, typer.Option(hidden=True)] = None,
     traceback: Traceback = False,
 ) -> None:
@@ -238,7 +240,7 @@ def parity(
         tolerance=tolerance,
         strategies=lazy_command("stratagem.cli.parity.variants:parse_strategies")(strategies),
     )
-    lazy_command("stratagem.cli.parity.command:parity")(options, settings, record=record)
+    lazy_command("stratagem.cli.parity.command:parity")(options, settings, record=record, as_json=as_json)
 
 
 @app.command()
@@ -306,6 +308,7 @@ def doctor(
         typer.Option(metavar="DIR", help="The folder that runs will write to. Default: work_dirs.", show_default=False),
     ] = Path("work_dirs"),
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce.")] = 2,
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Check whether this machine is ready for training.
@@ -313,7 +316,7 @@ def doctor(
     Prints a table with advice on how to fix problems. Under srun, mpirun or torchrun, the command checks the ranks of
     that launch on all hosts instead of starting its own. Exits with status 1 if there is a problem.
     """
-    lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc)
+    lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc, as_json=as_json)
 
 
 app.add_typer(ckpt_app, name="ckpt")

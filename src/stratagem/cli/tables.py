@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["AsJson", "print_table"]
+__all__ = ["AsJson", "print_json", "print_table", "rows_of"]
 
 _UNLIMITED = 100_000
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the table as a JSON list with one object per row.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with one object per row of a table.")]
 
 
 def print_table(table: Table, *, as_json: bool = False) -> None:
@@ -25,9 +25,7 @@ def print_table(table: Table, *, as_json: bool = False) -> None:
         as_json: print a JSON list of objects with the headings as keys.
     """
     if as_json:
-        headings = [_plain(column.header) or "verdict" for column in table.columns]
-        rows = zip(*(map(_plain, column.cells) for column in table.columns), strict=True)
-        typer.echo(json.dumps([dict(zip(headings, row, strict=True)) for row in rows], indent=1))
+        print_json(rows_of(table))
         return
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
@@ -37,6 +35,18 @@ def print_table(table: Table, *, as_json: bool = False) -> None:
     with console.capture() as captured:
         console.print(table)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def rows_of(table: Table) -> list[dict[str, str]]:
+    """Return the rows of a table as mappings from headings to cells."""
+    headings = [_plain(column.header) or "verdict" for column in table.columns]
+    rows = zip(*(map(_plain, column.cells) for column in table.columns), strict=True)
+    return [dict(zip(headings, row, strict=True)) for row in rows]
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    typer.echo(json.dumps(value, indent=1))
 
 
 def _plain(cell: object) -> str:

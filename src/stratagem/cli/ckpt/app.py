@@ -45,10 +45,11 @@ def show(
         bool, typer.Option("--tensors", help="List every tensor with its dtype, shape and range of values.")
     ] = False,
     config: Annotated[bool, typer.Option("--config", help="Print the configuration of the training run.")] = False,
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Show the parts of CKPT, their sizes, and its metadata."""
-    lazy_command("stratagem.cli.ckpt.show:show")(checkpoint, tensors=tensors, config=config)
+    lazy_command("stratagem.cli.ckpt.show:show")(checkpoint, tensors=tensors, config=config, as_json=as_json)
 
 
 @ckpt_app.command()
@@ -70,13 +71,14 @@ def diff(
     part: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Compare only this part, such as state_dict. Repeatable.")
     ] = None,
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Print the differences between two checkpoints.
 
     Exits with status 1 if a value or tensor differs.
     """
-    lazy_command("stratagem.cli.ckpt.show:diff")(first, second, parts=tuple(part or ()))
+    lazy_command("stratagem.cli.ckpt.show:diff")(first, second, parts=tuple(part or ()), as_json=as_json)
 
 
 @ckpt_app.command()

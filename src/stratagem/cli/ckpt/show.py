@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from stratagem.checkpoint import StateTree, flatten_tree
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.output import Table, echo
-from stratagem.cli.tables import print_table
+from stratagem.cli.tables import print_json, print_table, rows_of
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 
@@ -28,8 +27,14 @@ _LONG = {"cfg", "config"}
 _CHUNK = 1 << 22
 
 
-def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
+def show(checkpoint: str, *, tensors: bool, config: bool, as_json: bool = False) -> None:
     """Print the contents of a checkpoint, or only the configuration in it.
+
+    Args:
+        checkpoint: the path or URL of the checkpoint.
+        tensors: whether to list every tensor.
+        config: whether to print only the configuration.
+        as_json: whether to print an object with ``meta``, ``parts`` and, if requested, ``tensors``.
 
     Raises:
         CheckpointError: if the configuration is requested and the checkpoint has none.
@@ -43,20 +48,26 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
             # Checkpoints of earlier versions may contain secrets.
             echo(mask_text(str(meta["cfg"])))
             return
-        console = Console(markup=False, highlight=False)
-        console.print(_facts(meta))
-        console.print(_parts(tree))
-        if tensors:
-            console.print(_tensors(tree))
+        facts = _facts(meta)
+        tables = {"parts": _parts(tree), **({"tensors": _tensors(tree)} if tensors else {})}
+    if as_json:
+        print_json({"meta": facts, **{name: rows_of(table) for name, table in tables.items()}})
+        return
+    header = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        header.add_row(key, value)
+    for table in (header, *tables.values()):
+        print_table(table)
 
 
-def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
+def diff(first: str, second: str, *, parts: Sequence[str], as_json: bool = False) -> None:
     """Print the differences between two checkpoints.
 
     Args:
         first: the path or URL of the first checkpoint.
         second: the path or URL of the second checkpoint.
         parts: the parts to compare; all if empty.
+        as_json: whether to print a JSON list of the differences.
 
     Raises:
         CheckpointError: if neither checkpoint has one of ``parts``.
@@ -68,7 +79,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
                 raise CheckpointError(f"Neither checkpoint has a part {name!r}. {did_you_mean(name, [*one, *other])}")
         chosen = [{name: part for name, part in tree.items() if not parts or name in parts} for tree in (one, other)]
         differences = list(compare(*chosen))
-    if not differences:
+    if not differences and not as_json:
         echo("No differences.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -78,9 +89,11 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
         table.add_row(
             difference.key, _short(difference.first), _short(difference.second), _describe_difference(difference)
         )
-    print_table(table)
-    echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
-    raise typer.Exit(1)
+    print_table(table, as_json=as_json)
+    if not as_json:
+        echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
+    if differences:
+        raise typer.Exit(1)
 
 
 def _path_or_url(checkpoint: str) -> str | Path:
@@ -93,12 +106,12 @@ def _describe_difference(difference: CheckpointDifference) -> str:
     return f"up to {difference.max_abs_diff:.3g} in {difference.differing_fraction:.1%} of the elements"
 
 
-def _facts(meta: Mapping[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in meta.items():
-        if key not in _LONG:
-            table.add_row(str(key), _short(mask_text(repr(value) if not isinstance(value, str) else value)))
-    return table
+def _facts(meta: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        str(key): _short(mask_text(repr(value) if not isinstance(value, str) else value))
+        for key, value in meta.items()
+        if key not in _LONG
+    }
 
 
 def _parts(tree: StateTree) -> Table:

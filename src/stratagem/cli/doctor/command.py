@@ -22,12 +22,13 @@ __all__ = ["doctor"]
 _COLORS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
 
 
-def doctor(work_dir: Path, *, nproc: int) -> None:
+def doctor(work_dir: Path, *, nproc: int, as_json: bool = False) -> None:
     """Check this machine, or all machines on which a launcher started this command, and print a table of findings.
 
     Args:
         work_dir: the folder that runs will write to.
         nproc: the number of ranks to start, if no launcher started this process.
+        as_json: whether to print the findings as JSON.
 
     Raises:
         typer.Exit: with status 1, if there is a problem.
@@ -36,7 +37,7 @@ def doctor(work_dir: Path, *, nproc: int) -> None:
     local = [*check_machine(), *check_folder(work_dir)]
     findings = [*local, *_check_local_ranks(nproc)] if launcher == "none" else check_ranks(local)
     if launcher == "none" or read_launch(launcher).rank == 0:
-        _print(findings)
+        _print(findings, as_json=as_json)
     if any(finding.verdict is Verdict.PROBLEM for finding in findings):
         raise typer.Exit(1)
 
@@ -54,12 +55,14 @@ def _check_local_ranks(nproc: int) -> list[Finding]:
         return read_findings(file)
 
 
-def _print(findings: list[Finding]) -> None:
+def _print(findings: list[Finding], *, as_json: bool) -> None:
     table = Table("", "check", "result", "advice", box=None, pad_edge=False)
     for finding in findings:
         color = _COLORS[finding.verdict]
         # Use Text objects, because rich would interpret brackets in error messages as markup.
         table.add_row(Text(finding.verdict.value, color), *map(Text, (finding.subject, finding.found, finding.advice)))
-    print_table(table)
+    print_table(table, as_json=as_json)
+    if as_json:
+        return
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
     echo(", ".join(f"{verdict.value}: {count}" for verdict, count in counts.items()))

@@ -67,13 +67,14 @@ class ParityReport:
         return "DIFFERENT"
 
 
-def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None) -> None:
+def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None, as_json: bool = False) -> None:
     """Train all variants and print how they compare.
 
     Args:
         options: the configuration.
         settings: the settings of the comparison.
         record: if given, this process only trains the variants with several processes, and records them in this folder.
+        as_json: whether to print the comparisons as JSON, without notes.
 
     Raises:
         ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
@@ -92,7 +93,7 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
     settings = replace(settings, steps=steps)
     with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as folder:
         report = _compare(options, config, settings, Path(folder))
-    _show(options, config, settings, report)
+    _show(options, config, settings, report, as_json=as_json)
     if "DIFFERENT" in _verdicts(config, settings, report):
         raise typer.Exit(1)
 
@@ -219,7 +220,9 @@ def _require_mappings(config: Config) -> None:
         )
 
 
-def _show(options: RunOptions, config: Config, settings: ParitySettings, report: ParityReport) -> None:
+def _show(
+    options: RunOptions, config: Config, settings: ParitySettings, report: ParityReport, *, as_json: bool
+) -> None:
     size = config["train_dataloader"]["batch_size"] * settings.nproc * accumulation_count(config)
     table = Table(title=f"{options.config}: {settings.steps} steps of {size} samples", title_justify="left")
     for column in ("variant", "result", "first difference", "largest difference"):
@@ -228,8 +231,8 @@ def _show(options: RunOptions, config: Config, settings: ParitySettings, report:
         compared = report.comparisons.get(variant.key, Comparison(None, None))
         ends = [each.describe() if each is not None else "" for each in (compared.first, compared.most)]
         table.add_row(variant.name, report.verdict(variant, tolerance=settings.tolerance), *ends)
-    print_table(table)
-    for note in _notes(config, settings, report):
+    print_table(table, as_json=as_json)
+    for note in () if as_json else _notes(config, settings, report):
         echo(note)
 
 
