@@ -26,6 +26,10 @@ def some_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} {'parameter' if len(names) == 1 else 'parameters'}"
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class TrainableChange:
@@ -41,7 +45,7 @@ class TrainableChange:
 
     def __str__(self) -> str:
         parts = [
-            f"{len(names)} {'parameter' if len(names) == 1 else 'parameters'} {verb}: {some_names(names)}"
+            f"{_count(names)} {verb}: {some_names(names)}"
             for names, verb in ((self.unfrozen, "became trainable"), (self.frozen, "became frozen"))
             if names
         ]
@@ -55,8 +59,9 @@ class TrainableParameters:
     Args:
         model: the unwrapped model, after it was placed.
         wrappers: returns the optimizer wrappers of the model.
-        apply: prepares the placement for a change; called on every rank.
+        apply: prepares the placement for a change, or raises if it cannot; called on every rank.
         logger: logs changes.
+        fixed: whether the placement cannot follow any change, so whether an optimizer has the parameters is irrelevant.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class TrainableParameters:
         wrappers: Callable[[], Iterable[BaseOptimWrapper]],
         apply: Callable[[TrainableChange], None],
         logger: logging.Logger,
+        *,
+        fixed: bool = False,
     ) -> None:
         named = dict(model.named_parameters())
         self._names = list(named)
@@ -72,6 +79,7 @@ class TrainableParameters:
         self._wrappers = wrappers
         self._apply = apply
         self._logger = logger
+        self._fixed = fixed
         self._agreement = EventAgreement()
         self._num_lines = 0
         self._flags = self._read()
@@ -129,7 +137,8 @@ class TrainableParameters:
         completed = max((wrapper.inner_count for wrapper in self._wrappers()), default=0)
         iteration = completed if after_backward else completed + 1
         self._require_agreement(change, iteration)
-        self._require_optimizer(change, iteration)
+        if not self._fixed:
+            self._require_optimizer(change, iteration)
         self._apply(change)
         self._flags = self._read()
         self._num_lines += 1
@@ -155,7 +164,7 @@ class TrainableParameters:
         missing = [name for name in change.unfrozen if id(by_name[name]) not in held]
         if missing:
             raise PlacementError(
-                f"Iteration {iteration}: {len(missing)} parameters became trainable that no optimizer has, so they would never "
-                f"be updated: {some_names(missing)}. Call optimizer.add_param_group before you unfreeze them, or freeze them "
+                f"Iteration {iteration}: {_count(missing)} became trainable that no optimizer has, so training would never "
+                f"update them: {some_names(missing)}. Call optimizer.add_param_group before you unfreeze them, or freeze them "
                 "with requires_grad_(False) instead of freeze in paramwise_cfg: the optimizer then has them from the start."
             )

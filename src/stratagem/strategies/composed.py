@@ -181,6 +181,7 @@ class ComposedStrategy(BaseStrategy):
             lambda: optim.each().values(),
             lambda change: self._placement.apply_trainable_change(self.model, change),
             self.logger,
+            fixed=self._placement.trainable_is_fixed,
         )
         description = self._trainable.describe()
         if description is not None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.engines.colossalai import boosted_cases
+from tests.engines.colossalai import boosted_cases, boosted_runs
 from tests.support import special_layers
-from tests.support.ranks import Ranks, scripts_environment
+from tests.support.changing_models import Unfreezing
+from tests.support.ranks import RankError, Ranks, scripts_environment
 from tests.support.sharded_runs import OPTIM
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
@@ -104,6 +105,15 @@ def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp
     """The Booster needs the model and the optimizer in one call, and the error suggests passing both to the first call."""
     for error_message in two.run(boosted_cases.error_message, boosted_cases.prepared_twice, str(tmp_path)):
         assert "Pass optim_wrapper to the first call of prepare()" in error_message
+
+
+@pytest.mark.parametrize("name", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
+def test_a_change_of_the_trainable_parameters_is_an_error_at_the_next_step(
+    two: Ranks, tmp_path: Path, name: str
+) -> None:
+    """ColossalAI would never train the unfrozen parameter, or not synchronize it; the error names it."""
+    with pytest.raises(RankError, match=r"1 parameter became trainable: places\.weight, but ColossalAI determines"):
+        two.run(boosted_runs.trained, name, str(tmp_path), 3, model={"type": Unfreezing})
 
 
 def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
