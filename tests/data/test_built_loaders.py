@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,36 @@ def test_an_epoch_that_ends_at_its_length_leaves_the_next_one_unchanged(kind: st
     for epoch in range(3):
         batches = loader.batches(epoch)
         assert lists(next(batches) for _ in range(len(plain))) == lists(plain)
+
+
+def torchdata_loader(kind: str, batch_size: int, **options: Any) -> Any:
+    """Return a ``StatefulDataLoader`` over 24 numbers in a random order from a seeded generator."""
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    data, order = list(range(24)), generator()
+    if kind == "shuffle":
+        return module.StatefulDataLoader(data, batch_size, shuffle=True, generator=order, **options)
+    return module.StatefulDataLoader(
+        data, batch_size, sampler=RandomSampler(data, generator=order), generator=order, **options
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", ["shuffle", "sampler"])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+def test_a_torchdata_loader_has_the_samples_of_the_plain_loader(kind: str, size: int, options: dict[str, Any]) -> None:
+    """With any number of ranks, every iteration of three epochs has the samples of the plain loop in one process."""
+    plain = torchdata_loader(kind, 8, **options)
+    loaders = [
+        build_dataloader(
+            torchdata_loader(kind, 8 // size, **options), seed=3, rank=rank, world_size=size, training=True
+        )
+        for rank in range(size)
+    ]
+    for epoch in range(3):
+        # As in training, the iteration ends after ``length`` batches, before the loader reports its end.
+        found = zip(*(lists(islice(loader.batches(epoch), 3)) for loader in loaders), strict=True)
+        assert [sorted(chain(*batches)) for batches in found] == [sorted(batch) for batch in lists(plain)]
 
 
 def test_samples_of_a_sampler_are_distributed_in_turn() -> None:

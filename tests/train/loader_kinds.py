@@ -189,13 +189,20 @@ def _hugging_face_stream(n: int, workers: int, *, split: bool) -> DataLoader[Any
     return DataLoader(stream, batch_size=2, **loading(workers), collate_fn=ids_of)
 
 
-def _stateful(n: int, workers: int) -> DataLoader[Tensor]:
+def _stateful(n: int, workers: int, **order: Any) -> DataLoader[Tensor]:
     module = importlib.import_module("torchdata.stateful_dataloader")
     with warnings.catch_warnings():
         # torchdata 0.11 calls a deprecated function of torch.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        loader: DataLoader[Tensor] = module.StatefulDataLoader(Ids(n), batch_size=2, shuffle=True, **loading(workers))
+        loader: DataLoader[Tensor] = module.StatefulDataLoader(
+            Ids(n), batch_size=2, **order or {"shuffle": True}, **loading(workers)
+        )
     return loader
+
+
+def stateful_by_rank(n: int) -> DataLoader[Tensor]:
+    """Return a ``StatefulDataLoader`` whose sampler has a different seed on each rank."""
+    return _stateful(n, 0, sampler=RandomSampler(range(n), generator=torch.Generator().manual_seed(get_rank())))
 
 
 KINDS: dict[str, Callable[[int, int], Any]] = {

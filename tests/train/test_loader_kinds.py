@@ -11,7 +11,7 @@ import pytest
 
 from stratagem.train import Hook
 from tests.support.ranks import RankError, Ranks, seed_generators
-from tests.train.loader_kinds import KINDS, PACKAGES, Counted, UndeclaredStream, run
+from tests.train.loader_kinds import KINDS, PACKAGES, Counted, UndeclaredStream, run, stateful_by_rank
 
 TRAINED, VALIDATED = 12, 11
 
@@ -69,6 +69,20 @@ def run_undeclared(folder: str) -> Any:
     """Train on a stream that gives each rank its own part without declaring it."""
     data = {"dataset": UndeclaredStream(TRAINED), "batch_size": 2}
     return run(folder, "DDPStrategy", data, data)
+
+
+def test_a_torchdata_sampler_that_differs_between_ranks_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
+    """Its states are equal, since they contain only the number of samples, but the error shows the different indices."""
+    pytest.importorskip("torchdata")
+    with pytest.raises(
+        RankError, match=r"BatchSampler yields different indices on different ranks.*Seed its generator"
+    ):
+        ranks.run(run_differing_sampler, str(tmp_path))
+
+
+def run_differing_sampler(folder: str) -> Any:
+    """Train with a ``StatefulDataLoader`` whose sampler has a different seed on each rank."""
+    return run(folder, "DDPStrategy", stateful_by_rank(TRAINED), KINDS["own sampler"](VALIDATED, 0))
 
 
 def run_counted(folder: str, kinds: list[str]) -> list[list[int]]:

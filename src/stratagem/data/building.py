@@ -23,7 +23,7 @@ from torch.utils.data import (
 from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatches, RankBatches
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import follows_epoch, shares_epoch
-from stratagem.data.loader import EpochLoader
+from stratagem.data.loader import EpochLoader, iterates_its_sampler
 from stratagem.data.rank_share import RankShare, declared_share
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
 from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
@@ -130,7 +130,7 @@ def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochL
     parts = (loader, loader.dataset) if isinstance(loader.dataset, IterableDataset) else (loader,)
     divided = [_is_divided(part, share) for part in parts]
     is_stateful = isinstance(loader, Stateful)
-    if isinstance(loader.dataset, IterableDataset) or not _iterates_its_sampler(loader) or any(divided):
+    if not iterates_its_sampler(loader) or any(divided):
         whole = share.size == 1 or any(divided)
         return EpochLoader(loader, world_size=share.size, seed=seed, share=None if whole else share)
     if is_stateful and share.size == 1:
@@ -161,12 +161,6 @@ def _require_reachable_epoch(loader: DataLoader[Any]) -> None:
             "so that the epoch is passed to the persistent workers. The loader was not "
             "rebuilt because of its type, its sampler or its generator."
         )
-
-
-def _iterates_its_sampler(loader: DataLoader[Any]) -> bool:
-    """Return whether the loader iterates over its (batch) sampler; a custom ``__iter__`` may not."""
-    iterates = type(loader).__iter__
-    return iterates is DataLoader.__iter__ or iterates.__module__.partition(".")[0] == "torchdata"
 
 
 def _is_divided(part: Any, share: RankShare) -> bool:

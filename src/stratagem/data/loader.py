@@ -29,7 +29,7 @@ from stratagem.data.workers import WorkerInit, report_dead_workers, start_worker
 from stratagem.distributed import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
-__all__ = ["EpochLoader"]
+__all__ = ["EpochLoader", "iterates_its_sampler"]
 
 
 @final
@@ -388,19 +388,24 @@ class EpochLoader:
         if saved is not None and usable:
             stateful.load_state_dict(saved.state)
         given = done
+        batches = self._begin(epoch)
         try:
-            for batch in islice(self._begin(epoch), 0 if usable else done, None):
+            for batch in islice(batches, 0 if usable else done, None):
                 given += 1
                 yield batch
             share = self._order.share if isinstance(self._order, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
                 # The restored state was at the end of the previous epoch, so start a new one. Do not do this during
                 # evaluation, where a rank may have no batch while other ranks do.
-                for batch in self._begin(epoch):
+                batches = self._begin(epoch)
+                for batch in batches:
                     given += 1
                     yield batch
         except GeneratorExit:
             self._saved_state = _LoaderState(epoch, given, stateful.state_dict(), restored=False)
+            if given == self.length and iterates_its_sampler(self.loader):
+                # The loop stops after the last batch, but torch's RandomSampler draws from its generator at its end.
+                next(batches, None)
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:
@@ -462,6 +467,14 @@ class EpochLoader:
         # _workers is private to torch. If it does not exist, the error names only the process ID.
         with report_dead_workers(getattr(batches, "_workers", ())):
             yield from batches
+
+
+def iterates_its_sampler(loader: DataLoader[Any]) -> bool:
+    """Return whether the loader iterates over its (batch) sampler; a stream has none, and a custom ``__iter__`` may not."""
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    iterates = type(loader).__iter__
+    return iterates is DataLoader.__iter__ or iterates.__module__.partition(".")[0] == "torchdata"
 
 
 def _keep_own(batches: Iterator[Any], share: RankShare) -> tuple[Any, Any, int]:

@@ -79,6 +79,10 @@ def declared_share(part: Any) -> tuple[int, int] | None:
 class IsolatedIterator(Iterator[Any]):
     """Iterate with separate states of the global generators, isolated from all other code.
 
+    Attributes:
+        iterator: the iterator over the items. It is created at once, because some iterators, such as those of torchdata's
+            samplers, draw random numbers when they are created.
+
     Args:
         items: the iterable.
         keys: identify the random stream; see :func:`~stratagem.data.stream_seed`.
@@ -86,32 +90,22 @@ class IsolatedIterator(Iterator[Any]):
 
     def __init__(self, items: Iterable[Any], *keys: object) -> None:
         self._items = items
-        self._keys = keys
         self._numpy = np.random.MT19937(0)
-        self._states: tuple[Any, Tensor] | None = None
         self._has_drawn = False
-        self.iterator: Iterator[Any] | None = None
-
-    def begin(self) -> Iterator[Any]:
-        """Return the iterator over the items, created on the first call."""
-        if self.iterator is None:
-            with isolate_cpu_rng(self._numpy):
-                seed_stream(*self._keys)
-                self.iterator = iter(self._items)
-                self._states = random.getstate(), torch.default_generator.get_state()
-        return self.iterator
+        with isolate_cpu_rng(self._numpy):
+            seed_stream(*keys)
+            self.iterator: Iterator[Any] = iter(items)
+            self._states = random.getstate(), torch.default_generator.get_state()
 
     def __next__(self) -> Any:
-        iterator = self.begin()
         if self._has_drawn:
-            return next(iterator)
+            return next(self.iterator)
         self._has_drawn = _draws_with_first_item(self._items)
         with isolate_cpu_rng(self._numpy):
-            if self._states is not None:
-                random.setstate(self._states[0])
-                torch.default_generator.set_state(self._states[1])
+            random.setstate(self._states[0])
+            torch.default_generator.set_state(self._states[1])
             try:
-                return next(iterator)
+                return next(self.iterator)
             finally:
                 self._states = random.getstate(), torch.default_generator.get_state()
 
@@ -162,7 +156,7 @@ class RankItems(Iterator[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the number of drawn items, and the state of the sampler's iterator if it has one."""
-        inner = self._isolated.begin()
+        inner = self._isolated.iterator
         return {
             "sampler": inner.state_dict() if isinstance(inner, Stateful) else None,
             "taken": self._num_drawn,
@@ -171,7 +165,7 @@ class RankItems(Iterator[Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a position."""
-        inner = self._isolated.begin()
+        inner = self._isolated.iterator
         self._num_drawn, self._first = state["taken"], list(state["first"])
         if isinstance(inner, Stateful) and state["sampler"] is not None:
             inner.load_state_dict(state["sampler"])
@@ -185,11 +179,12 @@ class RankItems(Iterator[Any]):
         self._compared = True
         if get_world_size() == 1:
             return
-        inner = self._isolated.begin()
+        inner = self._isolated.iterator
         if isinstance(inner, Stateful):
             state = inner.state_dict()
             if _differ(_digest_of(state)):
                 inner.load_state_dict(broadcast_object(state))
+            self._compare_round()
             return
         # Drawing one more item than the length shows whether the sampler ends there.
         drawn = list(islice(self._isolated, self._length + 1))
@@ -203,6 +198,17 @@ class RankItems(Iterator[Any]):
                 )
             drawn = broadcast_object(drawn)
         self._items = chain(drawn, () if ended else self._isolated)
+
+    def _compare_round(self) -> None:
+        """Compare the next round. Equal states do not imply equal items, because torchdata's contain only what is stateful."""
+        items = list(islice(self._isolated, self._share.size))
+        if _differ(_digest_of(items)):
+            raise ConfigValueError(
+                f"{self._name} yields different indices on different ranks (the next on this rank are {items}), although its "
+                "states are equal. Seed its generator identically on all ranks, or set its attributes `num_replicas` and "
+                "`rank` if each rank draws a different part."
+            )
+        self._items = chain(items, self._isolated)
 
 
 def require_same_batches(name: str, batches: Sequence[Any]) -> None:
