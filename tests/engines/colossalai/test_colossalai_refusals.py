@@ -12,7 +12,7 @@ import pytest
 
 from tests.engines.colossalai import boosted_cases, boosted_runs
 from tests.support import special_layers
-from tests.support.changing_models import Unfreezing
+from tests.support.changing_models import Freezing, Unfreezing
 from tests.support.ranks import RankError, Ranks, scripts_environment
 from tests.support.sharded_runs import OPTIM
 
@@ -108,12 +108,19 @@ def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp
 
 
 @pytest.mark.parametrize("name", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Unfreezing, r"1 parameter became trainable: places\.weight, but ColossalAI determines"),
+        (Freezing, r"2 parameters became frozen: norm\.weight, norm\.bias, but ColossalAI determines"),
+    ],
+)
 def test_a_change_of_the_trainable_parameters_is_an_error_at_the_next_step(
-    two: Ranks, tmp_path: Path, name: str
+    two: Ranks, tmp_path: Path, name: str, model: type, message: str
 ) -> None:
-    """ColossalAI would never train the unfrozen parameter, or not synchronize it; the error names it."""
-    with pytest.raises(RankError, match=r"1 parameter became trainable: places\.weight, but ColossalAI determines"):
-        two.run(boosted_runs.trained, name, str(tmp_path), 3, model={"type": Unfreezing})
+    """ColossalAI would not train or synchronize the unfrozen parameter, and could change frozen ones; the error names them."""
+    with pytest.raises(RankError, match=message):
+        two.run(boosted_runs.trained, name, str(tmp_path), 3, model={"type": model})
 
 
 def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
