@@ -72,6 +72,15 @@ def test_micro_batches_are_averaged_by_weight(two: Ranks, tmp_path: Path, plugin
         _require_equal(seen, alone, "rates", "norms")
 
 
+def test_weights_in_float16_match_a_single_process(two: Ranks, tmp_path: Path) -> None:
+    """With a loss scale, the norms of weighted steps agree with those in float32, and every step is taken."""
+    options = {"model": {"type": boosted_cases.WeightedGpt}, "stop": 4}
+    alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
+    for seen in two.run(boosted_runs.trained, "zero 1 fp16", str(tmp_path / "two"), **options):
+        assert seen["norms"] == pytest.approx(alone["norms"], abs=ROUGH["zero 1 fp16"])
+        assert (seen["updates"], seen["attempts"]) == (2, 2)
+
+
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1"])
 def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
     """compile=True compiles the module that the plugin wraps."""

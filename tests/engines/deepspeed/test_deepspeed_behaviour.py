@@ -141,6 +141,15 @@ def test_micro_batches_are_averaged_by_weight(two: Ranks, folder: Path, name: st
     assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_weights_in_float16_match_ddp(two: Ranks, folder: Path, name: str) -> None:
+    """With a loss scale, the norms of weighted steps agree with those of DDP in float32."""
+    expected = two.run(go, placed("DDP"), folder / "a", model={"type": Weighed})[0]
+    strategy = placed(name, fp16={"enabled": True, "initial_scale_power": 10})
+    seen = two.run(go, strategy, folder / "b", model={"type": Weighed})[0]
+    assert seen["norms"] == pytest.approx(expected["norms"], abs=0.005)
+
+
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2 offload", "ZeRO-3"])
 def test_a_nonfinite_update_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
     """If the loss is NaN on one rank, no rank takes the step or advances schedules, and later steps match a single process."""
