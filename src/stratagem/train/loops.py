@@ -321,7 +321,7 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        with run.evaluating():
+        with run.evaluating(synchronized=True):
             complete = self._process_batches(stoppable=stoppable)
         if not complete:
             self.evaluator.reset()

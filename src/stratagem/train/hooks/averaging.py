@@ -154,7 +154,7 @@ class EMAHook(Hook):
         model = run.strategy.unwrap_model()
         if model is not self._model:
             self._model, self._built = model, self._build(model)
-            run.evaluation_contexts.append(lambda: self._applied(run))
+            run.evaluation_contexts.append(lambda: self._applied(run, synchronized=run.synchronizes_evaluation))
             run.before_saving.append(lambda: self._prepare_save(run))
             self._log_not_averaged(run)
         if self._saved is not None:
@@ -223,9 +223,10 @@ class EMAHook(Hook):
             checkpoint["state_dict"].update(weights_to_cpu(average.own_weights()))
 
     @contextmanager
-    def _applied(self, run: Run) -> Iterator[None]:
-        """Apply the average, with synchronized buffers. Entering the context is collective."""
-        with self.average.applied(run.strategy.synchronized_copies(self._averaged_buffers())):
+    def _applied(self, run: Run, *, synchronized: bool) -> Iterator[None]:
+        """Apply the average; entering the context is collective if its buffers are synchronized."""
+        buffers = self._averaged_buffers()
+        with self.average.applied(run.strategy.synchronized_copies(buffers) if synchronized else buffers):
             yield
 
     def _averaged_buffers(self) -> dict[str, Tensor]:
@@ -251,7 +252,10 @@ class EMAHook(Hook):
         average = self.average
         if not average.steps or average.statistics or run.train_data is None:
             return
-        with closing(cast("Any", run.train_data.second_pass(run.epoch))) as epoch, self._applied(run):
+        with (
+            closing(cast("Any", run.train_data.second_pass(run.epoch))) as epoch,
+            self._applied(run, synchronized=True),
+        ):
             count = min(run.train_data.length or 0, self._update_bn_batches or run.train_data.length or 0)
             statistics = recompute_statistics(run, islice(epoch, count))
         average.statistics = statistics

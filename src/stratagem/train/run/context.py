@@ -80,6 +80,7 @@ class Run:
         mode: "train", or "val" or "test" during an evaluation and its hooks.
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
+        synchronizes_evaluation: whether the current evaluation uses the same buffers on all ranks.
         saved_autocast: the autocast dtype of the run that saved the evaluated checkpoint; None if that run did not use
             autocast. A run that trains uses the autocast dtype of its own optimizer instead.
         history: the sessions of the run, the current one last; saved in every checkpoint.
@@ -103,6 +104,7 @@ class Run:
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
+        self.synchronizes_evaluation = False
         self.before_saving: list[Callable[[], None]] = []
         self.saved_autocast: str | None = None
         self.history = RunHistory()
@@ -186,13 +188,17 @@ class Run:
         return self.progress.max_iters
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, *, synchronized: bool = False) -> Iterator[None]:
         """Switch the model to its evaluation weights, such as averaged ones, for the duration of the context.
 
-        Buffers that differ between ranks are synchronized. Entering the context is collective.
+        Args:
+            synchronized: whether to use the same buffers on all ranks, as in the weights of a checkpoint. Entering the context
+                is collective in that case. Otherwise a hook may use it on a single rank, with the buffers of that rank.
         """
         with ExitStack() as stack:
-            stack.enter_context(self.strategy.synchronized_buffers())
+            if synchronized:
+                stack.enter_context(self.strategy.synchronized_buffers())
+            self.synchronizes_evaluation = synchronized
             optim = self.strategy.optim_wrapper_or_none
             if optim is not None:
                 stack.enter_context(optim.evaluating())
