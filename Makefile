@@ -41,7 +41,7 @@ test: setup ## Run the test suite, except the launcher and engine tests.
 	$(BIN)/python -m pytest
 
 test-fast: setup ## Run only the fast tests, in parallel (under a minute on two cores).
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-launch: $(LAUNCHERS) ## Test with real launchers: torchrun, mpirun, SLURM, Ray and two hosts.
 	@tests/launchers/install.sh

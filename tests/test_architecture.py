@@ -225,22 +225,26 @@ def test_every_room_has_its_layer() -> None:
     assert rooms <= set(ROOM_LEVEL)
 
 
+@pytest.mark.slow
 def test_no_import_goes_against_the_layers() -> None:
     """A module imports only from earlier layers and from its own folder."""
     assert layer_violations(SOURCE) == []
 
 
+@pytest.mark.slow
 def test_no_import_is_hidden_in_a_function() -> None:
     """Modules of this package are imported at the top of a file."""
     assert hidden_imports(SOURCE) == []
 
 
+@pytest.mark.slow
 def test_no_import_cycle() -> None:
     """There are no import cycles."""
     assert cycles(SOURCE) == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_every_import_target_in_a_string_resolves() -> None:
     """Strings such as ``"stratagem.x:Y"``, which no type checker follows, name modules and names that exist."""
     targets: dict[str, str] = {}

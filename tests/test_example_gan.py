@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from stratagem import Config, Runner
@@ -50,6 +51,7 @@ def size_of_png(path: Path) -> tuple[int, int, int]:
     return *struct.unpack(">II", chunks[b"IHDR"][:8]), len(zlib.decompress(chunks[b"IDAT"]))
 
 
+@pytest.mark.slow
 def test_an_epoch_updates_both_networks_and_saves_images(tmp_path: Path) -> None:
     """4,000 digits in batches of 500 give 8 updates per network, and an 8 x 8 grid of 28 x 28 images is saved."""
     updates, state = train(str(tmp_path))

@@ -72,6 +72,7 @@ def retired(path: Path) -> list[str]:
     return [f"{path}:{line}: {name}" for name, line in identifiers(tree) if name in IDENTIFIERS]
 
 
+@pytest.mark.slow
 def test_no_module_uses_a_retired_identifier() -> None:
     """Classes, functions, attributes and arguments use the terms of the glossary."""
     assert [line for path in sorted(SOURCE.rglob("*.py")) for line in retired(path)] == []

@@ -85,6 +85,7 @@ def flips(name: str, path: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.slow
 def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
     """A flipped bit anywhere in JSON, a safetensors header or a tensor is reported as damage."""
     data = (damaged / name).read_bytes()
@@ -103,6 +104,7 @@ def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
     assert all(name in message for message in messages)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_the_manifest_is_an_error(damaged: Path) -> None:
     """A flipped bit anywhere in the manifest makes the checkpoint unusable, and the error names the manifest."""
     file = damaged / "manifest.json"

@@ -72,6 +72,7 @@ def test_a_file_of_another_size_is_rejected(size: int) -> None:
         FileLayout.read(layout.header, layout.size + size)
 
 
+@pytest.mark.slow
 def test_a_too_large_header_is_rejected() -> None:
     """A header larger than safetensors supports is not written."""
     name = "x" * 100_000_001

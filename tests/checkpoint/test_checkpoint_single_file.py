@@ -128,6 +128,7 @@ def test_a_truncated_file_is_damaged(tmp_path: Path, length: float) -> None:
         FORMAT.load(file)
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
     """A changed byte raises a CheckpointError or has no effect, although torch raises many other exceptions."""
     file = tmp_path / "a.pth"

@@ -57,6 +57,7 @@ def through_json(tree: Any) -> Any:
 
 
 @given(TREES)
+@pytest.mark.slow
 def test_every_tree_is_restored(tree: Any) -> None:
     """Nested containers, numbers, strings, None and tensors are restored with their types and order."""
     assert equal(through_json(tree), tree)

@@ -202,6 +202,7 @@ def test_deep_nesting_is_rejected(tmp_path: Path, kind: str) -> None:
         SingleFileFormat().load(path)
 
 
+@pytest.mark.slow
 def test_deep_keys_are_rejected(tmp_path: Path) -> None:
     """Nested tuples as a key are rejected before they are hashed, which could crash the process."""
     path = write(tmp_path / "a.pth", Raw(b"}" + b")" + b"\x85" * 300_000 + b"Ns"))

@@ -177,6 +177,7 @@ def printed_by_commands(run: Callable[..., str], session: str) -> Mapping[str, s
     return {name: run(*words) for name, words in commands.items()}
 
 
+@pytest.mark.slow
 def test_no_secret_is_saved_or_printed(
     secret_run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

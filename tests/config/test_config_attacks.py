@@ -420,6 +420,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.slow
 def test_an_oversized_file_is_rejected_quickly(name):
     """Excessive nesting, nested aliases and huge numbers are rejected without exhausting memory or time."""
     suffix, text = BOMBS[name]

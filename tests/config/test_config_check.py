@@ -216,6 +216,7 @@ def renamed(node, path, name):
     return {item: renamed(value, rest, name) if item == key else value for item, value in node.items()}
 
 
+@pytest.mark.slow
 def test_misspelled_keys_are_rejected_with_the_correct_name():
     """At least 99 % of keys with one character dropped, swapped or appended are rejected with the correct name."""
     full = Config.fromstring(FULL, ".py").to_dict()

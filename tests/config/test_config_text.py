@@ -26,6 +26,7 @@ SECTIONS = st.dictionaries(st.sampled_from(["model", "lr", "stages", "work_dir"]
 @pytest.mark.parametrize("suffix", ["py", "yaml", "json"])
 @settings(max_examples=80, deadline=None)
 @given(data=SECTIONS)
+@pytest.mark.slow
 def test_a_dump_loads_with_the_same_content(tmp_path_factory, suffix, data):
     """A dumped configuration loads with the same content."""
     path = tmp_path_factory.mktemp("dump") / f"run.{suffix}"

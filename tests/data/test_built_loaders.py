@@ -152,7 +152,15 @@ def torchdata_loader(kind: str, batch_size: int, **options: Any) -> Any:
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("kind", ["shuffle", "sampler"])
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"num_workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 2, "persistent_workers": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_torchdata_loader_has_the_samples_of_the_plain_loader(kind: str, size: int, options: dict[str, Any]) -> None:
     """With any number of ranks, every iteration of three epochs has the samples of the plain loop in one process."""
     plain = torchdata_loader(kind, 8, **options)

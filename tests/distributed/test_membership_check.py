@@ -52,6 +52,7 @@ def test_two_processes_with_the_same_rank() -> None:
     assert all("Two processes were started as rank 1." in (text or "") for text in outcomes)
 
 
+@pytest.mark.slow
 def test_missing_ranks() -> None:
     """If ranks are missing, the others get an error that lists them."""
     outcomes = call([(0, 4), (2, 4)], seconds=0.5)

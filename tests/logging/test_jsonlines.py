@@ -143,6 +143,7 @@ def test_deep_nesting_is_limited(tmp_path: Path) -> None:
     )
 )
 @settings(max_examples=100, deadline=None)
+@pytest.mark.slow
 def test_every_value_becomes_valid_json(value: Any) -> None:
     """Every value that a model may return becomes strict JSON."""
     json.loads(json.dumps(_plain(value), allow_nan=False))

@@ -28,6 +28,7 @@ def sweep(folder: Path, **options: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.slow
 def test_a_kill_while_replacing_leaves_the_old_or_the_new(tmp_path: Path, directory: bool) -> None:
     """If a process is killed while replacing a target, either the old or the new contents remain, complete."""
     left = sweep(tmp_path, directory=directory, replace=True, exchange=True)
@@ -48,6 +49,7 @@ def test_a_kill_while_creating_leaves_nothing_or_the_new(tmp_path: Path, directo
     assert left[-1]["found"] == "new"
 
 
+@pytest.mark.slow
 def test_a_kill_without_exchange_loses_nothing(tmp_path: Path) -> None:
     """If two names cannot be exchanged, cleanup restores the old directory unless the new one exists."""
     left = sweep(tmp_path, directory=True, replace=True, exchange=False)

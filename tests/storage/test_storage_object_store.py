@@ -181,6 +181,7 @@ def seen(cache: Path) -> str | None:
 
 
 @pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.slow
 def test_a_failed_publication_leaves_the_old_or_the_new_contents(
     sources: dict[str, Path], tmp_path: Path, replaces: bool
 ) -> None:

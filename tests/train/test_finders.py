@@ -340,6 +340,7 @@ def test_doubling_and_bisection_find_the_largest_size(capacity: int):
     assert max(tried) <= 20
 
 
+@pytest.mark.slow
 def test_the_largest_batch_size_is_found(make_runner: MakeRunner):
     """The largest batch size is found from out-of-memory errors, and each trial has a time if it succeeded."""
     strategy, data = prepared(make_runner, model={"type": Small}, optim_wrapper=PLAIN, train_dataloader=loader(100))
@@ -359,6 +360,7 @@ def test_the_search_ends_at_the_limit_or_the_dataset(make_runner: MakeRunner):
     assert find_batch_size(strategy, data, limit=3).largest == 3
 
 
+@pytest.mark.slow
 def test_no_batch_size_fits(make_runner: MakeRunner):
     """If not even one sample fits, there is no largest size and no knee."""
 

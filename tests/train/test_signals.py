@@ -65,6 +65,7 @@ def test_a_forwarded_signal_is_ignored():
             assert signals.second is None
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_immediately():
     """A second signal, at least a second after the first, raises KeyboardInterrupt immediately."""
     with signals.listening():

@@ -79,7 +79,11 @@ def test_statistics_are_those_of_torch(tmp_path: Path):
     alone.close()
 
 
-@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["main", "workers"])
+@pytest.mark.parametrize(
+    "workers",
+    [{}, pytest.param({"num_workers": 1, "persistent_workers": True}, marks=pytest.mark.slow)],
+    ids=["main", "workers"],
+)
 def test_recomputing_does_not_change_the_training(tmp_path: Path, workers: dict[str, Any]):
     """With ``"eval"``, validations in the middle of an epoch read the data again; the trajectory is the same bit for bit."""
     plain = train(str(tmp_path / "plain"), hook={}, shuffle=True)
@@ -99,6 +103,7 @@ def test_recomputing_does_not_change_the_training(tmp_path: Path, workers: dict[
     made.close()
 
 
+@pytest.mark.slow
 def test_resumed_run_recomputes_the_same_statistics(tmp_path: Path):
     """A run that resumes from the middle ends with the same statistics and metrics."""
     hook = {"update_bn": "eval"}
