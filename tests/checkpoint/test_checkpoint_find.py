@@ -102,7 +102,7 @@ def test_other_places_contain_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_checkpoints_with_nan_or_inf_are_skipped(tmp_path: Path, suffix: str) -> None:
-    """A checkpoint marked as not finite is never resumed from, in either format, and its fault is listed."""
+    """In either format, a run never resumes from a checkpoint with NaN or Inf, and the reason is listed."""
     kept = tmp_path / f"epoch_1{suffix}"
     save_checkpoint({"meta": {"iter": 1, "finite": True}, "state_dict": {}}, kept)
     save_checkpoint({"meta": {"iter": 2, "finite": False}, "state_dict": {}}, tmp_path / f"epoch_2{suffix}")

@@ -100,7 +100,7 @@ def test_averaged_weights_of_mmengine_are_reported(tmp_path: Path, caplog: pytes
 
 
 def test_weights_of_lightning_are_found_by_their_prefix() -> None:
-    """The error for Lightning's key prefix suggests revise_keys, which are not applied automatically."""
+    """The error for Lightning's key prefix suggests ``revise_keys``, which is not applied automatically."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     with pytest.raises(CheckpointMismatchError, match=r"revise_keys=\[\('\^model\\\\\.', ''\)\]"):
         load_checkpoint(model, LIGHTNING)

@@ -141,7 +141,7 @@ def test_a_base_in_a_package_does_not_import_the_package(evil_package):
     config = Config.fromfile(evil_package / "run.yaml")
     assert config.model._scope_ == "evil_package"
     for registry, node in ((MODELS, config.model), (METRICS, config.metric), (MODELS, dict(config.to_dict()["model"]))):
-        with pytest.raises(ConfigValueError, match=r"names the scope 'evil_package'.*allow_packages\('evil_package'\)"):
+        with pytest.raises(ConfigValueError, match=r"refers to the scope 'evil_package'.*allow_packages\('evil_package'\)"):
             registry.build(node)
 
 
@@ -149,7 +149,7 @@ def test_a_base_in_a_package_of_a_data_base_does_not_import_the_package(evil_pac
     """A package named by a data file is not imported for a Python file that inherits from it."""
     (evil_package / "base.yaml").write_text("_base_: 'evil_package::base.yaml'\n")
     (evil_package / "run.py").write_text("_base_ = 'base.yaml'\nmodel = dict(bias=False)\n")
-    with pytest.raises(ConfigValueError, match="names the scope 'evil_package'"):
+    with pytest.raises(ConfigValueError, match="refers to the scope 'evil_package'"):
         MODELS.build(Config.fromfile(evil_package / "run.py").model)
 
 

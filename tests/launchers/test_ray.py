@@ -74,7 +74,7 @@ def test_ray(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], cluste
 def test_ctrl_c_saves_on_ray(
     jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], cluster: dict[str, str]
 ) -> None:
-    """The signal reaches the ranks, which save; the resumed run has the same final weights."""
+    """The signal reaches the ranks, which save a checkpoint; the resumed run ends with the same weights."""
     slowly = ("--set", "custom_hooks.0.pause_s=0.4")
     job = jobs.start([*RAY, "2", "--work-dir", "run", *slowly], **cluster)
     progress = tmp_path / "run" / "progress_0"

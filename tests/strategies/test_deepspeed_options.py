@@ -292,7 +292,7 @@ def test_conflicting_accumulation_and_clipping_are_rejected() -> None:
 def test_a_failed_kernel_compilation_is_explained() -> None:
     """A failed kernel compilation is explained with an alternative; other errors are unchanged."""
     with (
-        pytest.raises(PlacementError, match=r"could not compile the kernel of FusedAdam: no ninja. .* torch's AdamW"),
+        pytest.raises(PlacementError, match=r"could not compile the kernel for FusedAdam: no ninja. .* torch's AdamW"),
         explain_kernel_errors({"optimizer": {"type": "FusedAdam"}}),
     ):
         raise RuntimeError("no ninja")

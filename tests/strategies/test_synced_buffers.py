@@ -316,7 +316,7 @@ def test_single_process_evaluates_its_buffers(tmp_path: Path):
 
 def test_unknown_source_is_rejected(tmp_path: Path):
     """The strategy and the check of the configuration both suggest the closest valid value."""
-    with pytest.raises(ConfigValueError, match="Unknown buffers='rank'. Did you mean 'rank0'"):
+    with pytest.raises(ConfigValueError, match="Invalid value for buffers: 'rank'. Did you mean 'rank0'"):
         SingleDeviceStrategy(work_dir=tmp_path, buffers="rank")
     for kind in ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy", "ColossalAIStrategy"):
         config = Config({"strategy": {"type": kind, "buffers": "rank"}})

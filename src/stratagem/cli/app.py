@@ -214,7 +214,7 @@ def parity(
         bool, typer.Option("--eval-layers", help="Put dropout and batch normalization into evaluation mode.")
     ] = False,
     tolerance: Annotated[
-        float, typer.Option(metavar="X", help="The largest relative difference that counts as rounding.")
+        float, typer.Option(metavar="X", help="The largest relative difference that is attributed to rounding.")
     ] = 1e-4,
     strategies: Annotated[
         str,

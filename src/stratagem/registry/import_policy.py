@@ -100,10 +100,10 @@ def _parts(key: str) -> list[str]:
 
 
 def _refuse_reexported(key: str, module: Any, path: list[str]) -> None:
-    """Reject a name in a data file that refers to an object outside the allowed packages.
+    """Reject a name in a data file if it refers to an object outside the allowed packages.
 
     Raises:
-        ConfigValueError: if a part of the name is private, or is an object that a module only imports from elsewhere.
+        ConfigValueError: if a component of the name is private, or refers to an object that the module merely imports.
     """
     reason = (
         "which has a part that starts with an underscore" if any(part.startswith("_") for part in _parts(key)) else None

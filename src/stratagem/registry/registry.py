@@ -218,9 +218,9 @@ class Registry:
                 if scope is not None:
                     if not is_allowed(scope):
                         raise ConfigValueError(
-                            f"A data file names the scope {str(scope)!r}, and no {self._name} registry with that scope is "
-                            "imported. Data files cannot choose what is imported: import the package in the program, or "
-                            f"call allow_packages({str(scope)!r})."
+                            f"A YAML, JSON or TOML file refers to the scope {str(scope)!r}, but no package with a {self._name} "
+                            "registry of this scope has been imported. Such files cannot trigger imports: import the "
+                            f"package in the program, or call allow_packages({str(scope)!r})."
                         )
                     known = [item.scope for item in _subtree(self.root)]
                     raise ConfigKeyError(

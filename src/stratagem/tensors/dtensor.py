@@ -95,7 +95,7 @@ def shard_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
 
 @torch.no_grad()
 def shard_as(full: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """Return a copy of a full tensor, which is the same on all ranks, as a ``DTensor`` with placements. Not collective."""
+    """Return a copy of ``full``, which must be equal on all ranks, as a ``DTensor`` with these placements. Not collective."""
     shape, offset = local_shape_and_offset(full.shape, mesh, placements)
     part = full[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))].clone()
     sharded: Tensor = _dtensor().from_local(

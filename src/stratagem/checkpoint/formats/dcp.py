@@ -115,10 +115,12 @@ class DcpDirectory:
             skeleton = json.loads(self._value(_TREE))
         except (TypeError, ValueError) as error:
             raise CheckpointDamagedError(
-                f"{self._path}: the description of the tree cannot be read: {error}"
+                f"{self._path}: the metadata that describes the structure of the checkpoint cannot be read: {error}"
             ) from error
         if not isinstance(skeleton, dict):
-            raise CheckpointDamagedError(f"{self._path}: the description of the tree is not an object.")
+            raise CheckpointDamagedError(
+                f"{self._path}: the metadata that describes the structure of the checkpoint is not an object."
+            )
         described = self._metadata.state_dict_metadata
         # Compute the paths from the whole description: they depend on all parts.
         paths = _dcp_paths(skeleton)

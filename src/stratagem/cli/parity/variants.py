@@ -124,8 +124,8 @@ def parse_strategies(listed: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(strategy_name(name.strip()) for name in listed.split(",")))
     if "SingleDeviceStrategy" in names:
         raise ConfigValueError(
-            f"--strategy {listed}: SingleDeviceStrategy is always included as the reference. List only strategies for "
-            "several processes."
+            f"--strategy {listed}: SingleDeviceStrategy is always included as the reference. List only "
+            "multi-process strategies."
         )
     return names
 

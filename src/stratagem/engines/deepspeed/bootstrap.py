@@ -100,7 +100,7 @@ def make_engine(
 
 @contextmanager
 def _skip_broadcast(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block, prevent the engine being created from broadcasting the weights of rank 0 again."""
+    """Prevent an engine that is created inside the ``with`` block from broadcasting the weights of rank 0 again."""
     parameters = list(model.parameters())
     for parameter in parameters:
         setattr(parameter, _EXCLUDE_FROM_BROADCAST, True)

@@ -44,8 +44,9 @@ def explain_kernel_errors(optim_wrapper: Any) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PlacementError(
-            f"DeepSpeed could not compile the kernel of {name}: {reason}. This requires a C++ compiler and ninja, and for "
-            "fused optimizers the toolkit of the accelerator. torch's AdamW needs no compilation, and is fused by default."
+            f"DeepSpeed could not compile the kernel for {name}: {reason}. Compilation requires a C++ compiler and "
+            "ninja; fused optimizers also require the accelerator toolkit, such as the CUDA Toolkit. torch's AdamW needs no "
+            "compilation and is fused by default."
         ) from error
 
 

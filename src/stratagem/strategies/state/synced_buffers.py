@@ -62,7 +62,7 @@ def require_buffer_source(source: Any) -> BufferSource:
         ConfigValueError: if the value is unknown.
     """
     if source not in BUFFER_SOURCES:
-        raise ConfigValueError(f"Unknown buffers={source!r}. {did_you_mean(str(source), BUFFER_SOURCES)}")
+        raise ConfigValueError(f"Invalid value for buffers: {source!r}. {did_you_mean(str(source), BUFFER_SOURCES)}")
     return source  # type: ignore[no-any-return]  # checked
 
 

@@ -15,7 +15,7 @@ __all__ = ["RollBackError", "roll_back"]
 
 @final
 class RollBackError(TrainingError):
-    """Requests that the run resumes from an earlier checkpoint and skips the data that caused the problem.
+    """Raised to request that the run resume from an earlier checkpoint and skip the data that caused the problem.
 
     :class:`~stratagem.Runner` handles this exception; without a runner, it is an ordinary error.
 
