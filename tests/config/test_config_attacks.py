@@ -141,7 +141,9 @@ def test_a_base_in_a_package_does_not_import_the_package(evil_package):
     config = Config.fromfile(evil_package / "run.yaml")
     assert config.model._scope_ == "evil_package"
     for registry, node in ((MODELS, config.model), (METRICS, config.metric), (MODELS, dict(config.to_dict()["model"]))):
-        with pytest.raises(ConfigValueError, match=r"refers to the scope 'evil_package'.*allow_packages\('evil_package'\)"):
+        with pytest.raises(
+            ConfigValueError, match=r"refers to the scope 'evil_package'.*allow_packages\('evil_package'\)"
+        ):
             registry.build(node)
 
 
