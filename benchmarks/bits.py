@@ -82,8 +82,13 @@ class Key:
         """The position in time. A difference in one category usually causes those in the following categories."""
         return self.run != "whole", self.iteration, CATEGORIES.index(self.category), self.rank
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the value was read from a checkpoint."""
+        return self.rank < 0
+
     def __str__(self) -> str:
-        source = "disk" if self.rank < 0 else f"rank {self.rank}"
+        source = "disk" if self.is_on_disk else f"rank {self.rank}"
         again = f" (number {self.occurrence + 1} of this name)" if self.occurrence else ""
         return f"{self.run} run, iteration {self.iteration}, {source}, {self.category}: {self.name}{again}"
 
@@ -97,11 +102,13 @@ class Comparison:
         counts: number of values compared, by category.
         different: number of values that differ or that only one revision has, by category.
         problems: descriptions of all problems; empty if everything is equal.
+        added: names of values in checkpoints that only the working tree saves; these are not problems.
     """
 
     counts: Mapping[str, int]
     different: Mapping[str, int]
     problems: tuple[str, ...]
+    added: tuple[str, ...] = ()
 
 
 def same_bits(one: Value | None, other: Value | None) -> bool:
@@ -115,7 +122,14 @@ def same_bits(one: Value | None, other: Value | None) -> bool:
 
 def compare(base: Mapping[Key, Value], tree: Mapping[Key, Value], expected: Iterable[str]) -> Comparison:
     """Compare the records of a job; ``expected`` are the categories that must not be empty."""
-    keys = [*base, *(key for key in tree if key not in base)]
+    added = {key for key in tree if key not in base and key.is_on_disk}
+    # Additional entries also change the size and the digest of the file that contains them.
+    changed = {f"manifest.json/files/{key.name.partition('/')[0]}/" for key in added}
+    keys = [
+        key
+        for key in dict.fromkeys((*base, *tree))
+        if key not in added and not (key.is_on_disk and key.name.startswith(tuple(changed)))
+    ]
     different = [key for key in keys if not same_bits(base.get(key), tree.get(key))]
     counts = Counter(key.category for key in keys)
     problems = [f"no {category} were recorded, so none were compared" for category in expected if not counts[category]]
@@ -123,7 +137,12 @@ def compare(base: Mapping[Key, Value], tree: Mapping[Key, Value], expected: Iter
         # Sorting is stable: values of one category keep the order in which they were recorded.
         first = min(different, key=lambda key: key.order)
         problems.append(f"first difference: {first}\n{_explain(base.get(first), tree.get(first))}")
-    return Comparison(counts=counts, different=Counter(key.category for key in different), problems=tuple(problems))
+    return Comparison(
+        counts=counts,
+        different=Counter(key.category for key in different),
+        problems=tuple(problems),
+        added=tuple(sorted({key.name for key in added})),
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -385,6 +404,9 @@ def main() -> int:
     for name in failed:
         for problem in results[name].problems:
             console.print(f"{name}: {problem}", style="red", highlight=False, markup=False)
+    added = sorted({name for result in results.values() for name in result.added})
+    if added:
+        console.print(f"Only the working tree saves: {', '.join(added)}", highlight=False, markup=False)
     values = sum(sum(result.counts.values()) for result in results.values())
     verdict = (
         f"{len(failed)} of {len(results)} jobs differ or failed" if failed else f"all {len(results)} jobs are equal"

@@ -198,7 +198,12 @@ class Recorder(Hook):
                 self.add("moments", f"{name} {key}", value)
 
     def _parameters(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's parameters by name. Flat parameters of an engine have no name and get their index."""
+        """Yield the optimizer's parameters by name. Flat parameters of an engine have no name and get their index.
+
+        Trial updates of other optimizers before the first iteration are not recorded.
+        """
+        if self._iteration == 0:
+            return
         if id(optimizer) not in self._optimizers:
             self._optimizers.append(id(optimizer))
         number = self._optimizers.index(id(optimizer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_a_value_that_one_record_lacks_is_a_difference(bits: ModuleType) -> None
     tree = dict(list(base.items())[:-1])
     assert bits.compare(base, tree, []).different == bits.compare(tree, base, []).different == {"gradients": 1}
     assert "tree: not recorded" in bits.compare(base, tree, []).problems[0]
+
+
+def test_an_added_entry_of_a_checkpoint_is_listed_but_is_no_difference(bits: ModuleType) -> None:
+    """A new entry changes the digest of its file as well; an entry that only the base saves is a difference."""
+
+    def key(name: str) -> Any:
+        return bits.Key(run="whole", iteration=1, category="checkpoint", rank=-1, name=name)
+
+    base = {key("state.json/meta/epoch"): "1", key("manifest.json/files/state.json/size"): "10"}
+    tree = {**base, key("state.json/meta/new"): "2", key("manifest.json/files/state.json/size"): "19"}
+    result = bits.compare(base, tree, [])
+    assert (result.problems, result.added) == ((), ("state.json/meta/new",))
+    assert bits.compare(tree, base, []).problems
+    assert bits.compare(base, {**tree, key("state.json/meta/epoch"): "2"}, []).problems
 
 
 def test_an_empty_category_is_a_problem(bits: ModuleType) -> None:
