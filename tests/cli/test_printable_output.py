@@ -15,6 +15,8 @@ from stratagem.checkpoint import save_checkpoint
 from stratagem.logging import Logger
 from stratagem.utils.printable import escape_controls, printable_name
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Any]
 # Changes the color, sets the title of the window, moves the cursor, overwrites the line, reverses the direction.
 EVIL = "e\x1b[31mv\x1b]0;title\x07\x9b1A\r\u202el\u200b\n"

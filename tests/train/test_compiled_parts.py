@@ -16,6 +16,8 @@ from stratagem.checkpoint import CheckpointLoader, load_checkpoint, save_checkpo
 from tests.support.ranks import Ranks
 from tests.train.toys import QUIET_HOOKS, Toy, settings
 
+pytestmark = pytest.mark.slow
+
 MakeRunner = Callable[..., Runner]
 KINDS = ["plain", "whole", "part"]
 

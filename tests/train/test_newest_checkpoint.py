@@ -28,6 +28,8 @@ from tests.support.ranks import Ranks
 from tests.train.test_checkpoint_keeping import scored
 from tests.train.toys import QUIET_HOOKS, At, loader, settings, stop
 
+pytestmark = pytest.mark.slow
+
 MakeRunner = Callable[..., Runner]
 FUTURE = 4e9
 
