@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -32,7 +31,9 @@ def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, 
         accepted = inspect.signature(type(optimizer)).parameters
         options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
         return type(optimizer)(groups, **options)
-    probe = copy.copy(optimizer)
+    # copy.copy would omit all attributes but the groups and the state, because Optimizer defines __getstate__.
+    probe = object.__new__(type(optimizer))
+    probe.__dict__.update(vars(optimizer))
     probe.state = defaultdict(dict)
     probe.param_groups = groups
     if with_hooks:
