@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 from stratagem import Runner
-from stratagem.cli.tables import print_table
+from stratagem.cli.output import print_table
 from stratagem.config import Config, check, require
 from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError, ConfigParsingError, MissingDependencyError

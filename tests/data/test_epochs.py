@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -66,6 +67,19 @@ def test_every_epoch_reaches_the_dataset(name: str, options: dict[str, Any]) -> 
     loader = build_dataloader(DataLoader(DATASETS[name](), batch_size=2, **options), seed=0, training=True)
     epochs = [{int(epoch) for batch in loader.batches(number) for epoch in batch[0]} for number in (0, 1, 3)]
     assert epochs == [{0}, {1}, {3}]
+
+
+@pytest.mark.parametrize("sampler", [None, "InfiniteSampler"])
+def test_each_epoch_is_passed_once(sampler: str | None) -> None:
+    """Without workers, a dataset that prepares each epoch in ``set_epoch`` does so once; an endless order is a single epoch."""
+    table, calls = Table(), list[int]()
+    table.set_epoch = calls.append  # type: ignore[method-assign]
+    cfg = {"dataset": table, "batch_size": 2, **({} if sampler is None else {"sampler": {"type": sampler}})}
+    loader = build_dataloader(cfg, seed=0, training=True)
+    for epoch in (0, 1):
+        for _ in islice(loader.batches(epoch), 2):
+            pass
+    assert calls == ([0, 1] if sampler is None else [0, 0])
 
 
 @pytest.mark.slow

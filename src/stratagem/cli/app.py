@@ -12,9 +12,8 @@ from stratagem._version import __version__
 from stratagem.cli.ckpt.app import ckpt_app
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
-from stratagem.cli.output import echo
+from stratagem.cli.output import AsJson, echo
 from stratagem.cli.runs_app import runs_app
-from stratagem.cli.tables import AsJson
 
 __all__ = ["app"]
 

@@ -1,15 +1,25 @@
-"""Print text and tables in which names from files cannot act on the terminal."""
+"""Print text, tables and JSON. Names from files cannot act on the terminal.
+
+Tables are fitted to a terminal, and have their full width elsewhere.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
 import rich.table
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from stratagem.utils.printable import escape_controls, printable_name
 
-__all__ = ["Table", "echo"]
+__all__ = ["AsJson", "Table", "echo", "print_json", "print_table", "rows_of"]
+
+_UNLIMITED = 100_000
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with one object per row of a table.")]
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -22,3 +32,39 @@ class Table(rich.table.Table):
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*(printable_name(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def print_table(table: rich.table.Table, *, as_json: bool = False) -> None:
+    """Print a table. In a pipe or a file, no cell is wrapped, so that each row is one line and words stay whole.
+
+    Args:
+        table: the table, whose cells are strings or ``Text``.
+        as_json: print a JSON list of objects with the headings as keys.
+    """
+    if as_json:
+        print_json(rows_of(table))
+        return
+    console = Console(markup=False, highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console = Console(markup=False, highlight=False, width=_UNLIMITED)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def rows_of(table: rich.table.Table) -> list[dict[str, str]]:
+    """Return the rows of a table as mappings from headings to cells."""
+    headings = [_plain(column.header) or "verdict" for column in table.columns]
+    rows = zip(*(map(_plain, column.cells) for column in table.columns), strict=True)
+    return [dict(zip(headings, row, strict=True)) for row in rows]
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _plain(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)

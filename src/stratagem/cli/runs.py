@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stratagem.checkpoint.convert.convert import open_checkpoint
-from stratagem.cli.output import Table, echo
-from stratagem.cli.tables import print_table
+from stratagem.cli.output import Table, echo, print_table
 from stratagem.errors import CheckpointNotFoundError
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text

@@ -34,8 +34,9 @@ class EpochStream(IterableDataset[Any]):
         self._has_started = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration, in all workers."""
+        """Set the epoch of the next iteration, in this process and in all workers."""
         self._epoch.fill_(epoch)
+        set_epoch_of(self.dataset, epoch)
 
     def __iter__(self) -> Iterator[Any]:
         epoch, info = int(self._epoch.item()), get_worker_info()

@@ -236,9 +236,7 @@ class EpochLoader:
         """
         if isinstance(self.loader.worker_init_fn, WorkerInit):
             self.loader.worker_init_fn.prepare(epoch)
-        if isinstance(self.loader.dataset, EpochStream):
-            self.loader.dataset.set_epoch(epoch)
-        set_epoch_of(self.dataset, epoch)
+        set_epoch_of(self.loader.dataset, self._epoch_of(epoch))
         if self._source is not None and self._batches is not None:
             self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
             return self._with_worker_errors(start_workers(self.loader))

@@ -7,6 +7,8 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from torch.utils.data import IterableDataset
 
+from stratagem.data.epochs import set_epoch_of
+
 __all__ = ["Stateful", "StatefulStream", "ResumableStream", "shuffle_buffer_of"]
 
 # The attributes in which Hugging Face, torch and torchdata streams store the streams that they read from.
@@ -87,6 +89,10 @@ class ResumableStream(IterableDataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # raises TypeError if it has no length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch to the dataset."""
+        set_epoch_of(self.dataset, epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the dataset, and whether it was exhausted."""

@@ -97,14 +97,14 @@ class StreamedDataset(Dataset[Any]):
 
     def __getitem__(self, request: BatchRequest) -> Any:
         """Load a single sample, for data loaders without batching."""
-        self._set_epoch(request.epoch)
+        self._require_epoch(request)
         with isolate_cpu_rng():
             sample = self._sample(request.epoch, request.stream_keys[0], request.indices[0])
             return sample if self.collate is None else self.collate(sample)
 
     def __getitems__(self, request: BatchRequest) -> Any:
         """Load a batch; called by the fetcher of torch's ``DataLoader``."""
-        self._set_epoch(request.epoch)
+        self._require_epoch(request)
         with isolate_cpu_rng():
             samples = self._samples(request)
             seed_stream(self._seed, request.epoch, _BATCH, request.stream_keys[0])
@@ -113,11 +113,15 @@ class StreamedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _set_epoch(self, epoch: int) -> None:
-        """Pass the epoch to this process's copy of the dataset, since each worker has its own copy."""
-        if epoch != self._epoch:
-            set_epoch_of(self.dataset, epoch)
-            self._epoch = epoch
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch to the dataset."""
+        self._epoch = epoch
+        set_epoch_of(self.dataset, epoch)
+
+    def _require_epoch(self, request: BatchRequest) -> None:
+        """Pass the epoch of a request to this copy of the dataset: a worker that persists has a copy from an earlier epoch."""
+        if request.epoch != self._epoch:
+            self.set_epoch(request.epoch)
 
     def _samples(self, request: BatchRequest) -> Any:
         if self._at_once:

@@ -12,7 +12,21 @@ from stratagem.model import Trainable
 from stratagem.parallel.forward_redirection import redirect_forward
 from stratagem.parallel.trainable import TrainableChange
 
-__all__ = ["EngineModule", "refuse_trainable_change"]
+__all__ = ["EngineModule", "refuse_empty_parameters", "refuse_trainable_change"]
+
+
+def refuse_empty_parameters(engine: str, model: nn.Module, instead: str) -> None:
+    """Require that every parameter has elements.
+
+    Raises:
+        PlacementError: if a parameter is empty.
+    """
+    empty = [name for name, each in model.named_parameters() if not each.numel()]
+    if empty:
+        raise PlacementError(
+            f"{engine} does not support parameters without elements: {', '.join(empty)}. Remove them from the "
+            f"model, or use {instead}."
+        )
 
 
 def refuse_trainable_change(engine: str, change: TrainableChange) -> NoReturn:

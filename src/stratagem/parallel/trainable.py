@@ -13,17 +13,13 @@ from torch import nn
 from stratagem.distributed import EventAgreement
 from stratagem.errors import PlacementError
 from stratagem.optim import BaseOptimWrapper
+from stratagem.utils.names import some_names
 
-__all__ = ["TrainableChange", "TrainableParameters", "some_names"]
+__all__ = ["TrainableChange", "TrainableParameters"]
 
 _requires_grad: Final[Callable[[nn.Parameter], bool]] = attrgetter("requires_grad")
 # A model may alternate between two parts in every iteration, so the number of log lines is limited.
 _MOST_LINES: Final = 20
-
-
-def some_names(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names, and the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _count(names: Sequence[str]) -> str:

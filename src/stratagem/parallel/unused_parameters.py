@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch.nn.parallel import DistributedDataParallel
 
 from stratagem.errors import PlacementError
+from stratagem.utils.names import some_names
 
 __all__ = ["unused_parameters_error"]
 
@@ -31,7 +32,7 @@ def unused_parameters_error(
     if found is None:
         return None
     unused = [names[int(number)] for number in found[1].split()]
-    listed = ", ".join(unused[:_MAX_NAMES]) + (f" and {len(unused) - _MAX_NAMES} more" if unused[_MAX_NAMES:] else "")
+    listed = some_names(unused, _MAX_NAMES)
     return PlacementError(
         f"{type(replica.module).__name__} did not use all its parameters for the loss of the last iteration, but DDP waits for "
         f"the gradients of all parameters. Unused: {listed} ({len(unused)} of {len(names)}). If this is intended, set {option}; "

@@ -35,7 +35,7 @@ from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
-from stratagem.parallel.trainable import TrainableParameters, some_names
+from stratagem.parallel.trainable import TrainableParameters
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
@@ -45,6 +45,7 @@ from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, 
 from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.strategies.state.trainable_state import apply_trainable, find_trainable_difference, read_trainable
 from stratagem.utils import generator_state, mask_text, restore_generator_state, with_canonical_keys
+from stratagem.utils.names import some_names
 
 __all__ = ["ComposedStrategy"]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from stratagem.errors import ConfigKeyError
 
-__all__ = ["did_you_mean", "nearest_names", "refuse_unknown"]
+__all__ = ["did_you_mean", "nearest_names", "refuse_unknown", "some_names"]
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -35,6 +35,11 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         return "No names are defined."
     shown = ", ".join(known[:20])
     return f"Known: {shown}, ... ({len(known)} in total)." if len(known) > 20 else f"Known: {shown}."
+
+
+def some_names(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stratagem.cli.lazy_command import Traceback, lazy_command
-from stratagem.cli.tables import AsJson
+from stratagem.cli.output import AsJson
 
 __all__ = ["ckpt_app"]
 

@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stratagem.checkpoint import CheckpointInfo, format_for
 from stratagem.checkpoint import list_checkpoints as list_in
-from stratagem.cli.output import Table, echo
-from stratagem.cli.tables import print_table
+from stratagem.cli.output import Table, echo, print_table
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes

@@ -14,8 +14,7 @@ from torch import Tensor
 from stratagem.checkpoint import StateTree, flatten_tree
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import open_checkpoint
-from stratagem.cli.output import Table, echo
-from stratagem.cli.tables import print_json, print_table, rows_of
+from stratagem.cli.output import Table, echo, print_json, print_table, rows_of
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 

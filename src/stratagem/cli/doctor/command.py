@@ -13,8 +13,7 @@ from stratagem.cli.doctor.folder import check_folder
 from stratagem.cli.doctor.machine import check_machine
 from stratagem.cli.doctor.ranks import check_ranks, read_findings
 from stratagem.cli.launch.processes import launch_locally
-from stratagem.cli.output import Table, echo
-from stratagem.cli.tables import print_table
+from stratagem.cli.output import Table, echo, print_table
 from stratagem.distributed import infer_launcher, read_launch
 
 __all__ = ["doctor"]

@@ -15,9 +15,8 @@ import typer
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import Table, echo
+from stratagem.cli.output import Table, echo, print_table
 from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
-from stratagem.cli.tables import print_table
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
 from stratagem.data import build_dataloader

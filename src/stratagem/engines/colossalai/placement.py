@@ -27,7 +27,7 @@ from stratagem.engines.colossalai.options import PluginSpec, max_norm_of
 from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, plugin_traits
 from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
 from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper
-from stratagem.engines.engine_module import EngineModule, refuse_trainable_change
+from stratagem.engines.engine_module import EngineModule, refuse_empty_parameters, refuse_trainable_change
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.model.replaced_layers import lost_by_replacement
@@ -283,12 +283,8 @@ def _settings(built: AnyOptim) -> OptimWrapper:
 
 
 def _refuse_model(model: nn.Module, traits: PluginTraits, world: World) -> None:
-    empty = [name for name, each in model.named_parameters() if not each.numel()]
-    if empty and traits.zero_stage:
-        raise PlacementError(
-            f"ColossalAI's ZeRO does not support parameters without elements: {', '.join(empty)}. Remove them from the model, or "
-            "use plugin='torch-ddp'."
-        )
+    if traits.zero_stage:
+        refuse_empty_parameters("ColossalAI's ZeRO", model, "plugin='torch-ddp'")
     # Plugins that use DistributedDataParallel convert BatchNorm to SyncBatchNorm.
     replicates = not traits.clips or not traits.zero_stage
     if world.device.type == "cpu" and replicates and any(isinstance(each, _BatchNorm) for each in model.modules()):

@@ -30,7 +30,7 @@ from stratagem.engines.deepspeed.master_weights import (
 from stratagem.engines.deepspeed.options import Options
 from stratagem.engines.deepspeed.unused_parameters import UnusedParameters
 from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper, OriginalGroup, require_plain_wrapper
-from stratagem.engines.engine_module import EngineModule, refuse_trainable_change
+from stratagem.engines.engine_module import EngineModule, refuse_empty_parameters, refuse_trainable_change
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import OptimWrapper
@@ -141,12 +141,8 @@ class DeepSpeedPlacement(Placement):
             raise PlacementError(
                 f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the engine wraps it."
             )
-        empty = [name for name, each in model.named_parameters() if not each.numel()]
-        if empty and self._options.stage == 3:
-            raise PlacementError(
-                f"ZeRO stage 3 does not support parameters without elements: {', '.join(empty)}. Remove them from the model, or "
-                "use stage 2."
-            )
+        if self._options.stage == 3:
+            refuse_empty_parameters("ZeRO stage 3", model, "stage 2")
         others = {name: each.dtype for name, each in model.named_parameters() if each.dtype != torch.float32}
         if others:
             name, dtype = next(iter(others.items()))

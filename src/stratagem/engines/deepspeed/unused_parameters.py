@@ -10,6 +10,8 @@ from typing import final
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stratagem.utils.names import some_names
+
 __all__ = ["UnusedParameters"]
 
 logger = logging.getLogger(__name__)
@@ -42,14 +44,12 @@ class UnusedParameters:
             handle.remove()
         self._handles.clear()
         if self._unused:
-            shown = ", ".join(list(self._unused.values())[:_MAX_NAMES])
-            more = len(self._unused) - _MAX_NAMES
             logger.warning(
-                "%d parameters got no gradient in the first update: %s%s. DeepSpeed updates them with a gradient of zero, so "
+                "%d parameters got no gradient in the first update: %s. DeepSpeed updates them with a gradient of zero, so "
                 "weight decay and momentum change them, unlike in a single process. If they are never used, freeze them with "
                 "requires_grad_(False) before prepare(). If they are used in some updates only, put them into a parameter group "
                 "without weight decay, or use another strategy for exact results.",
-                len(self._unused), shown, f" and {more} more" if more > 0 else "",
+                len(self._unused), some_names(list(self._unused.values()), _MAX_NAMES),
             )  # fmt: skip
         self._unused.clear()
 

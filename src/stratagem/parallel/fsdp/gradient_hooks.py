@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from stratagem.errors import PlacementError
-from stratagem.parallel.trainable import some_names
 from stratagem.tensors.dtensor import is_sharded
+from stratagem.utils.names import some_names
 from stratagem.utils.torch_private import copy_gradient_hooks, gradient_hooks
 
 __all__ = ["keep_gradient_hooks", "refuse_gradient_hooks"]

@@ -36,10 +36,10 @@ from stratagem.parallel.fsdp.tensor_parallel import apply_plan
 from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
-from stratagem.parallel.trainable import TrainableChange, some_names
+from stratagem.parallel.trainable import TrainableChange
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
-from stratagem.utils.names import did_you_mean
+from stratagem.utils.names import did_you_mean, some_names
 from stratagem.utils.torch_private import (
     accumulate_in_reduce_dtype,
     gather_scalars,

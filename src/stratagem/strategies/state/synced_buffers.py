@@ -18,6 +18,7 @@ from stratagem.distributed import World, all_gather_object, all_reduce, broadcas
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.tensors.dtensor import is_sharded, to_local
 from stratagem.utils import canonical_names, did_you_mean
+from stratagem.utils.names import some_names
 
 __all__ = ["BUFFER_SOURCES", "Buffer", "BufferSource", "SyncedBuffers", "iter_buffers", "require_buffer_source"]
 
@@ -209,14 +210,13 @@ class SyncedBuffers:
         if not new:
             return
         self._named.update(new)
-        listed = ", ".join(new[:_MOST_NAMES]) + (f" and {len(new) - _MOST_NAMES} more" if new[_MOST_NAMES:] else "")
         used = "the buffers of rank 0"
         if self.source == "mean":
             used = "the mean over the ranks for running means and variances of BatchNorm, and rank 0's values for other buffers"
         self._logger.info(
             "Each rank updates %d buffers from its own samples: %s. Training uses the values of each rank. Evaluation "
             "and the weights in checkpoints use %s (strategy option buffers=%r).",
-            len(new), listed, used, self.source,
+            len(new), some_names(new, _MOST_NAMES), used, self.source,
         )  # fmt: skip
 
 

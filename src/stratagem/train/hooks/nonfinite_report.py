@@ -9,11 +9,10 @@ from typing import Any, NamedTuple, final
 
 from stratagem.distributed import all_gather_object
 from stratagem.train.run.context import Run
+from stratagem.utils.names import some_names
 from stratagem.utils.scalars import as_scalar
 
 __all__ = ["Batch", "NonFiniteReport"]
-
-_MOST_NAMES = 5
 
 
 class Batch(NamedTuple):
@@ -92,7 +91,7 @@ class NonFiniteReport:
             return f"the training step returned {shown}."
         if not self.parameters:
             return "the losses are finite, but the gradients contain NaN or Inf."
-        shown = _shortened(self.parameters)
+        shown = some_names(self.parameters)
         count = len(self.parameters)
         return f"the losses are finite, but the gradients of {count} parameter(s) contain NaN or Inf: {shown}."
 
@@ -118,8 +117,3 @@ def _samples(run: Run, batches: Iterable[Batch]) -> list[int] | None:
             return None
         known += run.train_data.indices_of(batch.epoch, batch.batch)
     return known
-
-
-def _shortened(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
