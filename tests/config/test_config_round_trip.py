@@ -193,6 +193,8 @@ def is_same(one: Any, other: Any) -> bool:
         return alike and all(map(is_same, one, other))
     if isinstance(one, bool | np.bool_) != isinstance(other, bool | np.bool_):
         return False
+    if isinstance(one, complex) and isinstance(other, complex):
+        return is_same(one.real, other.real) and is_same(one.imag, other.imag)
     if isinstance(one, float | np.floating) and math.isnan(one):
         return isinstance(other, float) and math.isnan(other)
     if isinstance(one, float) and isinstance(other, float):
