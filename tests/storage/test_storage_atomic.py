@@ -235,3 +235,23 @@ def test_every_file_is_synced_before_the_rename(tmp_path: Path) -> None:
         (temporary / "inner" / "file").touch()
         (temporary / "dangling").symlink_to("nowhere")
     assert done == ["file", "inner", temporary.name, "rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_that_appears_while_it_is_published_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """If another process publishes the same directory first, the later one replaces it instead of failing."""
+    if not exchange:
+        monkeypatch.setattr(operations, "exchange", lambda *_: False)
+    rename = operations.rename
+
+    def rename_late(old: Path, new: Path) -> None:
+        monkeypatch.setattr(operations, "rename", rename)
+        fill(tmp_path / "target", "first")
+        operations.rename(old, new)
+
+    monkeypatch.setattr(operations, "rename", rename_late)
+    fill(tmp_path / "target", "second")
+    assert (tmp_path / "target" / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -2,12 +2,14 @@
 
 from stratagem.storage import operations
 from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic, write_record
+from stratagem.storage.download_once import download_once
 from stratagem.storage.files import (
     begin_writeback,
     closing_descriptor,
     fsync_directory,
     fsync_file,
     fsync_tree,
+    is_same_file,
     open_for_reading,
     read_at,
     read_bytes,
@@ -37,10 +39,12 @@ __all__ = [
     "RemoteFolder",
     "clean_temporaries",
     "clean_unpublished",
+    "download_once",
     "fetch_published",
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
+    "is_same_file",
     "is_link_local",
     "is_loopback",
     "is_remote_scheme",

@@ -32,6 +32,8 @@ from stratagem.utils import absolute
 
 __all__ = ["atomic_directory", "atomic_file", "write_atomic", "write_record"]
 
+# Another process has created the target directory in the meantime.
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
 
@@ -146,8 +148,13 @@ def _create_file(path: Path) -> None:
 def _publish_directory(temporary: Path, target: Path) -> Path | None:
     """Rename ``temporary`` to ``target``; return the new path of the directory that it replaced, or None."""
     if not target.exists() and not target.is_symlink():
-        operations.rename(temporary, target)
-        return None
+        try:
+            operations.rename(temporary, target)
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+        else:
+            return None
     if operations.exchange(temporary, target):
         return temporary
     old = old_content_path(target)

@@ -20,6 +20,7 @@ __all__ = [
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
+    "is_same_file",
     "closing_descriptor",
     "open_for_reading",
     "read_at",
@@ -142,3 +143,11 @@ def tree_bytes(path: Path) -> int:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Return whether a path still refers to the file that was opened; False if it cannot be inspected."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False

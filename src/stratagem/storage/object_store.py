@@ -28,6 +28,7 @@ from typing import Any, final
 
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.storage.atomic import atomic_directory
+from stratagem.storage.download_once import download_once
 from stratagem.storage.publication import RECORD, Generation, PublicationRecord, StoredFile
 from stratagem.storage.remote import RemoteFolder
 
@@ -120,8 +121,7 @@ def fetch_published(url: str, cache: Path) -> Path:
         copy_folder = cache / f"{hashlib.sha256(source.masked_url.encode()).hexdigest()[:12]}-{generation.folder_name}"
         copy = copy_folder / name
         try:
-            if not _is_complete(copy, record):
-                _download(source, record, copy_folder, name)
+            _fetch(source, record, copy_folder, name)
         except FileNotFoundError as error:
             if attempt == _MAX_ATTEMPTS - 1:
                 raise CheckpointDamagedError(f"{source.masked_url}: a file is missing: {error}.") from error
@@ -202,8 +202,16 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
     return StoredFile(size, digest.hexdigest())
 
 
-def _download(source: RemoteFolder, record: PublicationRecord, copy_folder: Path, name: str) -> None:
+def _fetch(source: RemoteFolder, record: PublicationRecord, copy_folder: Path, name: str) -> None:
     copy_folder.parent.mkdir(parents=True, exist_ok=True)
+    download_once(
+        copy_folder,
+        lambda: _is_complete(copy_folder / name, record),
+        lambda: _download(source, record, copy_folder, name),
+    )
+
+
+def _download(source: RemoteFolder, record: PublicationRecord, copy_folder: Path, name: str) -> None:
     # A modified copy is replaced atomically, because another process may be reading its own download.
     with atomic_directory(copy_folder) as temporary:
         root = temporary / name if record.is_folder else temporary

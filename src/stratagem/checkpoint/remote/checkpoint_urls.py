@@ -20,7 +20,7 @@ from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder, oldest_fir
 from stratagem.checkpoint.remote.download import download_limit_bytes
 from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
-from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
+from stratagem.storage import RemoteFolder, atomic_file, download_once, fetch_published, list_published, publish
 from stratagem.utils import mask_text
 
 __all__ = ["fetch_remote", "find_latest_remote", "remote_save_orders", "save_remote"]
@@ -175,15 +175,21 @@ def _fetch_file(url: str, cache: Path) -> Path:
     version = hashlib.sha256(f"{folder.masked_url}/{name}@{folder.version(name)}".encode()).hexdigest()[:12]
     # Keep the end of the name, which includes the suffix. The version as a prefix makes the name unique.
     copy = cache / f"{version}-{name.encode(errors='replace')[-_MOST_NAME_BYTES:].decode(errors='replace')}"
-    if copy.is_file() and copy.stat().st_size == size:
-        return copy
     cache.mkdir(parents=True, exist_ok=True)
+    download_once(
+        copy,
+        lambda: copy.is_file() and copy.stat().st_size == size,
+        lambda: _download_file(folder, name, size, copy),
+    )
+    return copy
+
+
+def _download_file(folder: RemoteFolder, name: str, size: int, copy: Path) -> None:
     with folder.reading(name) as stream, atomic_file(copy) as temporary, temporary.open("wb") as file:
         count = 0
         while count <= size and (chunk := stream.read(_CHUNK_BYTES)):
             count += file.write(chunk)
         if count != size:
             raise CheckpointError(
-                f"{mask_text(url)}: received {count} of {size} bytes. The partial file was removed; try again."
+                f"{folder.masked_url}/{name}: received {count} of {size} bytes. The partial file was removed; try again."
             )
-    return copy

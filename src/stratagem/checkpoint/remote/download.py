@@ -21,7 +21,7 @@ from typing import Any, Self, final
 
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ConfigValueError
-from stratagem.storage import atomic_file, is_link_local, is_loopback, write_atomic
+from stratagem.storage import atomic_file, download_once, is_link_local, is_loopback, write_atomic
 from stratagem.utils import mask_text
 
 __all__ = ["download_limit_bytes", "fetch_http"]
@@ -56,14 +56,22 @@ def fetch_http(url: str, folder: Path, *, name: str | None = None, token: str = 
     source = _Source.parse(url, token)
     copy = folder / (name or source.local_name)
     record = copy.with_name(f"{copy.name}.sha256")
-    recorded = record.read_text().strip() if record.is_file() else ""
-    if recorded and copy.is_file() and recorded.startswith(source.digest) and _digest_of(copy) == recorded:
-        return copy
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        digest = _download(source, copy, recorded)
+
+    def recorded() -> str:
+        return record.read_text().strip() if record.is_file() else ""
+
+    def is_complete() -> bool:
+        digest = recorded()
+        return bool(digest) and copy.is_file() and digest.startswith(source.digest) and _digest_of(copy) == digest
+
+    def download() -> None:
+        digest = _download(source, copy, recorded())
         # Write the digest after the file: if a digest was left without a file, later downloads would have to match it.
         write_atomic(record, f"{digest}\n")
+
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        download_once(copy, is_complete, download)
     except urllib.error.HTTPError as error:
         error.close()
         error_type = CheckpointNotFoundError if error.code in _NOT_FOUND else CheckpointError

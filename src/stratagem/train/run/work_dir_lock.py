@@ -15,7 +15,7 @@ from typing import Any, final
 
 from stratagem.distributed import ProcessIdentity, RankGroup
 from stratagem.errors import WorkDirError
-from stratagem.storage import clean_temporaries, closing_descriptor, operations, read_at, write_fully
+from stratagem.storage import clean_temporaries, closing_descriptor, is_same_file, operations, read_at, write_fully
 
 try:
     import fcntl
@@ -109,7 +109,7 @@ def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
     with ExitStack() as closing:
         closing.callback(operations.close, descriptor)
         try:
-            if _is_same_file(descriptor, file):
+            if is_same_file(descriptor, file):
                 if not _HAS_FCNTL:  # Windows cannot remove an open file
                     closing.close()
                 # Remove the file while it is locked: a process that has opened it detects that the file is gone and creates
@@ -129,7 +129,7 @@ def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
             owner = _read_owner(descriptor)
             if owner is not None and _is_alive(owner, file, logger, heartbeat_s):
                 raise _in_use(file, owner)
-            if _try_lock(descriptor) and _is_same_file(descriptor, file) and _read_owner(descriptor) == owner:
+            if _try_lock(descriptor) and is_same_file(descriptor, file) and _read_owner(descriptor) == owner:
                 _write_owner(descriptor, file)
                 if owner is not None:
                     logger.warning("%s: took over the lock of %s, which has exited.", file.parent, _describe(owner))
@@ -176,14 +176,6 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _is_same_file(descriptor: int, file: Path) -> bool:
-    """Return whether the path still refers to the file that was opened."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.lstat())
-    except OSError:
-        return False
 
 
 def _write_owner(descriptor: int, file: Path) -> None:
