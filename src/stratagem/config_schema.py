@@ -135,6 +135,7 @@ _LOADER = Section(
         ),
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
+        "streams": _FREE,
     },
 )
 
