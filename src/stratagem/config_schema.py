@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from stratagem import builtin_entries
-from stratagem.config import Rule, Section
-from stratagem.errors import StratagemError
+from stratagem.config import Config, JointRule, Problem, Rule, Section, check, require
+from stratagem.data import check_dataloader
+from stratagem.errors import ConfigKeyError, StratagemError
 from stratagem.logging.logger import parse_level
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
 from stratagem.optim.groups.paramwise import parse_paramwise
 from stratagem.optim.implementation import check_implementation
+from stratagem.parallel import AnyOptim
 from stratagem.registry import (
     DATA_SAMPLERS,
     DATASETS,
@@ -30,14 +33,35 @@ from stratagem.registry import (
     PARAM_SCHEDULERS,
     STRATEGIES,
     TOKENIZERS,
+    switch_scope,
 )
 from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.strategies import BaseStrategy, SingleDeviceStrategy
+from stratagem.strategies.base import require_readable_path
+from stratagem.strategies.choice import (
+    check_environment_settings,
+    check_strategy,
+    check_strategy_settings,
+    strategy_class,
+)
 from stratagem.strategies.setup.auto_scale import AutoScale
-from stratagem.strategies.state.synced_buffers import BUFFER_SOURCES
-from stratagem.train.building import check_hook, loop_arguments
+from stratagem.strategies.setup.building import check_compile, check_model, require_optimizer
+from stratagem.strategies.setup.trial import try_optim_wrapper, try_param_schedulers
+from stratagem.train.building import (
+    check_evaluation_loop,
+    check_evaluator,
+    check_hook,
+    check_hooks,
+    check_train_loop,
+    require_complete_phase,
+)
 from stratagem.train.hook_priority import get_priority
+from stratagem.train.hooks.schedule import check_epoch_schedules
+from stratagem.train.loops import require_one_optimizer
+from stratagem.train.resume.preemption import require_requeue
+from stratagem.train.resume.source import ResumeSource
 
-__all__ = ["SECTIONS"]
+__all__ = ["RULES", "SECTIONS", "check_run", "require_valid"]
 
 _FREE = Section()
 _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MODELS)})
@@ -124,7 +148,7 @@ def _param_scheduler(value: Any) -> Section:
 
 
 _FUNCTION = Section(registry=FUNCTIONS, partial=True, by_name=True)
-_LOADER = Section(
+_PARTS_OF_LOADER = Section(
     target="torch.utils.data:DataLoader",
     keys={
         "dataset": Section(registry=DATASETS),
@@ -135,33 +159,44 @@ _LOADER = Section(
         ),
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
-        "streams": _FREE,
     },
 )
 
 
-_TRAIN_LOOPS = ("EpochBasedTrainLoop", "IterBasedTrainLoop")
+def _loader(*, training: bool) -> Section:
+    return replace(_PARTS_OF_LOADER, validate=lambda value: check_dataloader(value, training=training))
 
 
-def _loop(default: str) -> Section:
-    supplied = frozenset({"run", "dataloader", "val_loop", "evaluator", "accumulative_counts"})
-    return Section(
-        registry=LOOPS,
-        default_type=default,
-        supplied=supplied,
-        keys={"by_epoch": _FREE},
-        validate=loop_arguments if default in _TRAIN_LOOPS else None,
-    )
+_LOOP = Section(
+    registry=LOOPS, supplied=frozenset({"run", "dataloader", "val_loop", "evaluator", "accumulative_counts"})
+)
 
 
 def _train_cfg(value: Any) -> Section:
-    by_epoch = isinstance(value, Mapping) and value.get("by_epoch", not {"max_iters", "max_steps"} & value.keys())
-    return _loop("EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop")
+    counts = value.keys() if isinstance(value, Mapping) else ()
+    by_epoch = "max_epochs" in counts or not {"max_iters", "max_steps"}.intersection(counts)
+    if isinstance(value, Mapping):
+        by_epoch = value.get("by_epoch", by_epoch)
+    return replace(
+        _LOOP,
+        default_type="EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop",
+        keys={} if "type" in counts else {"by_epoch": _FREE},
+        validate=check_train_loop,
+    )
+
+
+def _evaluation_cfg(mode: str) -> Section:
+    default = "ValLoop" if mode == "val" else "TestLoop"
+    return replace(_LOOP, default_type=default, validate=lambda value: check_evaluation_loop(value, mode))
 
 
 def _evaluator(value: Any) -> Section:
+    return replace(_metrics(value), validate=check_evaluator)
+
+
+def _metrics(value: Any) -> Section:
     if isinstance(value, Mapping) and value.get("type") == "Evaluator":
-        return Section(registry=EVALUATORS, supplied=frozenset({"device"}), keys={"metrics": _evaluator})
+        return Section(registry=EVALUATORS, supplied=frozenset({"device"}), keys={"metrics": _metrics})
     return Section(others=Section(registry=METRICS)) if _is_by_name(value) else Section(registry=METRICS)
 
 
@@ -185,7 +220,7 @@ _DEFAULT_HOOKS = {
 }
 
 
-_STRATEGY = Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFER_SOURCES})
+_STRATEGY = Section(registry=STRATEGIES, by_name=True, validate=check_strategy)
 
 
 def _strategy(value: Any) -> Section:
@@ -206,15 +241,15 @@ def _keys(*names: str) -> Section:
 
 
 SECTIONS: Mapping[str, Rule] = {
-    "model": _MODEL,
+    "model": replace(_MODEL, validate=check_model),
     "data_preprocessor": Section(registry=MODELS),
     "tokenizer": Section(registry=TOKENIZERS),
-    "train_dataloader": _LOADER,
-    "val_dataloader": _LOADER,
-    "test_dataloader": _LOADER,
+    "train_dataloader": _loader(training=True),
+    "val_dataloader": _loader(training=False),
+    "test_dataloader": _loader(training=False),
     "train_cfg": _train_cfg,
-    "val_cfg": _loop("ValLoop"),
-    "test_cfg": _loop("TestLoop"),
+    "val_cfg": _evaluation_cfg("val"),
+    "test_cfg": _evaluation_cfg("test"),
     "val_evaluator": _evaluator,
     "test_evaluator": _evaluator,
     "optim_wrapper": _optim_wrapper,
@@ -232,11 +267,14 @@ SECTIONS: Mapping[str, Rule] = {
         }
     ),
     "randomness": _keys("seed", "diff_rank_seed", "deterministic"),
-    "compile": Section(target="torch:compile", keys={"target": _FREE}, supplied=frozenset({"model"})),
+    "compile": Section(
+        target="torch:compile", keys={"target": _FREE}, supplied=frozenset({"model"}), validate=check_compile
+    ),
+    "work_dir": Section(validate=require_readable_path),
+    "experiment_name": Section(validate=os.fspath),
+    "requeue": Section(validate=require_requeue),
     **dict.fromkeys(
         (
-            "work_dir",
-            "experiment_name",
             "load_from",
             "resume",
             "resume_optimizer",
@@ -244,9 +282,134 @@ SECTIONS: Mapping[str, Rule] = {
             "new_parameters",
             "launcher",
             "default_scope",
-            "requeue",
             "runner_type",
         ),
         _FREE,
     ),
 }
+
+
+def _require_model(config: Config) -> None:
+    if "model" not in config:
+        raise ConfigKeyError(
+            f"{config.filename or 'The configuration'} has no key 'model'. Add the model to train or evaluate."
+        )
+
+
+def _values(*keys: str) -> Callable[[Config], dict[str, Any]]:
+    return lambda config: {key: config.get(key) for key in keys}
+
+
+def _phase(*keys: str) -> JointRule:
+    values = _values(*keys)
+    return JointRule(keys, lambda config: require_complete_phase(**values(config)))
+
+
+def _try_optim_wrapper(config: Config) -> AnyOptim | None:
+    """Build the optimizer wrapper for a stand-in model, completed with the options of the strategy."""
+    spec, strategy = config.get("optim_wrapper"), config.get("strategy")
+    if spec is None:
+        return None
+    kind = strategy_class(strategy) or SingleDeviceStrategy
+    if isinstance(strategy, BaseStrategy):
+        return try_optim_wrapper(strategy.complete_optim_wrapper(spec))
+    arguments = (
+        {key: value for key, value in strategy.items() if key != "type"} if isinstance(strategy, Mapping) else {}
+    )
+    return kind.check_optim_wrapper(arguments, spec, try_optim_wrapper)
+
+
+def _check_optimizer(config: Config) -> None:
+    optim = _try_optim_wrapper(config)
+    if optim is not None and (config.get("train_cfg") or {}).get("max_steps") is not None:
+        require_one_optimizer(optim)
+
+
+def _check_schedules(config: Config) -> None:
+    spec, optim, train_cfg = (config.get(key) for key in ("param_scheduler", "optim_wrapper", "train_cfg"))
+    if spec is None:
+        return
+    schedulers = try_param_schedulers(
+        spec, _try_optim_wrapper(config), train_cfg=train_cfg, custom_groups=_has_paramwise_rules(optim)
+    )
+    lengths = train_cfg if isinstance(train_cfg, Mapping) else {}
+    if {"max_iters", "max_steps"} & lengths.keys():
+        check_epoch_schedules(schedulers, None)
+
+
+def _has_paramwise_rules(optim_wrapper: Any) -> bool:
+    """Return whether the parameter groups of an optimizer depend on the model."""
+    if not isinstance(optim_wrapper, Mapping):
+        return False
+    keys = {"paramwise_cfg", "constructor"}
+    return bool(keys & optim_wrapper.keys()) or any(
+        isinstance(value, Mapping) and keys & value.keys() for value in optim_wrapper.values()
+    )
+
+
+def _check_resume(config: Config) -> None:
+    ResumeSource(
+        config.get("load_from"),
+        config.get("resume", False),
+        resume_optimizer=config.get("resume_optimizer", True),
+        resume_param_scheduler=config.get("resume_param_scheduler", True),
+        new_parameters=config.get("new_parameters", ()),
+    )
+
+
+_SETTINGS = ("launcher", "work_dir", "env_cfg", "randomness", "auto_scale_lr")
+
+# The rules that concern several sections, each of which calls the function that building calls.
+RULES: Sequence[JointRule] = (
+    JointRule(("model",), _require_model),
+    JointRule(
+        ("data_preprocessor", "model"),
+        lambda config: check_model(config["model"], config.get("data_preprocessor")),
+    ),
+    _phase("train_dataloader", "train_cfg", "optim_wrapper"),
+    _phase("val_dataloader", "val_cfg", "val_evaluator"),
+    _phase("test_dataloader", "test_cfg", "test_evaluator"),
+    JointRule(
+        ("param_scheduler", "optim_wrapper"),
+        lambda config: require_optimizer(config.get("param_scheduler"), config.get("optim_wrapper")),
+    ),
+    JointRule(
+        ("env_cfg", "launcher", "randomness"),
+        lambda config: check_environment_settings(**_values("launcher", "randomness", "env_cfg")(config)),
+    ),
+    JointRule(
+        ("strategy", *_SETTINGS),
+        lambda config: check_strategy_settings(config.get("strategy"), **_values(*_SETTINGS)(config)),
+    ),
+    JointRule(("optim_wrapper", "strategy", "train_cfg"), _check_optimizer),
+    JointRule(("param_scheduler", "optim_wrapper", "strategy", "train_cfg"), _check_schedules),
+    JointRule(
+        ("custom_hooks", "default_hooks", "train_cfg"),
+        lambda config: check_hooks(**_values("default_hooks", "custom_hooks", "train_cfg")(config)),
+    ),
+    JointRule(("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters"), _check_resume),
+)
+
+
+def check_run(config: Config) -> list[Problem]:
+    """Return all problems of the configuration of a run that can be found without data, devices or other processes.
+
+    These are unknown keys and arguments, and values that building the run or the start of training rejects. Values are
+    checked by the functions that building calls. Small objects of this package, torch's optimizers and numeric
+    torchmetrics metrics are built to check their arguments. Datasets, models, and objects of other packages are not built.
+    """
+    scope = config.get("default_scope")
+    with switch_scope(scope):
+        return check(config, SECTIONS, scope=scope, rules=RULES)
+
+
+def require_valid(config: Config) -> None:
+    """Check a configuration with :func:`check_run`, and raise an error that lists all problems.
+
+    Raises:
+        ConfigKeyError: if there are several problems, or if a key or an argument is unknown.
+        StratagemError: of the same class as when the run is built, if the only problem is an invalid value.
+    """
+    scope = config.get("default_scope")
+    with switch_scope(scope):
+        require(config, SECTIONS, scope=scope, rules=RULES)

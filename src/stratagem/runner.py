@@ -13,17 +13,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.config import Config, require, show
+from stratagem.config import Config, show
 from stratagem.config.text import text_of
-from stratagem.config_schema import SECTIONS
+from stratagem.config_schema import require_valid
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AmpOptimWrapper, OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
 from stratagem.storage import write_record
 from stratagem.strategies import BaseStrategy
+from stratagem.strategies.base import require_readable_path
 from stratagem.strategies.choice import choose_strategy
-from stratagem.strategies.setup.building import with_preprocessor
+from stratagem.strategies.setup.building import parse_compile, require_optimizer, with_preprocessor
 from stratagem.strategies.setup.same_config_check import require_one_config
 from stratagem.train import (
     BaseMetric,
@@ -36,8 +37,13 @@ from stratagem.train import (
     TestLoop,
     ValLoop,
 )
-from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
-from stratagem.train.resume.preemption import save_interrupted
+from stratagem.train.building import (
+    build_evaluation_loop,
+    build_events,
+    build_train_loop,
+    require_complete_phase,
+)
+from stratagem.train.resume.preemption import require_requeue, save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
 from stratagem.train.resume.source import ResumeSource, restore_data_position
@@ -86,17 +92,9 @@ class _Phase(Generic[Third]):
     third_name: str
 
     def __post_init__(self) -> None:
-        arguments = {
-            f"{self.mode}_dataloader": self.dataloader,
-            f"{self.mode}_cfg": self.cfg,
-            self.third_name: self.third,
-        }
-        missing = [name for name, value in arguments.items() if value is None]
-        if missing and len(missing) < len(arguments):
-            given = [name for name in arguments if name not in missing]
-            raise ConfigValueError(
-                f"{', '.join(given)} was specified without {', '.join(missing)}. Specify all of them or none of them."
-            )
+        require_complete_phase(
+            **{f"{self.mode}_dataloader": self.dataloader, f"{self.mode}_cfg": self.cfg, self.third_name: self.third}
+        )
 
     def required(self, what: str) -> tuple[DataLoaderSpec, Mapping[str, Any], Third]:
         """Return the three arguments.
@@ -200,16 +198,10 @@ class Runner:
         self._test: _Phase[EvaluatorSpec] = _Phase(
             mode="test", dataloader=test_dataloader, cfg=test_cfg, third=test_evaluator, third_name="test_evaluator"
         )
-        if param_scheduler is not None and optim_wrapper is None:
-            raise ConfigValueError(
-                "param_scheduler was specified without optim_wrapper. Specify both, or omit param_scheduler."
-            )
-        if not isinstance(compile, bool | Mapping):
-            raise ConfigTypeError(
-                f"compile must be True, False or a mapping of arguments for torch.compile, got {compile!r}."
-            )
-        if not isinstance(requeue, bool):
-            raise ConfigTypeError(f"requeue must be True or False, got {requeue!r}.")
+        require_optimizer(param_scheduler, optim_wrapper)
+        parse_compile(compile)
+        if work_dir is not None:
+            require_readable_path(work_dir)
         for name in (work_dir, experiment_name):
             # These values are part of folder names and logs, so they are never masked, even if they come from an
             # environment variable.
@@ -228,7 +220,7 @@ class Runner:
         self._compile = compile
         self._scope = default_scope
         self._described: dict[str, str] = {}
-        self._requeue = requeue
+        self._requeue = require_requeue(requeue)
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             self.strategy = choose_strategy(
@@ -247,18 +239,15 @@ class Runner:
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
         """Build a runner from a configuration whose top-level keys are its arguments; the key ``vars`` may contain anything.
 
-        All keys, and the arguments of each ``type``, are checked before anything is built.
+        The configuration is checked before anything is built, see :func:`~stratagem.config_schema.check_run`.
 
         Raises:
-            ConfigKeyError: if a key or an argument is unused, a ``type`` is unknown, or there is no model. The message lists
-                all problems.
+            ConfigKeyError: if a key or an argument is unused, a ``type`` is unknown, there is no model, or there are several
+                problems. The message lists all of them.
+            StratagemError: of another class, if the only problem is an invalid value.
         """
         config = cfg if isinstance(cfg, Config) else Config(cfg)
-        require(config, SECTIONS, scope=config.get("default_scope"))
-        if "model" not in config:
-            raise ConfigKeyError(
-                f"{config.filename or 'The configuration'} has no key 'model'. Add the model to train or evaluate."
-            )
+        require_valid(config)
         arguments = {key: config[key] for key in _ARGUMENTS if key in config}
         return cls(**arguments, cfg=config)
 

@@ -143,7 +143,11 @@ def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str
     [
         (("--set", "train_dataloader.batch_size=8"), ("20 samples", "train_dataloader.batch_size=1")),
         (("--set", "train_dataloader.batch_size=null"), ("batch_size=None", "must be a number")),
-        (("--set", "optim_wrapper=null"), ("has no optim_wrapper",)),
+        (("--set", "optim_wrapper=null"), ("without optim_wrapper",)),
+        (
+            ("--set", "optim_wrapper=null", "--set", "train_cfg=null", "--set", "train_dataloader=null"),
+            ("has no ", "optim_wrapper", "which parity requires"),
+        ),
         (("--set", "optim_wrapper.optimizer.rl=1"), ("'rl'",)),
     ],
     ids=lambda words: words[-1],

@@ -63,7 +63,9 @@ def test_diff_compares_two_files(stratagem: Callable, family: Path) -> None:  # 
 
 def test_check_lists_all_problems(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config check` exits with 2 and lists each problem with its location and the closest name."""
-    assert stratagem("config", "check", family).status == 0
+    valid = family.with_name("valid.py")
+    valid.write_text("model = dict(type='Identity')\n")
+    assert stratagem("config", "check", valid).status == 0
     wrong = stratagem("config", "check", family, "--set", "optim_wrapper.optimizer.momentun=1", "--set", "rezume=1")
     assert wrong.status == 2
     assert "2 problems" in wrong.err
@@ -107,3 +109,19 @@ def test_check_lists_invalid_arguments_of_a_data_file(stratagem: Callable, tmp_p
     assert checked.status == 2
     for path, line in (("compile.options", 8), ("compile.backend", 9), ("env_cfg.dist_cfg.init_method", 11)):
         assert f"{path} (run.yaml:{line}): a data file cannot set" in checked.err
+
+
+@pytest.mark.parametrize("suffix", [".py", ".yaml"])
+def test_the_command_names_the_file_the_line_and_the_key(stratagem: Callable, tmp_path: Path, suffix: str) -> None:
+    """``stratagem config check`` exits with status 2 and prints where the value was set, also if it is an option."""
+    values = {".py": "model = dict(type='Identity')\ntrain_cfg = dict(\n    max_epochs=0)\n",
+              ".yaml": "model: {type: Identity}\ntrain_cfg:\n  max_epochs: 0\n"}  # fmt: skip
+    file = tmp_path / f"config{suffix}"
+    file.write_text(values[suffix])
+    checked = stratagem("config", "check", file)
+    assert checked.status == 2
+    assert f"train_cfg.max_epochs ({file}:3): max_epochs must be a positive integer, got 0." in " ".join(
+        checked.err.split()
+    )
+    overridden = stratagem("config", "check", file, "--set", "train_cfg.max_epochs=-1")
+    assert "train_cfg.max_epochs (--set train_cfg.max_epochs): max_epochs must be" in " ".join(overridden.err.split())

@@ -243,9 +243,9 @@ def test_a_metric_that_cannot_be_compared_is_rejected(
     ("arguments", "error", "text"),
     [
         ({"max_keep_ckpts": 0}, ConfigValueError, "expected max_keep_ckpts >= 1, or -1 to keep all, got 0"),
-        ({"keep_every": 0}, ConfigValueError, "expected keep_every > 0, got 0"),
+        ({"keep_every": 0}, ConfigValueError, "expected keep_every >= 1, got 0"),
         ({"every_minutes": -1}, ConfigValueError, "expected every_minutes > 0, got -1"),
-        ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "expected keep_best > 0, got 0"),
+        ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "expected keep_best >= 1, got 0"),
         ({"save_best": "acc", "rule": "grater"}, ConfigKeyError, "grater.*greater"),
         ({"save_best": ["acc", "loss"], "rule": ["greater"]}, ConfigValueError, "1 rules for 2 metrics"),
         ({"save_best": ["auto", "acc"]}, ConfigValueError, "cannot be combined with other names"),

@@ -75,9 +75,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+MODEL = "model = dict(type='Identity')\n"
+
+
 def test_every_unknown_key_is_reported_with_its_line_and_the_closest_name(tmp_path: Path):
     """All unknown keys are reported together, before anything is built, each with its line and the closest name."""
-    file = write(tmp_path / "typos.py", "vars = dict()\nparam_schedulers = []\nload_form = 'x'\nrezume = True\n")
+    file = write(
+        tmp_path / "typos.py", "vars = dict()\nparam_schedulers = []\nload_form = 'x'\nrezume = True\n" + MODEL
+    )
     with pytest.raises(ConfigKeyError) as caught:
         Runner.from_cfg(Config.fromfile(file))
     _, *lines = str(caught.value).splitlines()
@@ -143,10 +148,12 @@ def pairs() -> dict[str, Any]:
 def test_a_run_that_cannot_start_keeps_the_saved_configuration(tmp_path: Path):
     """A run that fails before its first iteration does not overwrite the configuration that an earlier run saved."""
     kept = write(tmp_path / "config.py", "kept = True\n")
-    broken = settings(work_dir=str(tmp_path), optim_wrapper={"optimizer": {"type": "SGD", "lr": -1.0}})
+    rules = {"layer_decay": {"rate": 0.5, "layers": r"missing\.(\d+)"}}  # The check of the configuration has no model.
+    optim_wrapper = {"optimizer": {"type": "SGD", "lr": 1.0}, "paramwise_cfg": rules}
+    broken = settings(work_dir=str(tmp_path), optim_wrapper=optim_wrapper)
     cfg = Config(broken, filename="config.py")
     runner = Runner.from_cfg(cfg)
-    with pytest.raises(ValueError, match="learning rate"):
+    with pytest.raises(ConfigValueError, match="no parameter matches"):
         runner.train()
     runner.close()
     assert kept.read_text() == "kept = True\n"

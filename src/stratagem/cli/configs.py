@@ -12,13 +12,13 @@ from rich.syntax import Syntax
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.options import RunOptions, read_file
 from stratagem.cli.output import echo
-from stratagem.config import Config, parse_overrides, require
+from stratagem.config import Config, parse_overrides
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
 from stratagem.config.compare import saved_text
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
-from stratagem.config_schema import SECTIONS
+from stratagem.config_schema import require_valid
 from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.utils import did_you_mean, mask_text
 from stratagem.utils.printable import escape_controls
@@ -74,7 +74,7 @@ def check(options: RunOptions) -> None:
         ConfigKeyError: with all problems, if there are any.
     """
     config = _read(options)
-    require(config, SECTIONS, scope=config.get("default_scope"))
+    require_valid(config)
     echo(f"{options.config}: all keys and arguments are valid.")
 
 

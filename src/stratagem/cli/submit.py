@@ -13,10 +13,10 @@ from typing import final
 
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.output import echo
-from stratagem.config import parse_overrides, require
+from stratagem.config import parse_overrides
 from stratagem.config.keys import parse_path
 from stratagem.config.redact import redacted
-from stratagem.config_schema import SECTIONS
+from stratagem.config_schema import require_valid
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.storage import write_atomic
 
@@ -141,7 +141,7 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
         LaunchError: if ``sbatch`` is not installed or rejects the script.
     """
     config = read_config(options)
-    require(config, SECTIONS, scope=config.get("default_scope"))
+    require_valid(config)
     work_dir = Path(config["work_dir"]).absolute()
     _refuse_secrets(options.overrides)
     script = batch_script(options, allocation, work_dir)

@@ -1,6 +1,6 @@
 """Configurations: read, merge, override, check and write them, and find where a value was set."""
 
-from stratagem.config.check import FREE_KEY, Problem, Rule, Section, check, require
+from stratagem.config.check import FREE_KEY, JointRule, Problem, Rule, Section, check, require
 from stratagem.config.compare import changed_values
 from stratagem.config.config import Config
 from stratagem.config.explain import explain, show
@@ -18,6 +18,7 @@ __all__ = [
     "ChangeKind",
     "Origin",
     "Problem",
+    "JointRule",
     "Rule",
     "Section",
     "changed_values",

@@ -5,7 +5,8 @@ The caller passes a schema: a ``Section`` for each top-level key. This module de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -14,18 +15,19 @@ from stratagem.config.config import Config
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.reading.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
 from stratagem.config.reading.source import Origin
-from stratagem.errors import ConfigKeyError, StratagemError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.utils import did_you_mean, import_object, nearest_names
 from stratagem.utils.data_rules import refused_arguments
 from stratagem.utils.signatures import Arguments, arguments_of
 
-__all__ = ["FREE_KEY", "SupportsLookup", "Problem", "Rule", "Section", "check", "require"]
+__all__ = ["FREE_KEY", "JointRule", "SupportsLookup", "Problem", "Rule", "Section", "check", "require"]
 
 # The section for values that are not checked, such as YAML anchors, notes, and values that other sections refer to.
 FREE_KEY = "vars"
 # Keys allowed in every mapping with a type; they are not passed to the target of the type.
 _SHOWN_PATHS = 3
 _BUILD_KEYS = frozenset({"type", "_scope_"})
+_WORD = re.compile(r"\w+")
 
 
 class SupportsLookup(Protocol):
@@ -53,7 +55,6 @@ class Section:
         partial: Whether the target is a function that is called later with the missing arguments.
         keys: The schemas of further keys of the mapping, and of arguments of the target.
         others: The schema of all other keys; None to reject other keys.
-        choices: The valid values of some arguments of the target.
         validate: A function that raises a ``StratagemError`` for an invalid value, such as the one that building uses. It is
             only called if the keys are valid.
     """
@@ -66,7 +67,6 @@ class Section:
     partial: bool = False
     keys: Mapping[str, Rule] = field(default_factory=dict)
     others: Rule | None = None
-    choices: Mapping[str, Collection[str]] = field(default_factory=dict)
     validate: Callable[[Any], object] | None = None
 
     @property
@@ -82,22 +82,57 @@ Rule = Section | Callable[[Any], Section]
 
 @final
 @dataclass(frozen=True, slots=True)
+class JointRule:
+    """A rule for several sections together. It is only checked if these sections are valid.
+
+    Args:
+        keys: the top-level keys that the rule reads.
+        validate: receives the configuration, and raises a ``StratagemError`` if the values of these keys do not fit together.
+    """
+
+    keys: Sequence[str]
+    validate: Callable[[Config], object]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem in a configuration: the path of the value, its origin, and the suggested fix."""
+    """A problem in a configuration.
+
+    Attributes:
+        path: the path of the value.
+        origin: the file and line, or the option, that set the value.
+        message: what is wrong, and the suggested fix.
+        error: the type of the exception that building the value raises.
+    """
 
     path: str
     origin: Origin | None
     message: str
+    error: type[StratagemError] = ConfigKeyError
+
+    @property
+    def key(self) -> str:
+        """The top-level key of the value."""
+        return self.path.partition(".")[0]
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.origin}): {self.message}" if self.origin else f"{self.path}: {self.message}"
+        where = f"{self.path} ({self.origin})" if self.origin else self.path
+        return f"{where}: {self.message}" if where else self.message
 
 
-def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> list[Problem]:
+def check(
+    config: Config,
+    sections: Mapping[str, Rule],
+    *,
+    scope: str | None = None,
+    rules: Sequence[JointRule] = (),
+) -> list[Problem]:
     """Return all problems of a configuration, in the order of its keys.
 
-    Problems are unknown top-level keys, unknown keys within a section, a ``type`` that is not registered, and unknown or
-    missing arguments of the target of a ``type``. Targets are imported, but nothing is built. A mapping nested in the
+    Problems are unknown top-level keys, unknown keys within a section, a ``type`` that is not registered, unknown or
+    missing arguments of the target of a ``type``, and values that the ``validate`` functions of sections and rules reject.
+    Targets are imported, but this module builds nothing. A mapping nested in the
     arguments of a target may be intended for other code. It is checked only if its ``type`` is in the registry of the
     section, and only likely typos in it are reported.
 
@@ -105,22 +140,39 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
         config: The configuration to check.
         sections: The schema of each top-level key.
         scope: The library whose registries are searched first.
+        rules: Rules for several sections together.
     """
     imports = Section(keys=dict.fromkeys(IMPORT_KEYS, Section()))
     top = Section(keys={**sections, FREE_KEY: Section(), CUSTOM_IMPORTS: imports})
-    return list(_Check(config, scope).mapping(config, top, ()))
+    run = _Check(config, scope)
+    problems = list(run.mapping(config, top, ()))
+    invalid = {problem.key for problem in problems}
+    for rule in rules:
+        if invalid.isdisjoint(rule.keys):
+            first = next((key for key in rule.keys if key in config), "")
+            found = list(run.validated(config, rule.validate, (first,), inside=None))
+            problems += found
+            invalid.update(rule.keys if found else ())
+    return problems
 
 
-def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> None:
+def require(
+    config: Config,
+    sections: Mapping[str, Rule],
+    *,
+    scope: str | None = None,
+    rules: Sequence[JointRule] = (),
+) -> None:
     """Check a configuration with :func:`check` and raise an error that lists all problems.
 
     Raises:
-        ConfigKeyError: if there is a problem.
+        ConfigKeyError: if there are several problems, or if a key or an argument is unknown.
+        StratagemError: of the same class as when the value is built, if the only problem is an invalid value.
     """
-    problems = check(config, sections, scope=scope)
+    problems = check(config, sections, scope=scope, rules=rules)
     texts = _by_cause(problems)
     if len(texts) == 1:
-        raise ConfigKeyError(texts[0])
+        raise problems[0].error(texts[0])
     if problems:
         listed = "\n".join(f"  {text}" for text in texts)
         raise ConfigKeyError(f"{config.filename or 'The configuration'} has {len(problems)} problems:\n{listed}")
@@ -158,15 +210,28 @@ class _Check:
         problems = list(self._structure(value, section, path))
         yield from problems
         if section.validate is not None and value is not None and not problems:
-            yield from self._validated(value, section.validate, path)
+            yield from self.validated(value, section.validate, path, inside=value)
 
-    def _validated(self, value: Any, validate: Callable[[Any], object], path: KeyPath) -> Iterator[Problem]:
+    def validated(
+        self, value: Any, validate: Callable[[Any], object], path: KeyPath, *, inside: Any
+    ) -> Iterator[Problem]:
+        """Yield the error that a function raises for a value, if any.
+
+        Args:
+            value: the argument of the function.
+            validate: the function.
+            path: the path of the problem.
+            inside: the value at this path. If it is a mapping and the message mentions one of its keys, the path of the
+                problem is that of the key.
+        """
         try:
             validate(value)
         except StratagemError as error:
-            yield self._problem(path, str(error))
+            yield self._problem(_narrowed(path, inside, str(error)), str(error), type(error))
         except Exception as error:  # noqa: BLE001 -- building would fail with the same error
-            yield self._problem(path, f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
+            yield self._problem(_narrowed(path, inside, message), message, kind)
 
     def _structure(self, value: Any, section: Section, path: KeyPath) -> Iterator[Problem]:
         if isinstance(value, Mapping):
@@ -198,7 +263,6 @@ class _Check:
                 continue
             elif target is not None and taken.accepts(key):
                 yield from self._argument(node, key, section.registry, below)
-                yield from self._choice(node, key, section, below)
             elif section.others is not None:
                 yield from self._below(node, key, section.others, below)
             else:
@@ -234,17 +298,6 @@ class _Check:
             yield from self._typos(value, registry, path)
             for name in value:
                 yield from self._argument(value, name, registry, (*path, name))
-
-    def _choice(self, node: Mapping[str, Any], key: str, section: Section, path: KeyPath) -> Iterator[Problem]:
-        choices = section.choices.get(key)
-        if choices is None:
-            return
-        try:
-            value = node[key]
-        except StratagemError:  # The check of the arguments reports this error.
-            return
-        if not isinstance(value, str) or value not in choices:
-            yield self._problem(path, f"unknown {key}={value!r}. {did_you_mean(str(value), choices)}")
 
     def _typos(self, node: Mapping[str, Any], registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
         if registry is None:
@@ -302,12 +355,21 @@ class _Check:
             return self._problem(path, f"unknown key {key!r}. {suggestion}")
         return self._problem(path, f"unknown key {key!r}. {suggestion} Put other values in the section {FREE_KEY!r}.")
 
-    def _problem(self, path: KeyPath, message: str) -> Problem:
+    def _problem(self, path: KeyPath, message: str, error: type[StratagemError] = ConfigKeyError) -> Problem:
         origin = next(
             (found for end in range(len(path), 0, -1) if (found := self._config.where(".".join(map(str, path[:end]))))),
             None,
         )
-        return Problem(path_text(path), origin, message)
+        return Problem(path_text(path), origin, message, error)
+
+
+def _narrowed(path: KeyPath, value: Any, message: str) -> KeyPath:
+    """Return the path of the only key of a section that a message mentions; otherwise the path of the section."""
+    if not isinstance(value, Mapping):
+        return path
+    words = set(_WORD.findall(message))
+    mentioned = [key for key in value if key in words and key != "type"]
+    return (*path, mentioned[0]) if len(mentioned) == 1 else path
 
 
 def _find(kind: Any, registry: SupportsLookup, scope: str | None) -> Any:

@@ -1,7 +1,7 @@
 """Data loading whose order and random numbers are independent of ranks, workers and restarts."""
 
 from stratagem.data.batches import ConsumedSamples, PositionedBatches
-from stratagem.data.building import build_dataloader
+from stratagem.data.building import build_dataloader, check_dataloader
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.grouped import GroupedBatchSampler
 from stratagem.data.loader import EpochLoader
@@ -21,6 +21,7 @@ __all__ = [
     "ConsumedSamples",
     "WeightedSampler",
     "build_dataloader",
+    "check_dataloader",
     "epoch_order",
     "report_dead_workers",
     "pseudo_collate",

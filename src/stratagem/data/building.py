@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sized
+import warnings
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -30,14 +31,11 @@ from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
 from stratagem.data.streams import StreamedDataset, stream_seed, uses_random_numbers
 from stratagem.data.workers import WorkerInit
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from stratagem.utils import did_you_mean
+from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, Registry
 from stratagem.utils.data_rules import refuse_data_arguments
 
-__all__ = ["build_dataloader"]
+__all__ = ["build_dataloader", "check_dataloader"]
 
-# When the generators are seeded for each sample.
-_STREAMS = ("auto", "always")
 _Positioned = TypeVar("_Positioned", PositionedBatches, PositionedSampler)
 
 
@@ -65,9 +63,7 @@ def build_dataloader(
     evaluation, nothing is repeated.
 
     The random numbers that a map-style dataset and ``collate_fn`` draw from the Python, NumPy and torch generators depend
-    only on the seed, the epoch and the sample. ``worker_init_fn`` is called, but seeding in it has no effect. With
-    ``streams="auto"``, the default, the generators of Python and NumPy are seeded when a sample uses them, and none is seeded for
-    datasets of torch that never draw. With ``streams="always"``, all are seeded for every sample; the samples are the same.
+    only on the seed, the epoch and the sample. ``worker_init_fn`` is called, but seeding in it has no effect.
 
     Args:
         dataloader: a configuration or a ``DataLoader``.
@@ -86,13 +82,8 @@ def build_dataloader(
         if not _is_plain(dataloader):
             return _take_loader(dataloader, seed, share)
         dataloader = _arguments_of(dataloader)
-    if not isinstance(dataloader, Mapping):
-        raise ConfigTypeError(f"A dataloader must be a DataLoader or a mapping of its arguments, got {dataloader!r}.")
-    cfg = dict(dataloader)
-    if "dataset" not in cfg:
-        raise ConfigValueError(f"A dataloader needs a dataset; its keys are {', '.join(map(repr, cfg)) or 'empty'}.")
+    cfg = _arguments(dataloader)
     dataset = _build_dataset(cfg.pop("dataset"))
-    lazy = _take_streams(cfg, dataset)
     stream_share = (
         share if isinstance(dataset, IterableDataset) and share.size > 1 and not _is_divided(dataset, share) else None
     )
@@ -111,11 +102,11 @@ def build_dataloader(
     cfg["worker_init_fn"] = WorkerInit(seed, stream_rank, user_init)
     if not isinstance(dataset, IterableDataset):
         source = _take_source(cfg, dataset, seed=seed, training=training, share=share)
-        streamed = not lazy or uses_random_numbers(dataset, cfg.get("collate_fn"))
+        streamed = uses_random_numbers(dataset, cfg.get("collate_fn"))
         batches = EpochBatches(source, streamed=streamed, single=single)
         cfg |= {"sampler": batches, "batch_size": None} if single else {"batch_sampler": batches}
         if streamed:
-            dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed, lazy=lazy)
+            dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed)
             cfg |= {"collate_fn": _identity} if "collate_fn" in cfg else {}
     elif isinstance(dataset, Stateful) and not cfg.get("num_workers") and shuffle_buffer_of(dataset) is None:
         dataset = ResumableStream(dataset)
@@ -130,21 +121,48 @@ def build_dataloader(
     return EpochLoader(loader, world_size=world_size, seed=seed, share=stream_share)
 
 
-def _take_streams(cfg: dict[str, Any], dataset: Any) -> bool:
-    """Take the option ``streams`` out of a configuration; return whether the generators may be seeded when they are used.
+def check_dataloader(dataloader: Any, *, training: bool) -> None:
+    """Check the arguments of a data loader, as :func:`build_dataloader` does, with two numbers instead of the dataset.
+
+    Neither the dataset nor a sampler is built, because a sampler may read the dataset.
+
+    Args:
+        dataloader: a configuration; a loader that is already built is not checked.
+        training: whether the loader is for training.
 
     Raises:
-        ConfigValueError: if its value is unknown, or the dataset is iterable, whose samples have no streams.
+        ConfigTypeError: if a part has the wrong type.
+        ConfigValueError: if arguments are invalid or conflict.
     """
-    streams = cfg.pop("streams", "auto")
-    if streams not in _STREAMS:
-        raise ConfigValueError(f"dataloader: unknown streams={streams!r}. {did_you_mean(str(streams), _STREAMS)}")
-    if streams != "auto" and isinstance(dataset, IterableDataset):
-        raise ConfigValueError(
-            f"dataloader: streams={streams!r} requires a map-style dataset, but {type(dataset).__name__} is iterable, and its "
-            "samples have no separate streams. Remove the option."
-        )
-    return bool(streams == "auto")
+    if dataloader is None or isinstance(dataloader, DataLoader):
+        return
+    cfg = _arguments(dataloader)
+    cfg["dataset"] = dataset = _without_samples(cfg["dataset"])
+    if not isinstance(dataset, IterableDataset):
+        _check_sampling(cfg.get("sampler"), cfg.get("batch_sampler"), cfg.get("shuffle"))
+        sampler = SequentialSampler(dataset)
+        if isinstance(cfg.get("batch_sampler"), Mapping):
+            cfg = {key: value for key, value in cfg.items() if key not in ("sampler", "shuffle", "batch_size")}
+            cfg["batch_sampler"] = BatchSampler(sampler, 1, drop_last=False)
+        elif isinstance(cfg.get("sampler"), Mapping):
+            cfg["sampler"] = sampler
+    with warnings.catch_warnings():
+        # Building warns again, for example of too many workers.
+        warnings.simplefilter("ignore")
+        build_dataloader(cfg, seed=0, training=training)
+
+
+class _NoStream(IterableDataset[int]):
+    """Stands for a stream."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((0, 1))
+
+
+def _without_samples(dataset: Any) -> Any:
+    """Return a dataset of two numbers of the same kind: a stream or a list."""
+    kind = _target(DATASETS, dataset) if isinstance(dataset, Mapping) else type(_require_dataset(dataset))
+    return _NoStream() if isinstance(kind, type) and issubclass(kind, IterableDataset) else [0, 1]
 
 
 def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochLoader:
@@ -256,10 +274,23 @@ def _arguments_of(loader: DataLoader[Any]) -> dict[str, Any]:
     return {**arguments, "shuffle": type(loader.sampler) is RandomSampler}
 
 
-def _build_dataset(dataset: Any) -> Any:
-    built = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+def _arguments(dataloader: Any) -> dict[str, Any]:
+    if not isinstance(dataloader, Mapping):
+        raise ConfigTypeError(f"A dataloader must be a DataLoader or a mapping of its arguments, got {dataloader!r}.")
+    if "dataset" not in dataloader:
+        keys = ", ".join(map(repr, dataloader)) or "empty"
+        raise ConfigValueError(f"A dataloader needs a dataset; its keys are {keys}.")
+    return dict(dataloader)
+
+
+def _require_dataset(built: Any) -> Any:
     if isinstance(built, str | Mapping) or not (hasattr(built, "__getitem__") or isinstance(built, IterableDataset)):
         raise ConfigTypeError(f"A dataset must be a Dataset, a sequence, or a mapping with a type, got {built!r}.")
+    return built
+
+
+def _build_dataset(dataset: Any) -> Any:
+    built = _require_dataset(DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset)
     if not isinstance(dataset, Mapping):
         return built
     # MMEngine-style datasets may load their annotations lazily.
@@ -275,18 +306,10 @@ def _take_source(
     """Return the source of batches, and remove the DataLoader's sampling arguments from ``cfg``."""
     sampler, batch_sampler, shuffle = (cfg.pop(name, None) for name in ("sampler", "batch_sampler", "shuffle"))
     ranks = {"rank": share.rank, "world_size": share.size}
-    if sampler is not None and shuffle is not None:
-        raise ConfigValueError("sampler and shuffle are mutually exclusive; set shuffle in the sampler.")
-    built = not (batch_sampler is None or isinstance(batch_sampler, Mapping))
-    if built and (sampler is not None or shuffle is not None):
-        raise ConfigValueError("A batch sampler object has its own sampler; remove sampler and shuffle.")
-    if built:
+    _check_sampling(sampler, batch_sampler, shuffle)
+    if not (batch_sampler is None or isinstance(batch_sampler, Mapping)):
         return _source_of(batch_sampler, seed, share)
     if batch_sampler is not None and _needs_no_sampler(batch_sampler):
-        if sampler is not None:
-            raise ConfigValueError(
-                f"The batch sampler {batch_sampler['type']} does not take a sampler; set shuffle instead."
-            )
         own = {
             "dataset": dataset,
             "seed": seed,
@@ -309,6 +332,23 @@ def _take_source(
     batch_size = cfg.pop("batch_size", None)
     default_args = {"sampler": sampler} | ({} if batch_size is None else {"batch_size": batch_size})
     return _source_of(DATA_SAMPLERS.build(batch_sampler, default_args=default_args), seed, share)
+
+
+def _check_sampling(sampler: Any, batch_sampler: Any, shuffle: Any) -> None:
+    """Check that the arguments which determine the order of the samples do not conflict.
+
+    Raises:
+        ConfigValueError: if they do.
+    """
+    if sampler is not None and shuffle is not None:
+        raise ConfigValueError("sampler and shuffle are mutually exclusive; set shuffle in the sampler.")
+    built = not (batch_sampler is None or isinstance(batch_sampler, Mapping))
+    if built and (sampler is not None or shuffle is not None):
+        raise ConfigValueError("A batch sampler object has its own sampler; remove sampler and shuffle.")
+    if isinstance(batch_sampler, Mapping) and sampler is not None and _needs_no_sampler(batch_sampler):
+        raise ConfigValueError(
+            f"The batch sampler {batch_sampler['type']} does not take a sampler; set shuffle instead."
+        )
 
 
 def _source_of(batch_sampler: Any, seed: int, share: RankShare) -> PositionedBatches | OpaqueBatches:
@@ -352,14 +392,14 @@ def _in_batches(
 
 
 def _needs_no_sampler(batch_sampler: Mapping[str, Any]) -> bool:
-    target = _target(batch_sampler)
+    target = _target(DATA_SAMPLERS, batch_sampler)
     return isinstance(target, type) and issubclass(target, PositionedBatches)
 
 
 def _build_sampler(
     sampler: Mapping[str, Any], dataset: Any, *, seed: int, training: bool, ranks: dict[str, int]
 ) -> Any:
-    target = _target(sampler)
+    target = _target(DATA_SAMPLERS, sampler)
     default_args: dict[str, Any] = {"dataset": dataset, "seed": seed}
     if isinstance(target, type) and issubclass(target, PositionedSampler):
         default_args |= ranks
@@ -368,9 +408,9 @@ def _build_sampler(
     return DATA_SAMPLERS.build(sampler, default_args=default_args)
 
 
-def _target(sampler: Mapping[str, Any]) -> Any:
-    kind = sampler.get("type")
-    return DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+def _target(registry: Registry, cfg: Mapping[str, Any]) -> Any:
+    kind = cfg.get("type")
+    return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def _identity(batch: Any) -> Any:

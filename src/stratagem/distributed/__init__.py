@@ -32,11 +32,12 @@ from stratagem.distributed.rendezvous.launch import (
     LAUNCHERS,
     RAY_JOB_VARIABLE,
     Launch,
+    check_launcher,
     describe_incomplete_launch_env,
     infer_launcher,
     read_launch,
 )
-from stratagem.distributed.rendezvous.process_group import close_dist, init_dist
+from stratagem.distributed.rendezvous.process_group import check_dist_arguments, close_dist, init_dist
 from stratagem.distributed.world import World, pick_device
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "broadcast",
     "broadcast_object",
     "broadcast_object_list",
+    "check_dist_arguments",
+    "check_launcher",
     "close_dist",
     "collect_results",
     "describe_incomplete_launch_env",

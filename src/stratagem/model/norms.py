@@ -12,7 +12,7 @@ from stratagem.errors import ConfigValueError
 from stratagem.model.replaced_layers import copy_hooks
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["convert_sync_batchnorm", "revert_sync_batchnorm"]
+__all__ = ["convert_sync_batchnorm", "require_sync_bn", "revert_sync_batchnorm"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -33,11 +33,7 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
     Raises:
         ConfigValueError: if ``implementation`` is not ``"torch"``.
     """
-    if implementation != "torch":
-        raise ConfigValueError(
-            f"Unknown sync_bn={implementation!r}. {did_you_mean(implementation, ['torch'])} "
-            "Convert layers from other libraries with the functions of those libraries before passing the model to the strategy."
-        )
+    require_sync_bn(implementation)
     before = dict(model.named_modules(remove_duplicate=False))
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     after = dict(converted.named_modules(remove_duplicate=False))
@@ -45,6 +41,19 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
         if after[name] is not layer:
             copy_hooks(layer, after[name])
     return converted
+
+
+def require_sync_bn(implementation: str) -> None:
+    """Check the strategy option ``sync_bn``.
+
+    Raises:
+        ConfigValueError: if it is not ``"torch"``.
+    """
+    if implementation != "torch":
+        raise ConfigValueError(
+            f"Unknown sync_bn={implementation!r}. {did_you_mean(str(implementation), ['torch'])} "
+            "Convert layers from other libraries with the functions of those libraries before passing the model to the strategy."
+        )
 
 
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:

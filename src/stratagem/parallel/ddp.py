@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any, cast, final
@@ -174,6 +174,17 @@ class Replica(DistributedDataParallel):
         return cast("Trainable", self.module).test_step(data)
 
 
+def require_ddp_options(options: Iterable[str]) -> None:
+    """Check the names of options of ``DistributedDataParallel``.
+
+    Raises:
+        ConfigKeyError: if an option is unknown.
+    """
+    for name in options:
+        if name not in DDP_OPTIONS:
+            raise ConfigKeyError(f"DistributedDataParallel has no option {name!r}. {did_you_mean(name, DDP_OPTIONS)}")
+
+
 @final
 class Replicated(Placement):
     """Places a replica of the model on each rank.
@@ -192,11 +203,7 @@ class Replicated(Placement):
     def __init__(
         self, logger: logging.Logger, *, sync_bn: str | None, separate: bool, options: Mapping[str, Any]
     ) -> None:
-        for name in options:
-            if name not in DDP_OPTIONS:
-                raise ConfigKeyError(
-                    f"DistributedDataParallel has no option {name!r}. {did_you_mean(name, DDP_OPTIONS)}"
-                )
+        require_ddp_options(options)
         self._logger = logger
         self._sync_bn = sync_bn
         self._separate = separate

@@ -37,7 +37,7 @@ from stratagem.parallel import AnyOptim
 from stratagem.strategies.prepared import Prepared, PreparedComponents
 from stratagem.strategies.setup import building
 from stratagem.strategies.setup.auto_scale import AutoScale
-from stratagem.strategies.setup.environment import set_up_environment
+from stratagem.strategies.setup.environment import check_environment, set_up_environment
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
@@ -94,6 +94,7 @@ class BaseStrategy(ABC):
     ) -> None:
         self._auto_scale_lr = AutoScale.parse(auto_scale_lr)
         source = require_buffer_source(buffers)
+        require_readable_path(work_dir)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
@@ -111,6 +112,46 @@ class BaseStrategy(ABC):
             undo.pop_all()
         for notice in self._env.notices:
             self.logger.info(notice)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Check arguments of the constructor without building the strategy, as far as devices and processes do not matter.
+
+        Subclasses check their own arguments and call this method of their base class. Both call the functions that the
+        constructor calls.
+
+        Args:
+            arguments: the specified arguments. Those of other classes are not checked.
+
+        Raises:
+            StratagemError: (a subclass) if an argument is invalid.
+        """
+        AutoScale.parse(arguments.get("auto_scale_lr"))
+        require_buffer_source(arguments.get("buffers", "rank0"))
+        if arguments.get("work_dir") is not None:
+            require_readable_path(arguments["work_dir"])
+        check_environment(arguments.get("env_kwargs") or {})
+        refuse_unknown(arguments.get("log_kwargs") or {}, _LOGGER_KEYS, "log_kwargs")
+
+    @classmethod
+    def check_optim_wrapper(
+        cls, arguments: Mapping[str, Any], optim_wrapper: Any, build: Callable[[Any], AnyOptim | None]
+    ) -> AnyOptim | None:
+        """Check the configuration of an optimizer wrapper without a model, as :meth:`prepare` does.
+
+        Args:
+            arguments: the valid arguments of the constructor of the strategy.
+            optim_wrapper: the configuration.
+            build: builds a wrapper for a stand-in model; it returns None if that could have side effects.
+
+        Returns:
+            The result of ``build``.
+
+        Raises:
+            StratagemError: (a subclass) if the configuration is invalid.
+        """
+        del arguments
+        return build(optim_wrapper)
 
     # ---- facts ----------------------------------------------------------------------------------------------------
 
@@ -593,10 +634,21 @@ class BaseStrategy(ABC):
         self._env.close()
 
 
-def _make_folder(path: Path) -> Path:
-    fault = path_fault(path)
+def require_readable_path(work_dir: Any) -> None:
+    """Check that every part of a run can read files in a work directory, judging by its path.
+
+    Raises:
+        ConfigTypeError: if it is not a path.
+        WorkDirError: if libraries cannot read the path.
+    """
+    if not isinstance(work_dir, str | os.PathLike):
+        raise ConfigTypeError(f"work_dir must be a path, got {work_dir!r}.")
+    fault = path_fault(work_dir)
     if fault is not None:
         raise WorkDirError(f"work_dir: {fault}, so checkpoints in it could not be read. Choose a different directory.")
+
+
+def _make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,8 +11,16 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import STRATEGIES
 from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.base import BaseStrategy
+from stratagem.strategies.setup.environment import check_environment
 
-__all__ = ["choose_strategy"]
+__all__ = [
+    "check_environment_settings",
+    "check_strategy",
+    "check_strategy_settings",
+    "choose_strategy",
+    "refuse_ignored",
+    "strategy_class",
+]
 
 
 def choose_strategy(
@@ -43,19 +51,10 @@ def choose_strategy(
         ConfigValueError: if the strategy is already built and other arguments would therefore be ignored.
         ConfigTypeError: if the configuration builds something other than a strategy.
     """
-    given = {
-        "launcher": launcher,
-        "work_dir": work_dir,
-        "env_cfg": env_cfg,
-        "randomness": randomness,
-        "auto_scale_lr": auto_scale_lr,
-    }
     if isinstance(strategy, BaseStrategy):
-        ignored = [name for name, value in given.items() if value is not None]
-        if ignored:
-            raise ConfigValueError(
-                f"The strategy is already built, so {', '.join(ignored)} would be ignored. Pass them to the strategy instead."
-            )
+        refuse_ignored(
+            launcher=launcher, work_dir=work_dir, env_cfg=env_cfg, randomness=randomness, auto_scale_lr=auto_scale_lr
+        )
         return strategy
     if strategy is None:
         strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
@@ -66,7 +65,7 @@ def choose_strategy(
         "work_dir": work_dir or "work_dirs",
         "experiment_name": experiment_name,
         "auto_scale_lr": auto_scale_lr,
-        "env_kwargs": {"launcher": launcher, "randomness": randomness, **(env_cfg or {})},
+        "env_kwargs": _env_kwargs(launcher, randomness, env_cfg),
         "log_kwargs": {"log_level": log_level},
     }
     built = STRATEGIES.build(cfg, default_args=defaults)
@@ -75,3 +74,73 @@ def choose_strategy(
             f"strategy: {cfg.get('type')!r} builds a {type(built).__name__}, which is not a strategy."
         )
     return built
+
+
+def refuse_ignored(**given: Any) -> None:
+    """Reject arguments for the constructor of a strategy that is already built.
+
+    Raises:
+        ConfigValueError: if an argument is not None.
+    """
+    ignored = [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ConfigValueError(
+            f"The strategy is already built, so {', '.join(ignored)} would be ignored. Pass them to the strategy instead."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Check the arguments of a strategy that do not depend on devices or processes, as building it does.
+
+    Raises:
+        StratagemError: (a subclass) if an argument is invalid.
+    """
+    if isinstance(strategy, str) or strategy is None or isinstance(strategy, BaseStrategy):
+        return
+    if not isinstance(strategy, Mapping):
+        STRATEGIES.build(strategy)  # raises an error
+    kind = strategy_class(strategy)
+    if kind is not None:
+        kind.check_arguments({key: value for key, value in strategy.items() if key not in ("type", "_scope_")})
+
+
+def check_strategy_settings(strategy: Any, **settings: Any) -> None:
+    """Check a strategy together with the other arguments of :func:`choose_strategy`.
+
+    Raises:
+        ConfigValueError: if the strategy is already built, so that they would be ignored.
+        StratagemError: (a subclass) if the strategy does not support one of them.
+    """
+    if isinstance(strategy, BaseStrategy):
+        refuse_ignored(**settings)
+        return
+    kind = strategy_class(strategy)
+    if kind is not None:
+        own = {key: value for key, value in strategy.items() if key != "type"} if isinstance(strategy, Mapping) else {}
+        env_kwargs = _env_kwargs(*(settings.get(key) for key in ("launcher", "randomness", "env_cfg")))
+        kind.check_arguments({"env_kwargs": env_kwargs, **own})
+
+
+def check_environment_settings(launcher: Any, randomness: Any, env_cfg: Any) -> None:
+    """Check the settings of the process, as building a strategy does.
+
+    Raises:
+        ConfigError: (or a subclass) if a setting is invalid.
+        LaunchError: if the launcher is unknown.
+    """
+    check_environment(_env_kwargs(launcher, randomness, env_cfg))
+
+
+def strategy_class(strategy: Any) -> type[BaseStrategy] | None:
+    """Return the class of a strategy, given the strategy, its configuration or its name; None if the class is unknown."""
+    if isinstance(strategy, BaseStrategy):
+        return type(strategy)
+    kind = strategy.get("type") if isinstance(strategy, Mapping) else strategy
+    found = STRATEGIES.get(full_strategy_name(kind)) if isinstance(kind, str) else kind
+    return found if isinstance(found, type) and issubclass(found, BaseStrategy) else None
+
+
+def _env_kwargs(launcher: Any, randomness: Any, env_cfg: Any) -> dict[str, Any]:
+    if env_cfg is not None and not isinstance(env_cfg, Mapping):
+        raise ConfigTypeError(f"env_cfg must be a mapping, got {env_cfg!r}.")
+    return {"launcher": launcher, "randomness": randomness, **(env_cfg or {})}

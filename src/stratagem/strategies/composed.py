@@ -37,6 +37,7 @@ from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.parallel.trainable import TrainableParameters
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
+from stratagem.strategies.setup.building import require_optimizer
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
@@ -99,10 +100,8 @@ class ComposedStrategy(BaseStrategy):
         RunLength.parse(run_length)
         if self.param_schedulers_or_none is not None:
             param_scheduler = None
-        if param_scheduler is not None and optim_wrapper is None and self.optim_wrapper_or_none is None:
-            raise ConfigValueError(
-                "param_scheduler was specified without optim_wrapper. Specify both, or omit param_scheduler."
-            )
+        if self.optim_wrapper_or_none is None:
+            require_optimizer(param_scheduler, optim_wrapper)
         if self.model_or_none is None:
             self.dispatch_kwargs.update(run_length)
             self._place(model, optim_wrapper, compile)

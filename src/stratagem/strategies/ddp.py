@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, final
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.model.norms import require_sync_bn
 from stratagem.parallel import Placement, Replicated
+from stratagem.parallel.ddp import require_ddp_options
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.utils import did_you_mean
 
@@ -15,6 +18,36 @@ __all__ = ["DDPStrategy"]
 # The names that configurations may use for each of the two wrapping modes.
 _WHOLE = ("whole", "MMDistributedDataParallel", "DistributedDataParallel")
 _SEPARATE = ("separate", "MMSeparateDistributedDataParallel")
+
+
+_NAMED = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers", "bucket_cap_mb")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _DDPArguments:
+    """The parsed arguments of a ``DDPStrategy``."""
+
+    separate: bool
+    options: Mapping[str, Any]
+    sync_bn: str | None
+
+    @classmethod
+    def parse(cls, arguments: Mapping[str, Any]) -> _DDPArguments:
+        """Parse the arguments of a ``DDPStrategy``; all other arguments are ignored."""
+        separate, options = _parse_wrapper(arguments.get("model_wrapper"))
+        ddp_kwargs = arguments.get("ddp_kwargs")
+        if ddp_kwargs is not None and not isinstance(ddp_kwargs, Mapping):
+            raise ConfigTypeError(
+                f"ddp_kwargs must be a mapping of options of DistributedDataParallel, got {ddp_kwargs!r}."
+            )
+        named = {name: arguments[name] for name in _NAMED if arguments.get(name) is not None}
+        options = {**options, **(ddp_kwargs or {}), **named}
+        require_ddp_options(options)
+        sync_bn = arguments.get("sync_bn")
+        if sync_bn is not None:
+            require_sync_bn(sync_bn)
+        return cls(separate, options, sync_bn)
 
 
 @final
@@ -49,26 +82,29 @@ class DDPStrategy(ComposedStrategy):
         ddp_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        named = {
-            "find_unused_parameters": find_unused_parameters,
-            "static_graph": static_graph,
-            "gradient_as_bucket_view": gradient_as_bucket_view,
-            "broadcast_buffers": broadcast_buffers,
-            "bucket_cap_mb": bucket_cap_mb,
-        }
-        wrapper, options = _parse_wrapper(model_wrapper)
-        self._separate = wrapper
-        self._options = {
-            **options,
-            **(ddp_kwargs or {}),
-            **{key: value for key, value in named.items() if value is not None},
-        }
-        self._sync_bn = sync_bn
+        self._ddp = _DDPArguments.parse(
+            {
+                "model_wrapper": model_wrapper,
+                "sync_bn": sync_bn,
+                "find_unused_parameters": find_unused_parameters,
+                "static_graph": static_graph,
+                "gradient_as_bucket_view": gradient_as_bucket_view,
+                "broadcast_buffers": broadcast_buffers,
+                "bucket_cap_mb": bucket_cap_mb,
+                "ddp_kwargs": ddp_kwargs,
+            }
+        )
         super().__init__(**kwargs)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        _DDPArguments.parse(arguments)
+        super().check_arguments(arguments)
 
     def _make_placement(self) -> Placement:
         self._require_processes()
-        return Replicated(self.logger, sync_bn=self._sync_bn, separate=self._separate, options=self._options)
+        parsed = self._ddp
+        return Replicated(self.logger, sync_bn=parsed.sync_bn, separate=parsed.separate, options=parsed.options)
 
 
 def _parse_wrapper(model_wrapper: str | Mapping[str, Any] | None) -> tuple[bool, dict[str, Any]]:

@@ -8,14 +8,14 @@ from typing import Any, Literal, final
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.parallel import DDP_OPTIONS, Placement
 from stratagem.parallel.deferred_init.materialize import InitSource
-from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard
+from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard, require_equal_randomness
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 from stratagem.utils import did_you_mean, import_object
 
 __all__ = ["FSDPStrategy"]
 
-_DDP_ONLY = (*DDP_OPTIONS, "ddp_kwargs")
+_DDP_ONLY = frozenset({*DDP_OPTIONS, "ddp_kwargs"} - {"mixed_precision"})
 _STATES = ("sharded", "full")
 
 
@@ -88,39 +88,36 @@ class FSDPStrategy(ComposedStrategy):
         state_dict_cfg: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in kwargs:
-            if name in _DDP_ONLY:
-                raise PlacementError(
-                    f"{name} is an option of DDPStrategy that FSDPStrategy does not have, since it shards the model. Omit it."
-                )
-        options: dict[str, Any] = {
+        own = {
             "wrap_policy": wrap_policy,
             "reshard_after_forward": reshard_after_forward,
             "mixed_precision": mixed_precision,
+            "replicate": replicate,
+            "tp": tp,
+            "tp_plan": tp_plan,
             "cpu_offload": cpu_offload,
+            "forward_prefetch": forward_prefetch,
+            "backward_prefetch": backward_prefetch,
             "ignored": ignored,
+            "activation_checkpointing": activation_checkpointing,
+            "compile_blocks": compile_blocks,
+            "initial_weights": initial_weights,
+            "skip_init_weights": skip_init_weights,
+            "forward_methods": forward_methods,
+            "sync_bn": sync_bn,
+            "state": state,
+            "model_wrapper": model_wrapper,
+            "state_dict_cfg": state_dict_cfg,
         }
-        if model_wrapper is not None:
-            options = from_model_wrapper(model_wrapper, options)
-        self._options = FSDPOptions(
-            precision=Precision.parse(options.pop("mixed_precision")),
-            replicate=replicate,
-            tp=tp,
-            tp_plan=tp_plan,
-            forward_prefetch=forward_prefetch,
-            backward_prefetch=backward_prefetch,
-            activation_checkpointing=activation_checkpointing,
-            compile_blocks=compile_blocks,
-            initial_weights=initial_weights,
-            skip_init_weights=skip_init_weights,
-            forward_methods=forward_methods,
-            sync_bn=sync_bn,
-            **options,
-        )
-        self._state = state_of(state, state_dict_cfg)
-        if self._state not in _STATES:
-            raise ConfigValueError(f"Unknown state={state!r}. {did_you_mean(str(state), _STATES)}")
+        self._options, self._state = _parse({**own, **kwargs})
         super().__init__(**kwargs)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        options, _ = _parse(arguments)
+        randomness = (arguments.get("env_kwargs") or {}).get("randomness") or {}
+        require_equal_randomness(options.tp, diff_rank_seed=bool(randomness.get("diff_rank_seed", False)))
+        super().check_arguments(arguments)
 
     def _make_placement(self) -> Placement:
         self._require_processes()
@@ -134,3 +131,34 @@ class FSDPStrategy(ComposedStrategy):
             full_state=self._state == "full",
         )
         return placement
+
+
+_NAMED = tuple(name for name in FSDPOptions.__dataclass_fields__ if name != "precision")
+# MMEngine's model_wrapper can set these options under other names.
+_TRANSLATED: Mapping[str, Any] = {
+    "wrap_policy": None,
+    "reshard_after_forward": None,
+    "cpu_offload": False,
+    "ignored": (),
+}
+
+
+def _parse(arguments: Mapping[str, Any]) -> tuple[FSDPOptions, str]:
+    """Return the sharding configuration and the checkpoint format; arguments of other classes are ignored."""
+    for name in arguments:
+        if name in _DDP_ONLY:
+            raise PlacementError(
+                f"{name} is an option of DDPStrategy that FSDPStrategy does not have, since it shards the model. Omit it."
+            )
+    options = {**_TRANSLATED, "mixed_precision": None}
+    options = {name: arguments.get(name, default) for name, default in options.items()}
+    if arguments.get("model_wrapper") is not None:
+        options = from_model_wrapper(arguments["model_wrapper"], options)
+    precision = Precision.parse(options.pop("mixed_precision"))
+    named = {name: arguments[name] for name in _NAMED if name in arguments}
+    parsed = FSDPOptions(**{**named, **options, "precision": precision})
+    state = arguments.get("state")
+    kind = state_of(state, arguments.get("state_dict_cfg"))
+    if kind not in _STATES:
+        raise ConfigValueError(f"Unknown state={state!r}. {did_you_mean(str(state), _STATES)}")
+    return parsed, kind

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stratagem.data import EpochLoader
-from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.errors import ConfigError, ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper
 from stratagem.registry import EVALUATORS, HOOKS, LOOPS
-from stratagem.train.evaluation.evaluator import Evaluator
+from stratagem.train.evaluation.evaluator import Evaluator, check_metrics
+from stratagem.train.evaluation.precision import require_fp16
 from stratagem.train.hook import Events, Hook
 from stratagem.train.hook_priority import get_priority
+from stratagem.train.hooks.averaging import EMAHook, require_one_average
+from stratagem.train.loop_options import EpochLoopOptions, IterLoopOptions
+from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 from stratagem.train.run.context import Run
+from stratagem.train.run.hook_states import by_state_key
 from stratagem.utils import refuse_unknown
 
-__all__ = ["build_evaluation_loop", "build_events", "build_train_loop", "check_hook", "loop_arguments"]
+__all__ = [
+    "build_evaluation_loop",
+    "build_events",
+    "build_train_loop",
+    "check_evaluation_loop",
+    "check_evaluator",
+    "check_hook",
+    "check_hooks",
+    "check_train_loop",
+    "loop_arguments",
+    "require_complete_phase",
+]
 
 _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "runtime_info": {"type": "RuntimeInfoHook"},
@@ -27,6 +44,8 @@ _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": "CheckpointHook", "interval": 1},
 }
 
+_EVALUATION_LOOPS = {"val": "ValLoop", "test": "TestLoop"}
+
 
 def build_events(
     default_hooks: Mapping[str, Any] | None, custom_hooks: Sequence[Hook | Mapping[str, Any]] | None
@@ -35,12 +54,25 @@ def build_events(
 
     Raises:
         ConfigKeyError: if ``default_hooks`` contains an unknown name.
-        ConfigTypeError: if an item is neither a hook nor a mapping with a ``type``.
-        ConfigValueError: if two hooks save their state under the same key.
+        ConfigTypeError: if ``default_hooks`` is not a mapping, ``custom_hooks`` is not a list, or an item is neither a hook
+            nor a mapping with a ``type``.
+        ConfigValueError: if two hooks save their state under the same key, or there are several EMAHooks.
     """
-    changes = default_hooks or {}
+    events = Events([_build_hook(hook) for hook in _all_hooks(default_hooks, custom_hooks)])
+    events.named()  # raises if two hooks save their state under the same key
+    require_one_average(events.hooks)
+    return events
+
+
+def _all_hooks(default_hooks: Any, custom_hooks: Any) -> list[Hook | Mapping[str, Any]]:
+    """Return all hooks of a run and the configurations of those that are not built."""
+    changes = {} if default_hooks is None else default_hooks
+    if not isinstance(changes, Mapping):
+        raise ConfigTypeError(f"default_hooks must be a mapping from names to hooks, got {changes!r}.")
+    if custom_hooks is not None and (isinstance(custom_hooks, str) or not isinstance(custom_hooks, Sequence)):
+        raise ConfigTypeError(f"custom_hooks must be a list of hooks, got {custom_hooks!r}.")
     refuse_unknown(changes, _DEFAULT_HOOKS, "default_hooks (use custom_hooks for other hooks)")
-    hooks = []
+    hooks: list[Hook | Mapping[str, Any]] = []
     for name, default in _DEFAULT_HOOKS.items():
         wanted = changes.get(name, default)
         if wanted is None:
@@ -48,10 +80,8 @@ def build_events(
         if isinstance(wanted, Mapping):
             # The default arguments only apply to the default type.
             wanted = {**default, **wanted} if wanted.get("type", default["type"]) == default["type"] else wanted
-        hooks.append(_build_hook(wanted))
-    events = Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
-    events.named()  # raises if two hooks save their state under the same key
-    return events
+        hooks.append(wanted)
+    return [*hooks, *(custom_hooks or ())]
 
 
 def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
@@ -75,13 +105,57 @@ def check_hook(hook: Any, default_type: str | None = None) -> None:
     Raises:
         ConfigError: (or a subclass) if building fails.
     """
-    if not isinstance(hook, Mapping):
+    if isinstance(hook, list | tuple) or hook is None:
         return
-    cfg = {**({} if default_type is None else {"type": default_type}), **hook}
-    kind = cfg.get("type")
+    if isinstance(hook, Mapping):
+        hook = {**({} if default_type is None else {"type": default_type}), **hook}
+    _try_hook(hook)
+
+
+def check_hooks(default_hooks: Any, custom_hooks: Any, train_cfg: Any = None) -> None:
+    """Check the hooks of a run together, as :func:`build_events` and the start of training do.
+
+    Of hooks of other packages, only those are considered whose ``state_key`` is known without building them.
+
+    Raises:
+        ConfigError: (or a subclass) if building or the start of training fails.
+    """
+    tried = [_try_hook(hook) for hook in _all_hooks(default_hooks, custom_hooks)]
+    hooks = [hook for hook in tried if hook is not None]
+    by_state_key(hooks)
+    require_one_average(hooks)
+    if isinstance(train_cfg, Mapping) and _type_of_loop(train_cfg) is IterBasedTrainLoop:
+        for hook in hooks:
+            if isinstance(hook, EMAHook):
+                hook.refuse_epochs()
+
+
+def _try_hook(hook: Any) -> Hook | None:
+    """Return a hook of this package, or one that is already built; otherwise an instance with only a key, or None."""
+    if not isinstance(hook, Mapping):
+        return _build_hook(hook)
+    kind = hook.get("type")
     target = HOOKS.get(kind) if isinstance(kind, str) else kind
-    if getattr(target, "__module__", "").partition(".")[0] == __name__.partition(".")[0]:
-        _build_hook(cfg)
+    if target is None or getattr(target, "__module__", "").partition(".")[0] == __name__.partition(".")[0]:
+        built = _build_hook(hook)
+        if isinstance(built, EMAHook):
+            built.check_average()
+        return built
+    return _uninitialized(target, hook)
+
+
+def _uninitialized(target: Any, hook: Mapping[str, Any]) -> Hook | None:
+    """Return an uninitialized instance of a hook's class with its ``state_key``, or None if the key is unknown."""
+    if not (isinstance(target, type) and issubclass(target, Hook)) or target.__new__ is not object.__new__:
+        return None
+    if inspect.getattr_static(target, "has_state") is not inspect.getattr_static(Hook, "has_state"):
+        return None
+    if "state_key" not in hook and target.__init__ is not Hook.__init__:
+        return None  # The constructor may set the key.
+    instance = object.__new__(target)
+    if "state_key" in hook:
+        instance.state_key = hook["state_key"]
+    return instance
 
 
 def build_train_loop(
@@ -117,6 +191,8 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
     cfg = _mapping(train_cfg, "train_cfg")
     if "type" not in cfg:
         by_epoch = cfg.pop("by_epoch", "max_epochs" in cfg)
+        if not isinstance(by_epoch, bool):
+            raise ConfigTypeError(f"train_cfg: by_epoch must be True or False, got {by_epoch!r}.")
         lengths = ("max_epochs",) if by_epoch else ("max_iters", "max_steps")
         if not any(length in cfg for length in lengths):
             raise ConfigValueError(
@@ -126,11 +202,75 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
     return cfg
 
 
+def check_train_loop(train_cfg: Any) -> None:
+    """Check the options of a built-in training loop, as building it does.
+
+    Raises:
+        ConfigError: (or a subclass) if an option is invalid.
+    """
+    cfg = loop_arguments(train_cfg)
+    options = {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
+    kind = _type_of_loop(cfg)
+    if kind is EpochBasedTrainLoop:
+        EpochLoopOptions(**options)
+    elif kind is IterBasedTrainLoop:
+        IterLoopOptions(**options)
+
+
+def check_evaluation_loop(cfg: Any, mode: str) -> None:
+    """Check the options of the loop for validation (``mode="val"``) or testing (``mode="test"``), as building it does.
+
+    Raises:
+        ConfigError: (or a subclass) if an option is invalid.
+    """
+    arguments = _mapping(cfg, f"{mode}_cfg")
+    if _type_of_loop({"type": _EVALUATION_LOOPS[mode], **arguments}) in (ValLoop, TestLoop):
+        require_fp16(arguments.get("fp16"))
+
+
+def _type_of_loop(cfg: Mapping[str, Any]) -> Any:
+    """Return the class of the loop, or None if it is unknown."""
+    try:
+        kind = cfg["type"] if "type" in cfg else loop_arguments(cfg)["type"]
+    except ConfigError:
+        return None
+    return LOOPS.get(kind) if isinstance(kind, str) else kind
+
+
+def require_complete_phase(**arguments: Any) -> None:
+    """Require either all or none of the arguments of training, validation or testing.
+
+    Args:
+        arguments: the dataloader, the arguments of the loop, and the optimizer wrapper or the evaluator; None if not specified.
+
+    Raises:
+        ConfigValueError: if only some of them are specified.
+    """
+    missing = [name for name, value in arguments.items() if value is None]
+    if missing and len(missing) < len(arguments):
+        given = [name for name in arguments if name not in missing]
+        raise ConfigValueError(
+            f"{', '.join(given)} was specified without {', '.join(missing)}. Specify all of them or none of them."
+        )
+
+
 def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:
     """Build the loop for validation (``mode="val"``) or testing (``mode="test"``)."""
-    arguments = {"type": "ValLoop" if mode == "val" else "TestLoop", **_mapping(cfg, f"{mode}_cfg")}
+    arguments = {"type": _EVALUATION_LOOPS[mode], **_mapping(cfg, f"{mode}_cfg")}
     defaults = {"run": run, "dataloader": dataloader, "evaluator": _build_evaluator(evaluator, run)}
     return LOOPS.build(arguments, default_args=defaults)
+
+
+def check_evaluator(evaluator: Any) -> None:
+    """Check the metrics of an evaluator, as building it does.
+
+    Raises:
+        ConfigError: (or a subclass) if a metric is invalid.
+    """
+    if isinstance(evaluator, Mapping) and evaluator.get("type") in ("Evaluator", Evaluator):
+        check_metrics(evaluator.get("metrics"))
+    elif evaluator is not None and not isinstance(evaluator, Evaluator):
+        check_metrics(evaluator)
 
 
 def _build_evaluator(evaluator: Any, run: Run) -> Evaluator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from time import perf_counter
@@ -15,10 +14,11 @@ from stratagem.data import EpochLoader
 from stratagem.distributed import all_gather_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
-from stratagem.optim import OptimWrapperDict
+from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.train.evaluation.evaluator import Evaluator
 from stratagem.train.evaluation.precision import evaluation_dtype, in_precision, require_fp16
 from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
+from stratagem.train.loop_options import EpochLoopOptions, IterLoopOptions
 from stratagem.train.run.context import Run
 from stratagem.train.run.rank_guard import describe_batch
 from stratagem.train.run.uneven_data import TrainBatches, UnevenData
@@ -110,11 +110,18 @@ class EpochBasedTrainLoop(_TrainLoop):
         uneven_data: UnevenData = "error",
         val_loop: ValLoop | None = None,
     ) -> None:
+        options = EpochLoopOptions(
+            max_epochs=max_epochs,
+            val_begin=val_begin,
+            val_interval=val_interval,
+            dynamic_intervals=dynamic_intervals,
+            uneven_data=uneven_data,
+        )
         self._run = run
         self._val_loop = val_loop
-        self._val_begin = _positive("val_begin", val_begin)
-        self._intervals = _Intervals(val_interval, dynamic_intervals)
-        run.progress.max_epochs = _positive("max_epochs", max_epochs)
+        self._val_begin = val_begin
+        self._intervals = options.intervals()
+        run.progress.max_epochs = max_epochs
         self._batches = TrainBatches(run, dataloader, uneven_data)
         run.progress.epoch_length = length = self._batches.length
         if length == 0:
@@ -194,16 +201,20 @@ class IterBasedTrainLoop(_TrainLoop):
         accumulative_counts: int = 1,
         val_loop: ValLoop | None = None,
     ) -> None:
-        if (max_iters is None) == (max_steps is None):
-            raise ConfigValueError("train_cfg: set either max_iters or max_steps.")
-        if max_steps is not None:
-            max_iters = _positive("max_steps", max_steps) * accumulative_counts
+        options = IterLoopOptions(
+            max_iters=max_iters,
+            max_steps=max_steps,
+            val_begin=val_begin,
+            val_interval=val_interval,
+            dynamic_intervals=dynamic_intervals,
+            uneven_data=uneven_data,
+        )
         self._run = run
         self._val_loop = val_loop
-        self._val_begin = _positive("val_begin", val_begin)
-        self._intervals = _Intervals(val_interval, dynamic_intervals)
+        self._val_begin = val_begin
+        self._intervals = options.intervals()
         self._accumulative_counts = accumulative_counts
-        run.progress.max_iters = _positive("max_iters", max_iters)
+        run.progress.max_iters = options.iterations(accumulative_counts)
         run.progress.max_steps = max_steps
         self._batches = TrainBatches(run, dataloader, uneven_data)
         run.progress.epoch_length = self._batches.length
@@ -255,30 +266,26 @@ class IterBasedTrainLoop(_TrainLoop):
             _validate_once(self._run, self._val_loop)
 
 
-@final
-class _Intervals:
-    """An interval that changes at milestones."""
-
-    def __init__(self, interval: int, dynamic: Sequence[tuple[int, int]] | None) -> None:
-        steps = sorted(dynamic or ())
-        self._milestones = [0, *(milestone for milestone, _ in steps)]
-        self._values = [_positive("val_interval", interval), *(_positive("interval", value) for _, value in steps)]
-
-    def at(self, count: int) -> int:
-        return self._values[bisect.bisect(self._milestones, count) - 1]
-
-
 def updates_of(run: Run) -> int:
     """Return the number of updates of the run's optimizer.
 
     Raises:
         ConfigValueError: if there are several optimizers.
     """
-    if isinstance(run.optim_wrapper, OptimWrapperDict):
+    return require_one_optimizer(run.optim_wrapper).num_steps_applied
+
+
+def require_one_optimizer(optim: BaseOptimWrapper | OptimWrapperDict) -> BaseOptimWrapper:
+    """Return the only optimizer of a run whose length is ``max_steps``.
+
+    Raises:
+        ConfigValueError: if there are several optimizers.
+    """
+    if isinstance(optim, OptimWrapperDict):
         raise ConfigValueError(
             "train_cfg: max_steps requires a single optimizer, and this run has several. Use max_iters."
         )
-    return run.optim_wrapper.num_steps_applied
+    return optim
 
 
 class _EvaluationLoop:
@@ -414,9 +421,3 @@ def _stops(run: Run) -> bool:
     stops = run.interrupt.stopping or run.is_ending
     run.progress.stop_training = run.progress.stop_training or stops
     return stops
-
-
-def _positive(name: str, value: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigValueError(f"{name} must be a positive integer, got {value!r}.")
-    return value

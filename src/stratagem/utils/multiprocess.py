@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, final
 
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils.imports import import_module
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["AppliedSettings", "set_multi_processing"]
+__all__ = ["AppliedSettings", "check_multi_processing", "set_multi_processing"]
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -60,17 +60,7 @@ def set_multi_processing(
     Raises:
         ConfigValueError: if the platform does not support the start method, or the number of threads is negative.
     """
-    methods = multiprocessing.get_all_start_methods()
-    if mp_start_method is not None and mp_start_method not in methods:
-        raise ConfigValueError(
-            f"mp_start_method is {mp_start_method!r}, which this platform does not support. "
-            f"{did_you_mean(mp_start_method, methods)}"
-        )
-    if opencv_num_threads is not None and opencv_num_threads < 0:
-        raise ConfigValueError(
-            f"opencv_num_threads is {opencv_num_threads}; it must be at least 0, where 0 runs OpenCV in the calling "
-            "thread."
-        )
+    check_multi_processing(mp_start_method, opencv_num_threads)
     undo = ExitStack()
     notices = _fix_start_method(mp_start_method, undo)
     if opencv_num_threads is not None:
@@ -78,6 +68,30 @@ def set_multi_processing(
     if distributed:
         notices += _limit_threads(undo)
     return AppliedSettings(tuple(notices), undo)
+
+
+def check_multi_processing(mp_start_method: str | None = None, opencv_num_threads: int | None = 0) -> None:
+    """Check arguments of :func:`set_multi_processing` without changing anything.
+
+    Raises:
+        ConfigTypeError: if the number of threads is not an integer.
+        ConfigValueError: if the platform does not support the start method, or the number of threads is negative.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    if mp_start_method is not None and mp_start_method not in methods:
+        raise ConfigValueError(
+            f"mp_start_method is {mp_start_method!r}, which this platform does not support. "
+            f"{did_you_mean(str(mp_start_method), methods)}"
+        )
+    if opencv_num_threads is None:
+        return
+    if isinstance(opencv_num_threads, bool) or not isinstance(opencv_num_threads, int):
+        raise ConfigTypeError(f"opencv_num_threads must be an integer or None, got {opencv_num_threads!r}.")
+    if opencv_num_threads < 0:
+        raise ConfigValueError(
+            f"opencv_num_threads is {opencv_num_threads}; it must be at least 0, where 0 runs OpenCV in the calling "
+            "thread."
+        )
 
 
 def _fix_start_method(method: str | None, undo: ExitStack) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 
-__all__ = ["generator_state", "restore_generator_state", "set_random_seed"]
+__all__ = ["check_seed", "generator_state", "restore_generator_state", "set_random_seed"]
 
 _SEED_LIMIT = 2**32  # The range that numpy.random.seed accepts.
 
@@ -40,20 +40,31 @@ def set_random_seed(
     """
     if seed is None:
         seed = _draw_seed()
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigTypeError(f"The seed must be an integer or None, got {seed!r} ({type(seed).__name__}).")
+    check_seed(seed)
     if diff_rank_seed:
         seed += _global_rank() if rank is None else rank
-    if not 0 <= seed < _SEED_LIMIT:
-        raise ConfigValueError(
-            f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be between 0 and 2**32 - 1."
-        )
+        check_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # Transforms from other libraries use the global generator.
     torch.manual_seed(seed)
     if deterministic:
         _be_deterministic()
     return seed
+
+
+def check_seed(seed: int) -> None:
+    """Check that the random number generators accept a seed.
+
+    Raises:
+        ConfigValueError: if the seed is out of range.
+        ConfigTypeError: if the seed is not an integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigTypeError(f"The seed must be an integer or None, got {seed!r} ({type(seed).__name__}).")
+    if not 0 <= seed < _SEED_LIMIT:
+        raise ConfigValueError(
+            f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be between 0 and 2**32 - 1."
+        )
 
 
 def generator_state() -> dict[str, Any]:

@@ -17,8 +17,8 @@ from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.output import Table, echo, print_table
 from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
-from stratagem.config import Config, require
-from stratagem.config_schema import SECTIONS
+from stratagem.config import Config
+from stratagem.config_schema import require_valid
 from stratagem.data import build_dataloader
 from stratagem.distributed import close_dist, infer_launcher, init_dist
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
@@ -87,7 +87,7 @@ def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None
         else:
             _train_in_one_group(config, settings, record)
         return
-    require(config, SECTIONS, scope=config.get("default_scope"))
+    require_valid(config)
     steps = _steps(config, settings)
     settings = replace(settings, steps=steps)
     with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as folder:

@@ -16,7 +16,15 @@ from stratagem.distributed.rendezvous.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_incomplete_launch_env", "infer_launcher", "read_launch"]
+__all__ = [
+    "LAUNCHERS",
+    "RAY_JOB_VARIABLE",
+    "Launch",
+    "check_launcher",
+    "describe_incomplete_launch_env",
+    "infer_launcher",
+    "read_launch",
+]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
 # Set by `stratagem train --launcher ray`, with torchrun's variables, since Ray does not set any variables for ranks.
@@ -69,14 +77,23 @@ def infer_launcher(environ: Mapping[str, str] = os.environ) -> str:
     return "none"
 
 
+def check_launcher(launcher: str) -> None:
+    """Check that a launcher is known.
+
+    Raises:
+        LaunchError: if it is not.
+    """
+    if launcher not in LAUNCHERS:
+        raise LaunchError(f"Unknown launcher {launcher!r}. {did_you_mean(str(launcher), LAUNCHERS)}")
+
+
 def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launch:
     """Read the environment that ``launcher`` set for this process.
 
     Raises:
         LaunchError: if the launcher is unknown, did not start this process, or set inconsistent values.
     """
-    if launcher not in LAUNCHERS:
-        raise LaunchError(f"Unknown launcher {launcher!r}. {did_you_mean(launcher, LAUNCHERS)}")
+    check_launcher(launcher)
     if launcher == "none":
         return Launch(launcher="none")
     missing = [name for name in _REQUIRED[launcher] if name not in environ]

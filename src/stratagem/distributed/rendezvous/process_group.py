@@ -15,7 +15,7 @@ from stratagem.distributed.world import pick_device
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
-__all__ = ["close_dist", "init_dist"]
+__all__ = ["check_dist_arguments", "close_dist", "init_dist"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 # Other arguments of torch.distributed.init_process_group are set by this module.
@@ -48,9 +48,7 @@ def init_dist(
         ConfigValueError: if ``timeout`` is not positive and finite, or the backend is unknown.
         ConfigKeyError: if an argument is unknown.
     """
-    refuse_unknown(kwargs, (*_OWN, *_FORWARDED), "dist_cfg")
-    _check_backend(backend)
-    limit = _as_timedelta(timeout)
+    limit = check_dist_arguments(backend=backend, timeout=timeout, **kwargs)
     if launcher is None:
         launcher = infer_launcher()
     launch = read_launch(launcher)
@@ -76,6 +74,21 @@ def init_dist(
     return launch
 
 
+def check_dist_arguments(
+    backend: str | None = None, timeout: float | timedelta | None = None, **kwargs: Any
+) -> timedelta:
+    """Check arguments of :func:`init_dist` without creating a process group; return the timeout of collectives.
+
+    Raises:
+        ConfigTypeError: if ``timeout`` is neither a number nor a ``timedelta``, or ``backend`` is not a name.
+        ConfigValueError: if ``timeout`` is not positive and finite, or the backend is unknown.
+        ConfigKeyError: if an argument is unknown.
+    """
+    refuse_unknown(kwargs, (*_OWN, *_FORWARDED), "dist_cfg")
+    _check_backend(backend)
+    return _as_timedelta(timeout)
+
+
 def close_dist() -> None:
     """Destroy the process group if there is one. Idempotent."""
     if torch_dist.is_initialized():
@@ -83,6 +96,8 @@ def close_dist() -> None:
 
 
 def _check_backend(backend: str | None) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise ConfigTypeError(f"dist_cfg: backend must be a name such as 'gloo', got {backend!r}.")
     # For example "gloo" or "cpu:gloo,cuda:nccl". Torch treats unknown names as libraries that are not loaded yet.
     for pair in backend.split(",") if backend else ():
         name = pair.rpartition(":")[2].lower()

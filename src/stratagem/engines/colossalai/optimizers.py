@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -13,11 +13,7 @@ from stratagem.errors import PlacementError
 with import_stubs():
     from colossalai.nn import optimizer as library
 
-__all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
-
-# Optimizers that do not update each element of a parameter independently. Lamb is not listed because ColossalAI has a
-# distributed version whose moments are elementwise.
-WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
+__all__ = ["CAME", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
 
 if not torch.accelerator.is_available():
     with import_stubs():

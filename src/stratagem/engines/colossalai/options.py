@@ -7,11 +7,23 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, final
 
+from torch.optim import Optimizer
+
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
+from stratagem.optim import OptimWrapper
 from stratagem.optim.gradients import Clipping
 from stratagem.utils import did_you_mean
 
-__all__ = ["CHECKPOINT_FORMATS", "PluginSpec", "max_norm_of", "parse_plugin", "refuse_other_wrappers"]
+__all__ = [
+    "CHECKPOINT_FORMATS",
+    "PluginSpec",
+    "check_plugin_wrapper",
+    "max_norm_of",
+    "parse_plugin",
+    "refuse_other_wrappers",
+    "refuse_whole_parameters",
+    "require_plain_wrapper",
+]
 
 CHECKPOINT_FORMATS: Final = ("portable", "colossalai")
 
@@ -81,6 +93,9 @@ _REFUSED: Final = {
 }  # fmt: skip
 _HARMLESS: Final = {"pp_size": 1, "sp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
 _PRECISIONS: Final = ("fp32", "bf16", "fp16")
+# Optimizers that do not update each element of a parameter independently. Lamb is not listed because ColossalAI has a
+# distributed version whose moments are elementwise.
+_WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
 _WRAPPER: Final = "CollosalAIModelWrapper"  # MMEngine's spelling
 
 
@@ -106,6 +121,13 @@ class PluginSpec:
     def tp_size(self) -> int:
         """The tensor-parallel size: the number of ranks that a layer is sharded across."""
         return int(self.options.get("tp_size", 1))
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage; 0 if the optimizer is not sharded."""
+        return {"torch-ddp": 0, "lowlevel-zero": int(self.options.get("stage", 1))}.get(
+            self.kind, int(self.options.get("zero_stage", 0))
+        )
 
     def with_options(self, **options: Any) -> PluginSpec:
         """Return a copy with additional options."""
@@ -264,3 +286,48 @@ def max_norm_of(clipping: Clipping | None, plugin_max_norm: float) -> float:
             "plugin differ. Specify only one of them."
         )
     return clipping.limit
+
+
+def require_plain_wrapper(built: object) -> OptimWrapper:
+    """Return the configured optimizer wrapper, whose settings ColossalAI's wrapper uses.
+
+    Raises:
+        PlacementError: if it is not an ``OptimWrapper``.
+    """
+    if isinstance(built, OptimWrapper):
+        return built
+    instead = {
+        "AmpOptimWrapper": "The plugin sets the precision: use OptimWrapper and ColossalAIStrategy(mixed_precision='bf16')",
+        "OptimWrapperDict": "ColossalAI supports a single optimizer. Use DDPStrategy for a model with several",
+    }.get(type(built).__name__, "Use OptimWrapper, which the strategy replaces with a wrapper for ColossalAI")
+    raise PlacementError(f"ColossalAIStrategy cannot train with a {type(built).__name__}. {instead}.")
+
+
+def refuse_whole_parameters(optimizer: Optimizer) -> None:
+    """Reject an optimizer that ZeRO cannot update in parts.
+
+    Raises:
+        PlacementError: if the optimizer does not update each element of a parameter independently.
+    """
+    name = type(optimizer).__name__
+    if name in _WHOLE_PARAMETERS:
+        raise PlacementError(
+            f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
+            "plugin='torch-ddp', or an elementwise optimizer such as AdamW."
+        )
+
+
+def check_plugin_wrapper(plugin: Any, optim: object) -> None:
+    """Check an optimizer wrapper, which may be built for a stand-in model, with a plugin that is not built yet.
+
+    Raises:
+        PlacementError: if the wrapper or the plugin does not support the other.
+        ConfigValueError: if both specify a different maximum norm.
+    """
+    settings = require_plain_wrapper(optim)
+    if not isinstance(plugin, PluginSpec):
+        return
+    if plugin.clips:
+        max_norm_of(settings.clipping, plugin.options.get("max_norm", 0.0))
+    if plugin.zero_stage:
+        refuse_whole_parameters(settings.optimizer)

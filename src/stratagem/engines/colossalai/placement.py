@@ -22,8 +22,12 @@ from torch.utils._pytree import tree_map
 from stratagem.checkpoint import parameter_names
 from stratagem.distributed import World
 from stratagem.engines.colossalai.cpu_backend import train_on_cpu
-from stratagem.engines.colossalai.optimizers import WHOLE_PARAMETERS
-from stratagem.engines.colossalai.options import PluginSpec, max_norm_of
+from stratagem.engines.colossalai.options import (
+    PluginSpec,
+    max_norm_of,
+    refuse_whole_parameters,
+    require_plain_wrapper,
+)
 from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, plugin_traits
 from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
 from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper
@@ -31,7 +35,7 @@ from stratagem.engines.engine_module import EngineModule, refuse_empty_parameter
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.model.replaced_layers import lost_by_replacement
-from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
+from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
@@ -131,11 +135,11 @@ class ColossalAIPlacement(Placement):
                 "compile: target='train_step' cannot be used with ColossalAI, because it bypasses the booster's wrapper. Use "
                 "target='forward'."
             )
-        settings = None if steps.make_optim is None else _settings(steps.make_optim(model))
+        settings = None if steps.make_optim is None else require_plain_wrapper(steps.make_optim(model))
         plugin, traits = self._build(model, settings, world)
         _refuse_model(model, traits, world)
         if settings is not None and traits.zero_stage:
-            _refuse_optimizer(settings)
+            refuse_whole_parameters(settings.optimizer)
         if settings is not None:
             self.group_names = parameter_names(settings.optimizer, model)
         booster = Booster(plugin=plugin)
@@ -267,21 +271,6 @@ class ColossalAIPlacement(Placement):
         )
 
 
-def _settings(built: AnyOptim) -> OptimWrapper:
-    """Return the configured optimizer wrapper, whose settings ColossalAI's wrapper uses.
-
-    Raises:
-        PlacementError: if it is not an ``OptimWrapper``.
-    """
-    if isinstance(built, OptimWrapper):
-        return built
-    instead = {
-        "AmpOptimWrapper": "The plugin sets the precision: use OptimWrapper and ColossalAIStrategy(mixed_precision='bf16')",
-        "OptimWrapperDict": "ColossalAI supports a single optimizer. Use DDPStrategy for a model with several",
-    }.get(type(built).__name__, "Use OptimWrapper, which the strategy replaces with a wrapper for ColossalAI")
-    raise PlacementError(f"ColossalAIStrategy cannot train with a {type(built).__name__}. {instead}.")
-
-
 def _refuse_model(model: nn.Module, traits: PluginTraits, world: World) -> None:
     if traits.zero_stage:
         refuse_empty_parameters("ColossalAI's ZeRO", model, "plugin='torch-ddp'")
@@ -302,13 +291,4 @@ def _refuse_lost_hooks(layers: Mapping[str, nn.Module], model: nn.Module) -> Non
             f"ColossalAI replaced layers of {type(model).__name__}, and the new layers lack the hooks or the parametrization of "
             f"the original ones: {listed}. Exclude these layers from the tensor-parallel policy or plan, register the hooks on a "
             "module around them, or use FSDPStrategy(tp=...), which keeps hooks."
-        )
-
-
-def _refuse_optimizer(settings: OptimWrapper) -> None:
-    name = type(settings.optimizer).__name__
-    if name in WHOLE_PARAMETERS:
-        raise PlacementError(
-            f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
-            "plugin='torch-ddp', or an elementwise optimizer such as AdamW."
         )

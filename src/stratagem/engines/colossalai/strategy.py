@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, final
 
 from stratagem.checkpoint import save_checkpoint
 from stratagem.engines.colossalai.import_stubs import import_stubs
-from stratagem.engines.colossalai.options import CHECKPOINT_FORMATS, parse_plugin, refuse_other_wrappers
+from stratagem.engines.colossalai.options import (
+    CHECKPOINT_FORMATS,
+    check_plugin_wrapper,
+    parse_plugin,
+    refuse_other_wrappers,
+)
 from stratagem.errors import CheckpointError, ConfigValueError, MissingDependencyError
-from stratagem.parallel import Placement
+from stratagem.parallel import AnyOptim, Placement
 from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.state.state_io import StateAccess
@@ -53,14 +58,31 @@ class ColossalAIStrategy(ComposedStrategy):
         model_wrapper: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        refuse_other_wrappers(config, model_wrapper)
-        if checkpoint_format not in CHECKPOINT_FORMATS:
-            raise ConfigValueError(
-                f"Unknown checkpoint_format={checkpoint_format!r}. {did_you_mean(checkpoint_format, CHECKPOINT_FORMATS)}"
-            )
+        self._plugin = _parse(
+            {
+                "plugin": plugin,
+                "mixed_precision": mixed_precision,
+                "checkpoint_format": checkpoint_format,
+                "config": config,
+                "model_wrapper": model_wrapper,
+            }
+        )
         self._native = checkpoint_format == "colossalai"
-        self._plugin = parse_plugin(plugin, mixed_precision)
         super().__init__(**kwargs)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        _parse(arguments)
+        super().check_arguments(arguments)
+
+    @classmethod
+    def check_optim_wrapper(
+        cls, arguments: Mapping[str, Any], optim_wrapper: Any, build: Callable[[Any], AnyOptim | None]
+    ) -> AnyOptim | None:
+        built = super().check_optim_wrapper(arguments, optim_wrapper, build)
+        if built is not None:
+            check_plugin_wrapper(_parse(arguments), built)
+        return built
 
     def _make_placement(self) -> Placement:
         self._require_processes()
@@ -81,6 +103,15 @@ class ColossalAIStrategy(ComposedStrategy):
             )
         writer: CheckpointWriter = _load("native:ColossalAIFormatWriter")(self._placement)
         return writer
+
+
+def _parse(arguments: Mapping[str, Any]) -> Any:
+    """Return the plugin specification, or the built plugin; arguments of other classes are ignored."""
+    refuse_other_wrappers(arguments.get("config"), arguments.get("model_wrapper"))
+    kind = arguments.get("checkpoint_format", "portable")
+    if kind not in CHECKPOINT_FORMATS:
+        raise ConfigValueError(f"Unknown checkpoint_format={kind!r}. {did_you_mean(str(kind), CHECKPOINT_FORMATS)}")
+    return parse_plugin(arguments.get("plugin", "lowlevel-zero"), arguments.get("mixed_precision"))
 
 
 def _load(target: str) -> Any:

@@ -102,6 +102,11 @@ class Options:
         )
 
     @property
+    def allows_unknown_optimizers(self) -> bool:
+        """Whether to accept optimizers that are not known to be elementwise."""
+        return bool(self.config.get("zero_allow_untested_optimizer", False))
+
+    @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer state is stored and updated on the CPU."""
         return _device(self.config.get("zero_optimization", {}), "offload_optimizer") == "cpu"

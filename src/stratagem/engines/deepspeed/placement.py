@@ -87,7 +87,7 @@ class DeepSpeedPlacement(Placement):
         require_elementwise(
             settings.optimizer,
             stage=self._options.stage,
-            allow_unknown=bool(self._options.config.get("zero_allow_untested_optimizer", False)),
+            allow_unknown=self._options.allows_unknown_optimizers,
         )
         originals = self._originals(settings.optimizer)
         groups = _remove_frozen(settings.optimizer)

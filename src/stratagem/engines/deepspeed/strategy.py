@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
 from torch import nn
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.engines.deepspeed.elementwise_check import refuse_by_name
+from stratagem.engines.deepspeed.elementwise_check import refuse_by_name, require_elementwise
 from stratagem.engines.deepspeed.optimizer_section import (
     explain_kernel_errors,
     with_accumulation,
@@ -17,16 +18,22 @@ from stratagem.engines.deepspeed.optimizer_section import (
     with_optimizer,
 )
 from stratagem.engines.deepspeed.options import Options
+from stratagem.engines.deepspeed.wrapper import require_plain_wrapper
 from stratagem.errors import ConfigValueError
 from stratagem.parallel import AnyOptim, Placement
 from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
+from stratagem.strategies.setup.trial import StandInOptimizer
 from stratagem.strategies.state.state_io import StateAccess
 from stratagem.utils import did_you_mean, import_object
 
 __all__ = ["DeepSpeedStrategy"]
 
 _FORMATS: Final = ("portable", "deepspeed")
+_NAMED: Final = (
+    "zero_optimization", "gradient_clipping", "fp16", "bf16", "amp", "activation_checkpointing", "aio",
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+)  # fmt: skip
 _HERE: Final = "stratagem.engines.deepspeed"
 
 
@@ -82,30 +89,45 @@ class DeepSpeedStrategy(ComposedStrategy):
         exclude_frozen_parameters: bool = False,
         **kwargs: Any,
     ) -> None:
-        named = {
-            "zero_optimization": zero_optimization,
-            "gradient_clipping": gradient_clipping,
-            "fp16": fp16,
-            "bf16": bf16,
-            "amp": amp,
-            "activation_checkpointing": activation_checkpointing,
-            "aio": aio,
-            "train_micro_batch_size_per_gpu": train_micro_batch_size_per_gpu,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-        }
-        if checkpoint_format not in _FORMATS:
-            raise ConfigValueError(
-                f"Unknown checkpoint_format={checkpoint_format!r}. {did_you_mean(str(checkpoint_format), _FORMATS)}"
-            )
-        if exclude_frozen_parameters and checkpoint_format == "portable":
-            raise ConfigValueError(
-                "exclude_frozen_parameters requires checkpoint_format='deepspeed': portable checkpoints contain all parameters. "
-                "Set checkpoint_format='deepspeed', or omit exclude_frozen_parameters."
-            )
-        self._is_native = checkpoint_format == "deepspeed"
-        self._exclude_frozen = exclude_frozen_parameters
-        self._options = Options.parse(config, named, inputs_to_half, steps_per_print=steps_per_print)
+        self._parsed = _Arguments.parse(
+            {
+                "config": config,
+                "zero_optimization": zero_optimization,
+                "gradient_clipping": gradient_clipping,
+                "fp16": fp16,
+                "bf16": bf16,
+                "inputs_to_half": inputs_to_half,
+                "amp": amp,
+                "activation_checkpointing": activation_checkpointing,
+                "aio": aio,
+                "train_micro_batch_size_per_gpu": train_micro_batch_size_per_gpu,
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+                "steps_per_print": steps_per_print,
+                "checkpoint_format": checkpoint_format,
+                "exclude_frozen_parameters": exclude_frozen_parameters,
+            }
+        )
+        self._options = self._parsed.options
         super().__init__(**kwargs)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        _Arguments.parse(arguments)
+        super().check_arguments(arguments)
+
+    @classmethod
+    def check_optim_wrapper(
+        cls, arguments: Mapping[str, Any], optim_wrapper: Any, build: Callable[[Any], AnyOptim | None]
+    ) -> AnyOptim | None:
+        options = _Arguments.parse(arguments).options
+        completed = _completed(options, optim_wrapper)
+        refuse_by_name(completed)
+        built = super().check_optim_wrapper(arguments, completed, build)
+        if built is not None:
+            optimizer = require_plain_wrapper(built).optimizer
+            if not isinstance(optimizer, StandInOptimizer):
+                require_elementwise(optimizer, stage=options.stage, allow_unknown=options.allows_unknown_optimizers)
+        return built
 
     def _make_placement(self) -> Placement:
         self._require_processes()
@@ -124,11 +146,10 @@ class DeepSpeedStrategy(ComposedStrategy):
             return super().build_optim_wrapper(completed, model)
 
     def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        completed = with_optimizer(optim_wrapper, self._options.optimizer)
-        return with_clipping(with_accumulation(completed, self._options.accumulation), self._options.clipping)
+        return _completed(self._options, optim_wrapper)
 
     def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
-        if not self._is_native:
+        if not self._parsed.is_native:
             return write
         if write is not save_checkpoint:
             raise ConfigValueError(
@@ -136,10 +157,46 @@ class DeepSpeedStrategy(ComposedStrategy):
                 "CheckpointHook, or use checkpoint_format='portable'."
             )
         writer: CheckpointWriter = import_object(f"{_HERE}.native:DeepSpeedFormatWriter")(
-            self.optim_wrapper, exclude_frozen_parameters=self._exclude_frozen
+            self.optim_wrapper, exclude_frozen_parameters=self._parsed.excludes_frozen
         )
         return writer
 
     def _make_access(self) -> StateAccess:
         access: StateAccess = import_object(f"{_HERE}.state:DeepSpeedState")(self._placement)
         return access
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    """The parsed arguments of a ``DeepSpeedStrategy``."""
+
+    options: Options
+    is_native: bool
+    excludes_frozen: bool
+
+    @classmethod
+    def parse(cls, arguments: Mapping[str, Any]) -> _Arguments:
+        """Parse the arguments of a ``DeepSpeedStrategy``; all other arguments are ignored."""
+        kind = arguments.get("checkpoint_format", "portable")
+        excludes_frozen = bool(arguments.get("exclude_frozen_parameters", False))
+        if kind not in _FORMATS:
+            raise ConfigValueError(f"Unknown checkpoint_format={kind!r}. {did_you_mean(str(kind), _FORMATS)}")
+        if excludes_frozen and kind == "portable":
+            raise ConfigValueError(
+                "exclude_frozen_parameters requires checkpoint_format='deepspeed': portable checkpoints contain all parameters. "
+                "Set checkpoint_format='deepspeed', or omit exclude_frozen_parameters."
+            )
+        options = Options.parse(
+            arguments.get("config"),
+            {name: arguments.get(name) for name in _NAMED},
+            arguments.get("inputs_to_half"),
+            steps_per_print=arguments.get("steps_per_print", 10**13),
+        )
+        return cls(options, kind == "deepspeed", excludes_frozen)
+
+
+def _completed(options: Options, optim_wrapper: Any) -> Any:
+    """Return an optimizer wrapper, or its configuration, completed with the options for DeepSpeed."""
+    completed = with_optimizer(optim_wrapper, options.optimizer)
+    return with_clipping(with_accumulation(completed, options.accumulation), options.clipping)

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.model.recomputation import BufferReplay, Contexts
-from stratagem.parallel.fsdp.wrap_policy import select_modules
+from stratagem.parallel.fsdp.wrap_policy import check_policy, select_modules
 from stratagem.utils.names import did_you_mean, refuse_unknown
 from stratagem.utils.torch_private import checkpoint_module
 
-__all__ = ["checkpoint_activations"]
+__all__ = ["checkpoint_activations", "parse_checkpointing"]
 
 _KEYS: Final = ("policy", "save_ops", "preserve_rng_state")
 _WHAT: Final = "activation_checkpointing"
@@ -49,10 +49,9 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
         ConfigKeyError: if an option is unknown.
         ConfigValueError: if the policy selects no module, or an operator does not exist.
     """
-    if options is None or options is False:
+    arguments = parse_checkpointing(options)
+    if arguments is None:
         return []
-    arguments = dict(options) if isinstance(options, Mapping) and set(options) & set(_KEYS) else {"policy": options}
-    refuse_unknown(arguments, _KEYS, _WHAT)
     policy = arguments.get("policy", True)
     chosen = select_modules(model, default_policy if policy is True else policy, _WHAT)
     if not chosen:
@@ -68,6 +67,25 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
             **({} if contexts is None else {"context_fn": contexts}),
         )
     return list(chosen)
+
+
+def parse_checkpointing(options: Any) -> dict[str, Any] | None:
+    """Return ``policy``, ``save_ops`` and ``preserve_rng_state`` as specified by the options; None for no checkpointing.
+
+    Raises:
+        ConfigKeyError: if an option is unknown.
+        ConfigTypeError: if the policy or ``save_ops`` has the wrong type.
+        ConfigValueError: if an operator does not exist.
+    """
+    if options is None or options is False:
+        return None
+    arguments = dict(options) if isinstance(options, Mapping) and set(options) & set(_KEYS) else {"policy": options}
+    refuse_unknown(arguments, _KEYS, _WHAT)
+    if arguments.get("policy", True) is not True:
+        check_policy(arguments["policy"], _WHAT)
+    if arguments.get("save_ops") is not None:
+        _operators(arguments["save_ops"])
+    return arguments
 
 
 def _operators(save_ops: str | Iterable[str]) -> frozenset[Any]:

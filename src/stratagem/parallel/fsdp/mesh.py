@@ -9,7 +9,8 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stratagem.distributed import World
-from stratagem.errors import ConfigTypeError, PlacementError
+from stratagem.errors import PlacementError
+from stratagem.parallel.fsdp.options import require_rank_counts
 from stratagem.utils.torch_private import flatten_mesh
 
 __all__ = ["Layout", "Meshes"]
@@ -40,9 +41,7 @@ class Layout:
             ConfigTypeError: if a size is not a positive integer.
             PlacementError: if the product of the sizes does not divide ``world_size``.
         """
-        for name, value in {"replicate": replicate, "tp": tp}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigTypeError(f"{name} must be the number of ranks, an integer >= 1, got {value!r}.")
+        require_rank_counts(replicate=replicate, tp=tp)
         if world_size % (replicate * tp):
             raise PlacementError(
                 f"replicate={replicate} x tp={tp} does not divide the {world_size} processes of this run. Start a multiple "

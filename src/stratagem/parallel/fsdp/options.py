@@ -9,14 +9,17 @@ from typing import Any, Final, Self, final
 import torch
 from torch import nn
 
-from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
+from stratagem.model.norms import require_sync_bn
 from stratagem.optim.amp import HALF_DTYPES
 from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
-from stratagem.parallel.fsdp.wrap_policy import matches_name
+from stratagem.parallel.fsdp.activation_checkpointing import parse_checkpointing
+from stratagem.parallel.fsdp.wrap_policy import check_policy, matches_name
+from stratagem.utils import import_object
 from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
-__all__ = ["Precision", "Reshard", "FSDPOptions"]
+__all__ = ["FSDPOptions", "Precision", "Reshard", "require_equal_randomness", "require_rank_counts"]
 
 _DTYPES: Final = {"float32": torch.float32, "fp32": torch.float32, **HALF_DTYPES}
 
@@ -72,6 +75,30 @@ def _dtype(key: str, value: Any) -> torch.dtype | None:
     return _DTYPES[name]
 
 
+def require_rank_counts(**counts: int) -> None:
+    """Check the options ``replicate`` and ``tp``.
+
+    Raises:
+        ConfigTypeError: if one of them is not a positive integer.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigTypeError(f"{name} must be the number of ranks, an integer >= 1, got {value!r}.")
+
+
+def require_equal_randomness(tp: int, *, diff_rank_seed: bool) -> None:
+    """Require that the ranks of a tensor-parallel group draw the same random numbers.
+
+    Raises:
+        PlacementError: if they do not.
+    """
+    if diff_rank_seed and tp > 1:
+        raise PlacementError(
+            "randomness: with diff_rank_seed=True, the ranks of a tensor-parallel group would apply different "
+            "dropout masks to the same samples. Omit diff_rank_seed."
+        )
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FSDPOptions:
@@ -95,6 +122,11 @@ class FSDPOptions:
     sync_bn: str | None = None
 
     def __post_init__(self) -> None:
+        require_rank_counts(replicate=self.replicate, tp=self.tp)
+        check_policy(self.wrap_policy, "wrap_policy")
+        parse_checkpointing(self.activation_checkpointing)
+        if self.sync_bn is not None:
+            require_sync_bn(self.sync_bn)
         for name in ("forward_prefetch", "backward_prefetch"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -116,6 +148,12 @@ class FSDPOptions:
             )
         if self.tp_plan is not None and self.tp == 1:
             raise ConfigValueError("tp_plan is set, but tp=1 disables tensor parallelism. Set tp.")
+        if self.tp_plan is not None:
+            import_object("stratagem.parallel.fsdp.tensor_parallel:parse_plan")(self.tp_plan)
+        if not isinstance(self.compile_blocks, bool | Mapping | None):
+            raise ConfigTypeError(
+                f"compile_blocks must be True, False or a mapping of arguments for torch.compile, got {self.compile_blocks!r}."
+            )
         for value in self._reshard_values():
             if value is not None and not isinstance(value, bool | int):
                 raise ConfigTypeError(

@@ -31,7 +31,7 @@ from stratagem.parallel.deferred_init.materialize import InitialWeights, make_co
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, refuse_gradient_hooks
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
-from stratagem.parallel.fsdp.options import FSDPOptions, Precision
+from stratagem.parallel.fsdp.options import FSDPOptions, Precision, require_equal_randomness
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
 from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
@@ -85,11 +85,7 @@ class FSDPPlacement(Placement):
         self._logger = logger
         self._options = options
         self._layout = Layout.divide(world.size, replicate=options.replicate, tp=options.tp)
-        if diff_rank_rng and options.tp > 1:
-            raise PlacementError(
-                "randomness: with diff_rank_seed=True, the ranks of a tensor-parallel group would apply different "
-                "dropout masks to the same samples. Omit diff_rank_seed."
-            )
+        require_equal_randomness(options.tp, diff_rank_seed=diff_rank_rng)
         self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
         self._weights = InitialWeights(world, options.initial_weights)

@@ -62,18 +62,29 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMes
             "{'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or define it as the attribute "
             f"{PLAN_ATTRIBUTE!r} of the model."
         )
-    if not isinstance(plan, Mapping):
-        raise ConfigTypeError(f"tp_plan must be a mapping from patterns of module names to styles, got {plan!r}.")
+    styles = parse_plan(plan)
     named = dict(model.named_modules())
-    for pattern, style in plan.items():
+    for pattern, style in styles.items():
         found = [name for name in named if matches_name(name, pattern)]
         if not found:
             raise ConfigValueError(f"tp_plan: no module matches {pattern!r}. {did_you_mean(pattern, named)}")
         for name in found:
             _refuse_computed_weight(name, named[name])
-            _check_divisible(name, named[name], style, mesh.size())
+            _check_divisible(name, named[name], plan[pattern], mesh.size())
             # With src_data_rank=None each rank shards its own values, without communication.
-            parallelize_module(named[name], mesh, _style(style), src_data_rank=None)
+            parallelize_module(named[name], mesh, style, src_data_rank=None)
+
+
+def parse_plan(plan: Any) -> dict[str, ParallelStyle]:
+    """Return the style of each pattern of a plan.
+
+    Raises:
+        ConfigTypeError: if the plan is not a mapping.
+        ConfigValueError: if a style does not exist.
+    """
+    if not isinstance(plan, Mapping):
+        raise ConfigTypeError(f"tp_plan must be a mapping from patterns of module names to styles, got {plan!r}.")
+    return {pattern: _style(style) for pattern, style in plan.items()}
 
 
 def _style(style: Any) -> ParallelStyle:

@@ -13,7 +13,7 @@ from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import FUNCTIONS
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
-__all__ = ["matches_name", "select_modules", "tied_outside"]
+__all__ = ["check_policy", "matches_name", "select_modules", "tied_outside"]
 
 _KEYS: Final = ("classes", "modules", "min_params")
 _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -59,22 +59,57 @@ def _choose(model: nn.Module, named: Mapping[str, nn.Module], policy: Any, what:
         return _by_class(model, named, policy, what)
     if callable(policy):
         return _by_function(named, policy, what)
-    raise ConfigTypeError(
+    raise _wrong_type(policy, what)
+
+
+def check_policy(policy: Any, what: str) -> None:
+    """Check a policy as :func:`select_modules` does, without a model.
+
+    Raises:
+        ConfigKeyError: if a mapping has an unknown key.
+        ConfigTypeError: if the policy has a wrong type.
+        ConfigValueError: if a mapping is empty, or names an unknown function.
+    """
+    if isinstance(policy, Mapping):
+        if "type" in policy:
+            _function(policy, what)
+            return
+        refuse_unknown(policy, _KEYS, what)
+        if not policy:
+            raise ConfigValueError(f"{what} is empty; expected one of {', '.join(_KEYS)}.")
+        if "min_params" in policy:
+            _require_size(policy["min_params"], what)
+    elif not (policy is None or isinstance(policy, str | type | Sequence) or callable(policy)):
+        raise _wrong_type(policy, what)
+
+
+def _wrong_type(policy: Any, what: str) -> ConfigTypeError:
+    return ConfigTypeError(
         f"{what} must be class names, dict(classes=..., modules=... or min_params=...) or a function, got {policy!r}."
     )
+
+
+def _function(policy: Mapping[str, Any], what: str) -> Callable[..., Any]:
+    function = FUNCTIONS.get(policy["type"]) if isinstance(policy["type"], str) else policy["type"]
+    if not callable(function):
+        known = did_you_mean(str(policy["type"]), FUNCTIONS.names())
+        raise ConfigValueError(f"{what}: type={policy['type']!r} is not a registered function. {known}")
+    return function
+
+
+def _require_size(min_params: Any, what: str) -> None:
+    if isinstance(min_params, bool) or not isinstance(min_params, int) or min_params < 1:
+        raise ConfigTypeError(
+            f"{what}: min_params must be the minimum number of parameters, an integer >= 1, got {min_params!r}."
+        )
 
 
 def _by_mapping(model: nn.Module, named: Mapping[str, nn.Module], policy: Mapping[str, Any], what: str) -> list[str]:
     if "type" in policy:
         options = {key: value for key, value in policy.items() if key != "type"}
-        function = FUNCTIONS.get(policy["type"]) if isinstance(policy["type"], str) else policy["type"]
-        if not callable(function):
-            known = did_you_mean(str(policy["type"]), FUNCTIONS.names())
-            raise ConfigValueError(f"{what}: type={policy['type']!r} is not a registered function. {known}")
+        function = _function(policy, what)
         return _by_function(named, lambda name, module: function(name, module, **options), what)
-    refuse_unknown(policy, _KEYS, what)
-    if not policy:
-        raise ConfigValueError(f"{what} is empty; expected one of {', '.join(_KEYS)}.")
+    check_policy(policy, what)
     chosen: set[str] = set()
     if "classes" in policy:
         classes = policy["classes"]
@@ -125,10 +160,6 @@ def matches_name(name: str, pattern: str) -> bool:
 
 def _by_size(model: nn.Module, named: Mapping[str, nn.Module], min_params: int, what: str) -> list[str]:
     """Select modules, innermost first, with at least ``min_params`` parameters outside already selected modules."""
-    if isinstance(min_params, bool) or not isinstance(min_params, int) or min_params < 1:
-        raise ConfigTypeError(
-            f"{what}: min_params must be the minimum number of parameters, an integer >= 1, got {min_params!r}."
-        )
     chosen: list[str] = []
     taken: set[int] = set()
     for name, module in sorted(named.items(), key=lambda item: -item[0].count(".")):

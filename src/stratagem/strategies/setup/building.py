@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,9 +26,13 @@ __all__ = [
     "ScalingRule",
     "build_model",
     "build_optim_wrapper",
+    "check_compile",
+    "check_model",
     "compile_model",
     "is_scheduled",
     "load_schedulers",
+    "parse_compile",
+    "require_optimizer",
     "scale_lr",
     "with_preprocessor",
 ]
@@ -45,14 +50,37 @@ def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
     """
     if isinstance(model, nn.Module):
         return model
-    if not isinstance(model, Mapping):
-        raise ConfigTypeError(f"model must be a torch.nn.Module or a mapping with its type, got {_shown(model)}.")
+    check_model(model)
     built = MODELS.build(model)
     if not isinstance(built, nn.Module):
         raise ConfigTypeError(
             f"model: type={model.get('type')!r} builds {_shown(built)}, which is not a torch.nn.Module."
         )
     return built
+
+
+def check_model(model: Any, data_preprocessor: Any = None) -> None:
+    """Check that ``model`` is a module or a configuration, without building it.
+
+    Raises:
+        ConfigTypeError: if it is neither.
+        ConfigValueError: if the model is already built and the preprocessor would therefore be ignored.
+    """
+    if not isinstance(model, nn.Module | Mapping):
+        raise ConfigTypeError(f"model must be a torch.nn.Module or a mapping with its type, got {_shown(model)}.")
+    with_preprocessor(model, data_preprocessor)
+
+
+def require_optimizer(param_scheduler: Any, optim_wrapper: Any) -> None:
+    """Require an optimizer wrapper if there are parameter schedulers.
+
+    Raises:
+        ConfigValueError: if it is missing.
+    """
+    if param_scheduler is not None and optim_wrapper is None:
+        raise ConfigValueError(
+            "param_scheduler was specified without optim_wrapper. Specify both, or omit param_scheduler."
+        )
 
 
 def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
@@ -84,19 +112,8 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
         ConfigKeyError: if ``torch.compile`` has no such argument.
         ConfigValueError: if the model has no such method, or an argument must not come from a data file.
     """
-    if isinstance(compile, bool):
-        options: dict[str, Any] = {}
-        if not compile:
-            return False
-    elif isinstance(compile, Mapping):
-        options = dict(compile)
-    else:
-        raise ConfigTypeError(
-            f"compile must be True, False or a mapping with arguments of torch.compile, got {_shown(compile)}."
-        )
-    refuse_unknown(options, _COMPILE_OPTIONS, "compile")
-    refuse_data_arguments(torch.compile, options, "compile: ")
-    if options.get("disable", False):
+    options = parse_compile(compile)
+    if options is None:
         return False
     by_data = "target" in data_keys(options)
     target = options.pop("target", "forward")
@@ -105,6 +122,45 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
         raise ConfigValueError(f"compile: target={target!r}, but {type(model).__name__} has no such method.")
     setattr(model, str(target), torch.compile(method, **options))
     return True
+
+
+def parse_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:  # noqa: A002 -- the public name
+    """Return ``target`` and the arguments of ``torch.compile``, or None if ``compile`` disables compilation.
+
+    Raises:
+        ConfigTypeError: if ``compile`` is neither a bool nor a mapping.
+        ConfigKeyError: if ``torch.compile`` has no such argument.
+        ConfigValueError: if an argument must not come from a data file.
+    """
+    if isinstance(compile, bool):
+        return {} if compile else None
+    if not isinstance(compile, Mapping):
+        raise ConfigTypeError(
+            f"compile must be True, False or a mapping with arguments of torch.compile, got {_shown(compile)}."
+        )
+    options = dict(compile)
+    refuse_unknown(options, _COMPILE_OPTIONS, "compile")
+    refuse_data_arguments(torch.compile, options, "compile: ")
+    return None if options.get("disable", False) else options
+
+
+def check_compile(compile: bool | Mapping[str, Any]) -> None:  # noqa: A002 -- the public name
+    """Check ``compile`` as :func:`compile_model` does, without a model; ``target`` is not looked up.
+
+    Raises:
+        ConfigError: (or a subclass) if ``compile`` is invalid. Exceptions of ``torch.compile`` are not converted.
+    """
+    options = parse_compile(compile) or {}
+    arguments = {name: value for name, value in options.items() if name != "target"}
+    if arguments:
+        with warnings.catch_warnings():
+            # Importing the compiler warns about deprecated parts of torch.
+            warnings.simplefilter("ignore")
+            torch.compile(_identity, **arguments)  # Nothing is compiled before the first call.
+
+
+def _identity(value: Any) -> Any:
+    return value
 
 
 def build_optim_wrapper(

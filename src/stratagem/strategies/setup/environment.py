@@ -14,6 +14,8 @@ import torch
 from stratagem.distributed import (
     World,
     broadcast_object,
+    check_dist_arguments,
+    check_launcher,
     close_dist,
     describe_incomplete_launch_env,
     get_dist_info,
@@ -26,6 +28,8 @@ from stratagem.distributed import (
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
 from stratagem.utils.data_rules import refuse_data_arguments
+from stratagem.utils.multiprocess import check_multi_processing
+from stratagem.utils.seeding import check_seed
 
 try:
     import resource
@@ -34,10 +38,11 @@ except ImportError:  # Windows
 else:
     _HAS_RESOURCE = True
 
-__all__ = ["Environment", "set_up_environment"]
+__all__ = ["Environment", "check_environment", "set_up_environment"]
 
 _KEYS = ("launcher", "cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit", "randomness")
 _RANDOMNESS_KEYS = ("seed", "diff_rank_seed", "deterministic")
+_OPEN_FILES = 4096
 _MP_KEYS = ("mp_start_method", "opencv_num_threads")
 
 
@@ -73,10 +78,8 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         ConfigKeyError: if a key is unknown.
         LaunchError: if the specified launcher did not start this process, or the rendezvous fails.
     """
-    refuse_unknown(env_kwargs, _KEYS, "env_kwargs")
-    randomness = _mapping(env_kwargs, "randomness", known=_RANDOMNESS_KEYS)
-    mp_cfg = _mapping(env_kwargs, "mp_cfg", known=_MP_KEYS)
-    dist_cfg = _mapping(env_kwargs, "dist_cfg")
+    check_environment(env_kwargs)
+    randomness, mp_cfg, dist_cfg = (_mapping(env_kwargs, key) for key in ("randomness", "mp_cfg", "dist_cfg"))
     launcher = env_kwargs.get("launcher") or infer_launcher()
     stray = None if env_kwargs.get("launcher") else describe_incomplete_launch_env()
     with ExitStack() as undo:
@@ -86,13 +89,12 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         if env_kwargs.get("cudnn_benchmark", False):
             torch.backends.cudnn.benchmark = True
         made_group = launcher != "none" and not is_distributed()
-        refuse_data_arguments(init_dist, dist_cfg, "dist_cfg: ")
         launch = init_dist(**{**dist_cfg, "launcher": launcher})
         if made_group:
             undo.callback(close_dist)
         rank, size = get_dist_info()
         timestamp = broadcast_object(time.strftime("%Y%m%d_%H%M%S"))
-        _raise_open_files(env_kwargs.get("resource_limit", 4096), undo)
+        _raise_open_files(env_kwargs.get("resource_limit", _OPEN_FILES), undo)
         given = randomness.get("seed")
         seed = sync_random_seed() if given is None else given
         set_random_seed(
@@ -119,6 +121,26 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         )
 
 
+def check_environment(env_kwargs: Mapping[str, Any]) -> None:
+    """Check the arguments of :func:`set_up_environment` that do not depend on the launcher, without changing anything.
+
+    Raises:
+        ConfigError: (or a subclass) if a key is unknown or a value is invalid.
+        LaunchError: if the launcher is unknown.
+    """
+    refuse_unknown(env_kwargs, _KEYS, "env_kwargs")
+    randomness = _mapping(env_kwargs, "randomness", known=_RANDOMNESS_KEYS)
+    dist_cfg = _mapping(env_kwargs, "dist_cfg")
+    if env_kwargs.get("launcher"):
+        check_launcher(env_kwargs["launcher"])
+    check_multi_processing(**_mapping(env_kwargs, "mp_cfg", known=_MP_KEYS))
+    refuse_data_arguments(init_dist, dist_cfg, "dist_cfg: ")
+    check_dist_arguments(**{key: value for key, value in dist_cfg.items() if key not in ("launcher", "init_method")})
+    _check_resource_limit(env_kwargs.get("resource_limit", _OPEN_FILES))
+    if randomness.get("seed") is not None:
+        check_seed(randomness["seed"])
+
+
 def _mapping(env_kwargs: Mapping[str, Any], key: str, *, known: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a copy of the mapping under ``key``, or an empty dict for None. Reject keys that are not ``known``."""
     value = env_kwargs.get(key)
@@ -143,12 +165,15 @@ def _keep_determinism(undo: ExitStack) -> None:
     )
 
 
-def _raise_open_files(limit: int, undo: ExitStack) -> None:
-    """Raise the soft limit on open files, because data workers and many shards need more than the usual 1,024."""
+def _check_resource_limit(limit: Any) -> None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ConfigValueError(
             f"env_kwargs: resource_limit must be the maximum number of open files, an integer >= 0, got {limit!r}."
         )
+
+
+def _raise_open_files(limit: int, undo: ExitStack) -> None:
+    """Raise the soft limit on open files, because data workers and many shards need more than the usual 1,024."""
     if not _HAS_RESOURCE:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

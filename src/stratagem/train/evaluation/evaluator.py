@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise, zip_longest
 from typing import Any, cast, final
 
@@ -83,7 +83,7 @@ class Evaluator:
     """
 
     def __init__(self, metrics: Any, *, device: torch.device | None = None) -> None:
-        self._metrics = {name: _place(metric, device) for name, metric in _named(metrics).items()}
+        self._metrics = {name: _place(metric, device) for name, metric in _named(metrics, _build).items()}
         self._batch_ends: defaultdict[str, list[int]] = defaultdict(list)
 
     def process(self, data_batch: Any, outputs: Any) -> None:
@@ -144,15 +144,26 @@ def _in_turn(of_ranks: Sequence[Sequence[list[Any]]]) -> Iterator[list[Any]]:
         yield from round_
 
 
-def _named(metrics: Any) -> dict[str, Any]:
+def check_metrics(metrics: Any) -> None:
+    """Check the metrics of an :class:`Evaluator`, as creating it does.
+
+    Torchmetrics metrics that only compute numbers are built. Other metrics are not built, because they may load a model.
+
+    Raises:
+        ConfigError: (or a subclass) if a metric is invalid.
+    """
+    _named(metrics, _try_build)
+
+
+def _named(metrics: Any, build: Callable[[Any], Any]) -> dict[str, Any]:
     if isinstance(metrics, Mapping) and "type" not in metrics:
         if not metrics:
             raise ConfigValueError("The evaluator has no metrics: its mapping of metrics is empty.")
-        return {name: _build(metric) for name, metric in metrics.items()}
+        return {name: build(metric) for name, metric in metrics.items()}
     listed = metrics if isinstance(metrics, Sequence) and not isinstance(metrics, str) else [metrics]
     named: dict[str, Any] = {}
     for item in listed:
-        metric = _build(item)
+        metric = build(item)
         name = _name_of(item, metric)
         if name in named:
             raise ConfigValueError(
@@ -171,6 +182,21 @@ def _build(metric: Any) -> Any:
     return built
 
 
+def _try_build(metric: Any) -> Any:
+    """Build a metric if that has no side effects; otherwise return an object that represents it."""
+    kind = metric.get("type") if isinstance(metric, Mapping) else None
+    target = METRICS.get(kind) if isinstance(kind, str) else kind
+    package = str(getattr(target, "__module__", "")).split(".")
+    if target is None or (package[0] == "torchmetrics" and {*package[1:2]} <= _NUMERIC_PACKAGES):
+        return _build(metric)
+    # The name of a class can differ from that of the object that it creates, so use a unique one.
+    return target if isinstance(kind, str) else type(f"Metric{id(metric)}", (), {})()
+
+
+# The packages of torchmetrics whose metrics have no models or files.
+_NUMERIC_PACKAGES = frozenset(
+    {"aggregation", "classification", "clustering", "nominal", "regression", "retrieval", "segmentation"}
+)
 _METHODS = ("update", "compute", "reset")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, Final, Literal, cast, final
@@ -22,12 +22,25 @@ from stratagem.tensors.dtensor import stack_over_ranks, to_local
 from stratagem.train.evaluation.batch_norm import can_recompute_statistics, recompute_statistics
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
+from stratagem.train.hooks.integers import require_integer
 from stratagem.train.run.context import Run
 from stratagem.utils import canonical_names
 
-__all__ = ["EMAHook"]
+__all__ = ["EMAHook", "require_one_average"]
 
 _MOST_NAMES: Final = 5
+
+
+def require_one_average(hooks: Sequence[object]) -> None:
+    """Require that at most one of the hooks averages the weights.
+
+    Raises:
+        ConfigValueError: if there are several.
+    """
+    if sum(isinstance(hook, EMAHook) for hook in hooks) > 1:
+        raise ConfigValueError(
+            "There are several EMAHooks, but an evaluation can only use one average. Keep one of them."
+        )
 
 
 @final
@@ -79,20 +92,18 @@ class EMAHook(Hook):
         by_epoch: bool = False,
         strict_load: bool = True,
     ) -> None:
-        if begin_iter < 0 or begin_epoch < 0:
-            raise ConfigValueError(
-                f"EMAHook: expected begin_iter >= 0 and begin_epoch >= 0, got {begin_iter} and {begin_epoch}."
-            )
+        require_integer("EMAHook", "begin_iter", begin_iter, least=0)
+        require_integer("EMAHook", "begin_epoch", begin_epoch, least=0)
         if begin_iter and begin_epoch:
             raise ConfigValueError(
                 f"EMAHook: begin_iter={begin_iter} and begin_epoch={begin_epoch} are both set; set only one."
             )
         if update_bn not in (True, False, "eval"):
             raise ConfigValueError(f"EMAHook: update_bn must be True, False or 'eval', got {update_bn!r}.")
-        if update_bn_batches is not None and (not update_bn or update_bn_batches < 1):
-            raise ConfigValueError(
-                f"EMAHook: update_bn_batches={update_bn_batches} must be positive, and requires update_bn."
-            )
+        if update_bn_batches is not None:
+            require_integer("EMAHook", "update_bn_batches", update_bn_batches)
+            if not update_bn:
+                raise ConfigValueError(f"EMAHook: update_bn_batches={update_bn_batches} requires update_bn.")
         given = {"momentum": momentum, "gamma": gamma, "device": device}
         self._average_cfg: dict[str, Any] = {
             "interval": interval,
@@ -115,6 +126,29 @@ class EMAHook(Hook):
         # Parts of the next checkpoint that were computed collectively.
         self._synced_buffers: dict[str, Tensor] = {}
         self._extra_parts: dict[str, Any] = {}
+
+    def check_average(self) -> None:
+        """Check the arguments of the average without the model of the run, if its class is a built-in one.
+
+        Raises:
+            ConfigError: (or a subclass) if an argument is invalid.
+        """
+        kind = self._average_cfg.get("type")
+        target = MODELS.get(kind) if isinstance(kind, str) else kind
+        if target is None or getattr(target, "__module__", None) == AveragedModel.__module__:
+            self._build(nn.Module())
+
+    def refuse_epochs(self) -> None:
+        """Reject options that count epochs, for a run that counts iterations.
+
+        Raises:
+            ConfigValueError: if there is such an option.
+        """
+        if self._begin_epoch or self._by_epoch:
+            what = "begin_epoch" if self._begin_epoch else "by_epoch"
+            raise ConfigValueError(
+                f"EMAHook: {what} counts epochs, but this run counts iterations. Use begin_iter and interval."
+            )
 
     def get_triggered_stages(self) -> list[str]:
         events = ["after_load_checkpoint", "before_run", "before_train", "before_save_checkpoint"]
@@ -142,10 +176,7 @@ class EMAHook(Hook):
         self._average_missing = self._saved is None
 
     def before_run(self, run: Run) -> None:
-        if sum(isinstance(hook, EMAHook) for hook in run.events.hooks) > 1:
-            raise ConfigValueError(
-                "There are several EMAHooks, but an evaluation can only use one average. Keep one of them."
-            )
+        require_one_average(run.events.hooks)
         if not run.strategy.params_are_master_weights:
             raise PlacementError(
                 f"EMAHook needs the master weights in the model, but {type(run.strategy).__name__} with these options "
@@ -162,11 +193,8 @@ class EMAHook(Hook):
             self._saved = None
 
     def before_train(self, run: Run) -> None:
-        if run.max_epochs is None and (self._begin_epoch or self._by_epoch):
-            what = "begin_epoch" if self._begin_epoch else "by_epoch"
-            raise ConfigValueError(
-                f"EMAHook: {what} counts epochs, but this run counts iterations. Use begin_iter and interval."
-            )
+        if run.max_epochs is None:
+            self.refuse_epochs()
         if self._update_bn:
             self._check_update_bn(run)
         self._training = True

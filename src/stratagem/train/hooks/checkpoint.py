@@ -25,6 +25,7 @@ from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.best_scores import BestScores
+from stratagem.train.hooks.integers import require_integer
 from stratagem.train.run.context import INTERRUPTED, Run
 from stratagem.train.run.distributed_timer import DistributedTimer
 from stratagem.train.run.progress import Position
@@ -97,8 +98,9 @@ class CheckpointHook(Hook):
         every_minutes: float | None = None,
         async_save: bool = False,
     ) -> None:
-        if save_begin < 0:
-            raise ConfigValueError(f"CheckpointHook: expected save_begin >= 0, got {save_begin}.")
+        require_integer("CheckpointHook", "save_begin", save_begin, least=0)
+        if interval != -1:
+            require_integer("CheckpointHook", "interval", interval, otherwise="-1 to only save the last one")
         if out_dir is not None and is_url(out_dir):
             raise ConfigValueError(
                 f"CheckpointHook: out_dir={mask_text(os.fspath(out_dir))!r} is a URL, but a run can only list and remove "
@@ -107,13 +109,13 @@ class CheckpointHook(Hook):
             )
         template = filename_tmpl or ("epoch_{}" if by_epoch else "iter_{}")
         _check_template(template)
-        if max_keep_ckpts == 0 or max_keep_ckpts < -1:
-            raise ConfigValueError(
-                f"CheckpointHook: expected max_keep_ckpts >= 1, or -1 to keep all, got {max_keep_ckpts}."
-            )
-        for name, count in (("keep_every", keep_every), ("keep_best", keep_best), ("every_minutes", every_minutes)):
-            if count is not None and count <= 0:
-                raise ConfigValueError(f"CheckpointHook: expected {name} > 0, got {count}.")
+        if max_keep_ckpts != -1:
+            require_integer("CheckpointHook", "max_keep_ckpts", max_keep_ckpts, otherwise="-1 to keep all")
+        require_integer("CheckpointHook", "keep_best", keep_best)
+        if keep_every is not None:
+            require_integer("CheckpointHook", "keep_every", keep_every)
+        if every_minutes is not None and not every_minutes > 0:
+            raise ConfigValueError(f"CheckpointHook: expected every_minutes > 0, got {every_minutes}.")
         if not save_best and (rule is not None or greater_keys or less_keys or keep_best != 1):
             raise ConfigValueError(
                 "CheckpointHook: rule, greater_keys, less_keys and keep_best need save_best, which is not set."

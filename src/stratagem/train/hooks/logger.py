@@ -7,11 +7,11 @@ from typing import Any, final
 import torch
 
 from stratagem.distributed import mean_by_name as _mean_over_ranks
-from stratagem.errors import ConfigValueError
 from stratagem.logging import ScalarSmoother, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
+from stratagem.train.hooks.integers import require_integer
 from stratagem.train.hooks.log_format import bar_label, durations, evaluation_line, train_line, train_place
 from stratagem.train.run.context import Run
 
@@ -36,8 +36,9 @@ class LoggerHook(Hook):
     priority = Priority.BELOW_NORMAL
 
     def __init__(self, interval: int = 10, *, ignore_last: bool = True, window_size: int | None = None) -> None:
-        if interval < 1:
-            raise ConfigValueError(f"LoggerHook: expected interval >= 1, got {interval}.")
+        require_integer("LoggerHook", "interval", interval)
+        if window_size is not None:
+            require_integer("LoggerHook", "window_size", window_size)
         self._interval = interval
         self._ignore_last = ignore_last
         self._smoothing = ScalarSmoother(interval if window_size is None else window_size)

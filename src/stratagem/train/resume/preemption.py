@@ -8,15 +8,28 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stratagem.checkpoint import RetentionTag
 from stratagem.distributed import RankGroup
+from stratagem.errors import ConfigTypeError
 from stratagem.train.run.context import INTERRUPTED, Run
 from stratagem.train.run.signals import PREEMPTION_SIGNALS
 
-__all__ = ["requeue_job", "save_interrupted"]
+__all__ = ["requeue_job", "require_requeue", "save_interrupted"]
 
 _TIMEOUT_S = 30
+
+
+def require_requeue(requeue: Any) -> bool:
+    """Check the option ``requeue``, and return it.
+
+    Raises:
+        ConfigTypeError: if it is not a bool.
+    """
+    if not isinstance(requeue, bool):
+        raise ConfigTypeError(f"requeue must be True or False, got {requeue!r}.")
+    return requeue
 
 
 def save_interrupted(run: Run, begin: int, *, requeue: bool) -> None:

@@ -25,6 +25,8 @@ __all__ = ["ResumeSource", "restore_data_position"]
 # Keys of the configuration that always differ in a resumed run.
 _RESUMING = ("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters")
 
+_KINDS = {"load_from": "the path of a checkpoint or None", "resume": "True, False or the path of a checkpoint"}
+
 
 @final
 class ResumeSource:
@@ -42,7 +44,7 @@ class ResumeSource:
 
     Raises:
         ConfigValueError: if both ``load_from`` and ``resume`` specify a checkpoint, or a pattern is not a regular expression.
-        ConfigTypeError: if ``new_parameters`` is not a list of strings.
+        ConfigTypeError: if an argument has the wrong type.
     """
 
     def __init__(
@@ -54,7 +56,10 @@ class ResumeSource:
         resume_param_scheduler: bool,
         new_parameters: Sequence[str],
     ) -> None:
-        if not isinstance(resume, bool) and load_from is not None:
+        for name, value in (("load_from", load_from), ("resume", None if isinstance(resume, bool) else resume)):
+            if not isinstance(value, str | os.PathLike | None):
+                raise ConfigTypeError(f"{name} must be {_KINDS[name]}, got {value!r}.")
+        if not isinstance(resume, bool) and resume is not None and load_from is not None:
             raise ConfigValueError(
                 f"resume={mask_text(os.fspath(resume))!r} and load_from={mask_text(os.fspath(load_from))!r} both specify "
                 "a checkpoint. Set only one of them."
@@ -65,8 +70,12 @@ class ResumeSource:
         # The entry `meta` of the loaded checkpoint.
         self.meta: Mapping[str, Any] = {}
         self._load_from, self._resume = load_from, resume
-        if not isinstance(resume_optimizer, bool):
-            raise ConfigTypeError(f"resume_optimizer must be True or False, got {resume_optimizer!r}.")
+        for name, choice in (
+            ("resume_optimizer", resume_optimizer),
+            ("resume_param_scheduler", resume_param_scheduler),
+        ):
+            if not isinstance(choice, bool):
+                raise ConfigTypeError(f"{name} must be True or False, got {choice!r}.")
         # Omit resume_optimizer if it is True, because custom strategies may not accept the argument.
         self._fresh: dict[str, Any] = {} if resume_optimizer else {"resume_optimizer": False}
         self._how: dict[str, Any] = {

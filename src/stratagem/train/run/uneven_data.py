@@ -11,7 +11,7 @@ from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train.run.context import Run
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["TrainBatches", "UnevenData"]
+__all__ = ["TrainBatches", "UnevenData", "require_uneven_data"]
 
 UnevenData = Literal["error", "shortest"]
 _POLICIES = ("error", "shortest")
@@ -21,6 +21,18 @@ _ADVICE = (
     "among the ranks, or set uneven_data='shortest' in train_cfg to end the epoch on all ranks when the first rank runs out "
     "of data."
 )
+
+
+def require_uneven_data(uneven_data: str) -> None:
+    """Check the option ``uneven_data`` of a training loop.
+
+    Raises:
+        ConfigValueError: if it is unknown.
+    """
+    if uneven_data not in _POLICIES:
+        raise ConfigValueError(
+            f"train_cfg: unknown uneven_data={uneven_data!r}. {did_you_mean(str(uneven_data), _POLICIES)}"
+        )
 
 
 @final
@@ -49,10 +61,7 @@ class TrainBatches:
     """
 
     def __init__(self, run: Run, loader: EpochLoader, uneven_data: UnevenData) -> None:
-        if uneven_data not in _POLICIES:
-            raise ConfigValueError(
-                f"train_cfg: unknown uneven_data={uneven_data!r}. {did_you_mean(str(uneven_data), _POLICIES)}"
-            )
+        require_uneven_data(uneven_data)
         self._run = run
         self.loader = loader
         self._policy = uneven_data

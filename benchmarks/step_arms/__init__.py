@@ -1,1 +1,0 @@
-"""The same training jobs, written by hand and with several training engines."""
