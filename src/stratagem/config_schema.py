@@ -159,6 +159,7 @@ _PARTS_OF_LOADER = Section(
         ),
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
+        "streams": _FREE,
     },
 )
 

@@ -145,7 +145,16 @@ def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str
         (("--set", "train_dataloader.batch_size=null"), ("batch_size=None", "must be a number")),
         (("--set", "optim_wrapper=null"), ("without optim_wrapper",)),
         (
-            ("--set", "optim_wrapper=null", "--set", "train_cfg=null", "--set", "train_dataloader=null"),
+            (
+                "--set",
+                "optim_wrapper=null",
+                "--set",
+                "train_cfg=null",
+                "--set",
+                "train_dataloader=null",
+                "--set",
+                "param_scheduler=null",
+            ),
             ("has no ", "optim_wrapper", "which parity requires"),
         ),
         (("--set", "optim_wrapper.optimizer.rl=1"), ("'rl'",)),

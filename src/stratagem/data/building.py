@@ -32,10 +32,13 @@ from stratagem.data.streams import StreamedDataset, stream_seed, uses_random_num
 from stratagem.data.workers import WorkerInit
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, Registry
+from stratagem.utils import did_you_mean
 from stratagem.utils.data_rules import refuse_data_arguments
 
 __all__ = ["build_dataloader", "check_dataloader"]
 
+# When the generators are seeded for each sample.
+_STREAMS = ("auto", "always")
 _Positioned = TypeVar("_Positioned", PositionedBatches, PositionedSampler)
 
 
@@ -63,7 +66,9 @@ def build_dataloader(
     evaluation, nothing is repeated.
 
     The random numbers that a map-style dataset and ``collate_fn`` draw from the Python, NumPy and torch generators depend
-    only on the seed, the epoch and the sample. ``worker_init_fn`` is called, but seeding in it has no effect.
+    only on the seed, the epoch and the sample. ``worker_init_fn`` is called, but seeding in it has no effect. With
+    ``streams="auto"``, the default, the generators of Python and NumPy are seeded when a sample uses them, and none is seeded for
+    datasets of torch that never draw. With ``streams="always"``, all are seeded for every sample; the samples are the same.
 
     Args:
         dataloader: a configuration or a ``DataLoader``.
@@ -84,6 +89,7 @@ def build_dataloader(
         dataloader = _arguments_of(dataloader)
     cfg = _arguments(dataloader)
     dataset = _build_dataset(cfg.pop("dataset"))
+    lazy = _take_streams(cfg, dataset)
     stream_share = (
         share if isinstance(dataset, IterableDataset) and share.size > 1 and not _is_divided(dataset, share) else None
     )
@@ -102,11 +108,11 @@ def build_dataloader(
     cfg["worker_init_fn"] = WorkerInit(seed, stream_rank, user_init)
     if not isinstance(dataset, IterableDataset):
         source = _take_source(cfg, dataset, seed=seed, training=training, share=share)
-        streamed = uses_random_numbers(dataset, cfg.get("collate_fn"))
+        streamed = not lazy or uses_random_numbers(dataset, cfg.get("collate_fn"))
         batches = EpochBatches(source, streamed=streamed, single=single)
         cfg |= {"sampler": batches, "batch_size": None} if single else {"batch_sampler": batches}
         if streamed:
-            dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed)
+            dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed, lazy=lazy)
             cfg |= {"collate_fn": _identity} if "collate_fn" in cfg else {}
     elif isinstance(dataset, Stateful) and not cfg.get("num_workers") and shuffle_buffer_of(dataset) is None:
         dataset = ResumableStream(dataset)
@@ -119,6 +125,23 @@ def build_dataloader(
         kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
         raise kind(f"Invalid arguments for torch.utils.data.DataLoader: {error}") from error
     return EpochLoader(loader, world_size=world_size, seed=seed, share=stream_share)
+
+
+def _take_streams(cfg: dict[str, Any], dataset: Any) -> bool:
+    """Take the option ``streams`` out of a configuration; return whether the generators may be seeded when they are used.
+
+    Raises:
+        ConfigValueError: if its value is unknown, or the dataset is iterable, whose samples have no streams.
+    """
+    streams = cfg.pop("streams", "auto")
+    if streams not in _STREAMS:
+        raise ConfigValueError(f"dataloader: unknown streams={streams!r}. {did_you_mean(str(streams), _STREAMS)}")
+    if streams != "auto" and isinstance(dataset, IterableDataset):
+        raise ConfigValueError(
+            f"dataloader: streams={streams!r} requires a map-style dataset, but {type(dataset).__name__} is iterable, and its "
+            "samples have no separate streams. Remove the option."
+        )
+    return bool(streams == "auto")
 
 
 def check_dataloader(dataloader: Any, *, training: bool) -> None:
@@ -162,7 +185,9 @@ class _NoStream(IterableDataset[int]):
 def _without_samples(dataset: Any) -> Any:
     """Return a dataset of two numbers of the same kind: a stream or a list."""
     kind = _target(DATASETS, dataset) if isinstance(dataset, Mapping) else type(_require_dataset(dataset))
-    return _NoStream() if isinstance(kind, type) and issubclass(kind, IterableDataset) else [0, 1]
+    if not (isinstance(kind, type) and issubclass(kind, IterableDataset)):
+        return [0, 1]
+    return type(kind.__name__, (_NoStream,), {})()  # Error messages contain the name.
 
 
 def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochLoader:

@@ -23,8 +23,9 @@ from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
 from stratagem.data.rank_share import IsolatedIterator, RankShare, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
+from stratagem.data.seeding import isolate_cpu_rng
 from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
-from stratagem.data.streams import StreamedDataset, isolate_cpu_rng, seed_stream
+from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.data.workers import WorkerInit, report_dead_workers, start_workers
 from stratagem.distributed import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from stratagem.data.seeding import isolate_cpu_rng
 from stratagem.data.stateful import Stateful
-from stratagem.data.streams import isolate_cpu_rng, seed_stream
+from stratagem.data.streams import seed_stream
 from stratagem.distributed import all_gather_object, broadcast_object, get_world_size
 from stratagem.errors import ConfigValueError
 

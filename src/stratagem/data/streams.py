@@ -2,21 +2,20 @@
 
 Datasets draw from the global generators of Python, NumPy and torch. Before each sample is loaded, they are seeded from
 (seed, epoch, sample), so augmentations do not depend on the rank, the worker or the previously loaded samples. In the main
-process, where dropout uses the same generators, their state is restored afterwards.
+process, where dropout uses the same generators, their state is restored afterwards. The generators of NumPy and Python are
+only seeded if they are used; see :mod:`stratagem.data.seeding`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
-from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
@@ -25,16 +24,20 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     default_collate,
-    get_worker_info,
 )
 
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.epochs import set_epoch_of
+from stratagem.data.seeding import Generators, begin_seeding, seed_generators
 
-__all__ = ["BatchRequest", "StreamedDataset", "uses_random_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
+__all__ = ["BatchRequest", "StreamedDataset", "seed_stream", "stream_seed", "uses_random_numbers"]
 
 # The stream for operations on a whole batch, such as mixing its samples in collate_fn.
 _BATCH = "batch"
+# The seeds of the generators of Python, NumPy and torch. They use different bytes of a digest, because NumPy and torch generate
+# the same numbers from the same seed.
+_SEEDS = struct.Struct("<QII")
+_UNPACK, _SEED_BYTES, _HASH = _SEEDS.unpack, _SEEDS.size, hashlib.blake2b
 
 
 def stream_seed(*keys: object) -> int:
@@ -47,12 +50,12 @@ def stream_seed(*keys: object) -> int:
 
 def seed_stream(*keys: object) -> None:
     """Seed the global CPU generators of Python, NumPy and torch for the stream identified by ``keys``."""
-    digest = _digest(keys, 16)
-    # Use different bytes for each: NumPy and torch generate the same numbers from the same seed.
-    random.seed(int.from_bytes(digest[:8], "little"))
-    np.random.seed(int.from_bytes(digest[8:12], "little"))
-    # torch.manual_seed also seeds accelerators, which takes a hundred times as long.
-    torch.default_generator.manual_seed(int.from_bytes(digest[12:], "little"))
+    seed_generators(stream_seeds(*keys))
+
+
+def stream_seeds(*keys: object) -> tuple[int, int, int]:
+    """Return the seeds of the generators of Python, NumPy and torch for the stream identified by ``keys``."""
+    return cast("tuple[int, int, int]", _UNPACK(_digest(keys, _SEED_BYTES)))
 
 
 def _digest(keys: tuple[object, ...], size: int) -> bytes:
@@ -86,29 +89,56 @@ class StreamedDataset(Dataset[Any]):
         dataset: a map-style dataset.
         collate: the collate function; None to load single samples without collating them.
         seed: the seed of the streams, the same on every rank.
+        lazy: whether to seed the generators of NumPy and Python only when they are used. The samples are the same.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int, *, lazy: bool = True) -> None:
         self.dataset = dataset
         self.collate = collate
         self._seed = seed
+        self._lazy = lazy
         self._at_once = _loads_batches(dataset)
         self._epoch: int | None = None
 
     def __getitem__(self, request: BatchRequest) -> Any:
         """Load a single sample, for data loaders without batching."""
         self._require_epoch(request)
-        with isolate_cpu_rng():
-            sample = self._sample(request.epoch, request.stream_keys[0], request.indices[0])
+        generators = begin_seeding(lazy=self._lazy)
+        try:
+            (sample,) = self._samples(request, generators)
             return sample if self.collate is None else self.collate(sample)
+        finally:
+            generators.end()
 
     def __getitems__(self, request: BatchRequest) -> Any:
         """Load a batch; called by the fetcher of torch's ``DataLoader``."""
         self._require_epoch(request)
-        with isolate_cpu_rng():
-            samples = self._samples(request)
-            seed_stream(self._seed, request.epoch, _BATCH, request.stream_keys[0])
-            return samples if self.collate is None else self.collate(samples)
+        generators = begin_seeding(lazy=self._lazy)
+        try:
+            if self._at_once:
+                generators.seed_all(stream_seeds(self._seed, request.epoch, *request.stream_keys))
+                samples = self.dataset.__getitems__(list(request.indices))
+            else:
+                samples = self._samples(request, generators)
+            if self.collate is None:
+                return samples
+            generators.seed_all(stream_seeds(self._seed, request.epoch, _BATCH, request.stream_keys[0]))
+            return self.collate(samples)
+        finally:
+            generators.end()
+
+    def _samples(self, request: BatchRequest, generators: Generators) -> list[Any]:
+        """Load the samples of a batch. This is ``seed_all(stream_seeds(...))`` for each sample, with fewer calls."""
+        dataset, seed_torch = self.dataset, torch.default_generator.manual_seed
+        prefix = f"{self._seed}:{request.epoch}:"
+        samples: list[Any] = [None] * len(request.indices)
+        for number, (key, index) in enumerate(zip(request.stream_keys, request.indices, strict=True)):
+            generators.seeds = seeds = _UNPACK(_HASH(f"{prefix}{key!s}".encode(), digest_size=_SEED_BYTES).digest())
+            seed_torch(seeds[2])
+            if generators.is_active:
+                generators.seed_active()
+            samples[number] = dataset[index]
+        return samples
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -122,16 +152,6 @@ class StreamedDataset(Dataset[Any]):
         """Pass the epoch of a request to this copy of the dataset: a worker that persists has a copy from an earlier epoch."""
         if request.epoch != self._epoch:
             self.set_epoch(request.epoch)
-
-    def _samples(self, request: BatchRequest) -> Any:
-        if self._at_once:
-            seed_stream(self._seed, request.epoch, *request.stream_keys)
-            return self.dataset.__getitems__(list(request.indices))
-        return [self._sample(request.epoch, *pair) for pair in zip(request.stream_keys, request.indices, strict=True)]
-
-    def _sample(self, epoch: int, stream_key: Any, index: Any) -> Any:
-        seed_stream(self._seed, epoch, stream_key)
-        return self.dataset[index]
 
 
 def uses_random_numbers(dataset: Any, collate: Callable[[Any], Any] | None) -> bool:
@@ -154,29 +174,3 @@ def _loads_batches(dataset: Any) -> bool:
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return callable(getattr(dataset, "__getitems__", None))
-
-
-# Replaces NumPy's global bit generator while a dataset loads samples in the main process.
-_numpy_bit_generator = np.random.MT19937(0)
-
-
-@contextmanager
-def isolate_cpu_rng(bit_generator: np.random.MT19937 = _numpy_bit_generator) -> Iterator[None]:
-    """Restore the state of the global CPU generators on exit. In a data worker, where nothing else uses them, do nothing.
-
-    Within the block, NumPy draws from ``bit_generator``.
-    """
-    if get_worker_info() is not None:
-        yield
-        return
-    python, generator = random.getstate(), torch.default_generator.get_state()
-    # Replacing NumPy's bit generator takes 2 us, whereas saving and restoring its state takes 160 us. The replacement
-    # discards only the spare normal number that np.random.randn may have cached.
-    numpy = get_bit_generator()
-    set_bit_generator(bit_generator)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        set_bit_generator(numpy)
-        torch.default_generator.set_state(generator)

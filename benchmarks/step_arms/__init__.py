@@ -1,0 +1,1 @@
+"""The same training jobs, written by hand and with several training engines."""

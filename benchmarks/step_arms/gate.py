@@ -1,0 +1,66 @@
+"""Run a training in blocks of iterations, one block each time the benchmark requests it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import final
+
+__all__ = ["Gate", "Stop"]
+
+
+@final
+class Stop(BaseException):
+    """Ends a training. It is not an ``Exception``, so that no engine handles it."""
+
+
+@final
+class Gate:
+    """Counts iterations. After each block, it reports the CPU time of the block and waits for the next request.
+
+    Requests are lines on the standard input: ``block`` runs another block, and the end of the input stops the training. The
+    answers are lines on the descriptor ``answers``: the CPU time in nanoseconds of this process and its data workers.
+    """
+
+    def __init__(self, block: int, answers: int) -> None:
+        self._block = block
+        self._answers = open(answers, "w", buffering=1)  # noqa: SIM115 -- open until the process exits
+        self._left = 1
+        self._start: int | None = None
+
+    def tick(self) -> None:
+        """Count an iteration; called at the start of each one.
+
+        Raises:
+            Stop: if no further block is requested.
+        """
+        self._left -= 1
+        if not self._left:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._answers.write(f"{0 if self._start is None else _cpu_ns() - self._start}\n")
+        if sys.stdin.readline().strip() != "block":
+            raise Stop
+        self._left = self._block
+        self._start = _cpu_ns()
+
+
+def _cpu_ns() -> int:
+    """Return the CPU time of this process and of its children that are alive."""
+    children = [child for task in Path("/proc/self/task").iterdir() for child in _read(task / "children").split()]
+    return time.process_time_ns() + sum(map(_cpu_ns_of, children))
+
+
+def _cpu_ns_of(process: str) -> int:
+    """Return the CPU time of another process, the sum over its threads, with the resolution of the scheduler."""
+    times = [_read(file).split() for file in Path(f"/proc/{process}/task").glob("*/schedstat")]
+    return sum(int(each[0]) for each in times if each)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # The process has exited.
+        return ""
