@@ -219,6 +219,36 @@ def test_a_killed_worker_is_reported() -> None:
     assert all(word in text for word in ("memory", "/dev/shm", "num_workers=0"))
 
 
+def test_a_worker_killed_between_two_batches_is_named_with_its_number() -> None:
+    """Torch raises its error anywhere in the main thread, outside of loading; the worker is still named with its signal."""
+    batches = build(Signalled(signal.SIGCONT, sample=-1)).batches(0)
+    next(batches)
+    [(_, pid)] = next(batches)
+    message = rf"Data worker 1 \(process id {pid}\) was killed by SIGKILL\. "
+    with pytest.raises(TrainingError, match=message), report_dead_workers():
+        _kill_and_wait(pid)
+
+
+def _kill_and_wait(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_persistent_worker_killed_between_two_epochs_is_named_with_its_number() -> None:
+    """Torch finds the dead worker when the next epoch starts, if it was not reported before."""
+    loader = build(Signalled(signal.SIGCONT, sample=-1), persistent_workers=True)
+    pids = {batch[0][1] for batch in loader.batches(0)}
+    # Torch's handler would raise an error immediately.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(TrainingError, match=r"Data worker [01] \(process id \d+\) was killed by SIGKILL"):
+            next(loader.batches(1))
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def test_an_exited_worker_is_reported_with_its_exit_code() -> None:
     """The error for a worker that exited contains its exit code."""
     process = get_context("spawn").Process(target=os._exit, args=(7,))

@@ -21,13 +21,12 @@ from stratagem.data.batches import (
 )
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
-from stratagem.data.in_process import batches_in_process, can_load_in_process
 from stratagem.data.rank_share import IsolatedIterator, RankShare, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.seeding import isolate_cpu_rng
 from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
 from stratagem.data.streams import StreamedDataset, seed_stream
-from stratagem.data.workers import WorkerInit, report_dead_workers, start_workers
+from stratagem.data.workers import WorkerInit, report_dead_workers, start_workers, workers_of
 from stratagem.distributed import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
@@ -241,8 +240,7 @@ class EpochLoader:
         set_epoch_of(self.loader.dataset, self._epoch_of(epoch))
         if self._source is not None and self._batches is not None:
             self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
-            started = batches_in_process if can_load_in_process(self.loader) else start_workers
-            return self._with_worker_errors(started(self.loader))
+            return self._with_worker_errors(start_workers(self.loader))
         if self._batches is not None and isinstance(self._batches.source, OpaqueBatches):
             self._batches.set_requests(self._batches.source.requests_from(epoch, done))
             return self._begin(epoch)
@@ -465,8 +463,7 @@ class EpochLoader:
         return samples // size if loader.drop_last else -(-samples // size)
 
     def _with_worker_errors(self, batches: Iterator[Any]) -> Iterator[Any]:
-        # _workers is private to torch. If it does not exist, the error names only the process ID.
-        with report_dead_workers(getattr(batches, "_workers", ())):
+        with report_dead_workers(workers_of(batches)):
             yield from batches
 
 

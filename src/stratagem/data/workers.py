@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -17,12 +18,15 @@ from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.data.worker_lifetime import ParentPipe
 from stratagem.errors import StratagemError, TrainingError
 
-__all__ = ["WorkerInit", "report_dead_workers", "start_workers"]
+__all__ = ["WorkerInit", "report_dead_workers", "start_workers", "workers_of"]
 
 # How long to wait for a worker to exit after reading from it has failed, and the polling interval.
 _EXIT_S, _POLL_S = 1.0, 0.02
 # The message of the error that torch raises for a dead worker.
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
+
+# The workers that this process has started, and their numbers, to name a worker whose death torch reports outside of loading.
+_numbers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()
 
 # The prefixes of this module's error messages.
 _REPORTS = ("Data worker", "The data worker")
@@ -83,18 +87,31 @@ class _ChainedWorkerInit:
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return ``iter(loader)`` with workers that ignore signals and exit with this process. The loader is not changed."""
+    # Persistent workers of an earlier epoch may have died since.
+    with report_dead_workers(workers_of(getattr(loader, "_iterator", None))):
+        batches = _iterate(loader)
+    for number, worker in enumerate(workers_of(batches)):
+        _terminate_with_sigkill(worker)
+        _numbers[worker] = number
+    return batches
+
+
+def workers_of(batches: object) -> Sequence[BaseProcess]:
+    """Return the worker processes of an iterator of torch's loader; empty if it has none."""
+    # This attribute is private to torch. If it does not exist, errors name only the process IDs of workers.
+    workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    return workers
+
+
+def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
     own = loader.worker_init_fn
     if isinstance(own, WorkerInit) or not loader.num_workers:
-        batches = iter(loader)
-    else:
-        loader.worker_init_fn = _ChainedWorkerInit(own)
-        try:
-            batches = iter(loader)
-        finally:
-            loader.worker_init_fn = own
-    for worker in getattr(batches, "_workers", ()):
-        _terminate_with_sigkill(worker)
-    return batches
+        return iter(loader)
+    loader.worker_init_fn = _ChainedWorkerInit(own)
+    try:
+        return iter(loader)
+    finally:
+        loader.worker_init_fn = own
 
 
 def _ignore_signals(parent_pipe: ParentPipe) -> None:
@@ -142,7 +159,8 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
             raise
         if match is None and isinstance(error, RuntimeError | StratagemError):
             raise
-        dead = _describe_dead_workers(workers)
+        known = list(enumerate(workers)) or _started_workers(match)
+        dead = _describe_dead_workers(known)
         if not dead and match is not None:
             dead = f"{_REPORTS[1]} with process id {match['pids']} {match['how'].strip()}"
         if not dead:
@@ -168,13 +186,23 @@ def _find_message(error: BaseException | None) -> re.Match[str] | None:
     return None
 
 
-def _describe_dead_workers(workers: Sequence[BaseProcess]) -> str:
-    """Describe the workers that have died. Wait briefly first, because an error may arrive before its worker exits."""
+def _started_workers(match: re.Match[str] | None) -> list[tuple[int, BaseProcess]]:
+    """Return the numbers and processes of the workers that torch's message names, as far as they are known."""
+    pids = [] if match is None else [int(pid) for pid in match["pids"].replace(",", " ").split()]
+    return [(number, worker) for worker, number in list(_numbers.items()) if worker.pid in pids]
+
+
+def _describe_dead_workers(workers: Sequence[tuple[int, BaseProcess]]) -> str:
+    """Describe the workers that have died. Wait briefly first, because an error may arrive before its worker exits.
+
+    Args:
+        workers: the numbers and processes of the workers.
+    """
     deadline = time.monotonic() + _EXIT_S
     while workers:
         # Torch's signal handler may also raise its error here, once.
         with suppress(RuntimeError):
-            dead = [_describe_worker_exit(number, each) for number, each in enumerate(workers) if each.exitcode]
+            dead = [_describe_worker_exit(number, each) for number, each in workers if each.exitcode]
             if dead or time.monotonic() > deadline:
                 return "; ".join(dead)
             time.sleep(_POLL_S)
