@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,13 +57,18 @@ class Shell:
 
     def leftovers(self) -> list[str]:
         """Return the remains of commands: running processes in the folder, and temporary files."""
-        # torch.compile keeps its cache there for the next process.
-        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        # torch.compile keeps its cache there for the next process, and data workers leave the folder of their sockets.
+        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith(("torchinductor", "pymp-"))]
+        for process in self._processes():
+            with suppress(psutil.Error):
+                left.append(f"{process.pid}: {process.cmdline()}")
+        return left
+
+    def _processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.cwd() == str(self.folder):
-                    left.append(f"{process.pid}: {process.cmdline()}")
-        return left
+                    yield process
 
     def interrupt(self, *words: str, **environment: str) -> tuple[int, str]:
         """Press Ctrl-C after the first training line; return the exit code and the output."""
@@ -90,3 +95,7 @@ class Shell:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+        # Ranks have their own process groups, and stopped ones do not notice that the launcher has exited.
+        for left in self._processes():
+            with suppress(psutil.Error):
+                left.kill()

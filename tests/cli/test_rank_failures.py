@@ -1,12 +1,14 @@
 """Ranks that fail, exit, hang, are preempted or restarted: messages and remaining files."""
 
-import os
 import re
 import signal
 import stat
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -21,6 +23,17 @@ RUN = ("--set", "train_cfg.max_epochs=12", "--set", "train_cfg.val_interval=120"
 # It takes three seconds on an idle machine. The limit allows for a busy one, but is far below the timeout of ten
 # minutes.
 SOON_S = 60
+# One data worker per process that is kept for all epochs, in a run that does not end by itself.
+WORKER = (
+    "--set",
+    "train_cfg.max_epochs=100000",
+    "--set",
+    "train_cfg.val_interval=100000",
+    "--set",
+    "train_dataloader.num_workers=1",
+    "--set",
+    "train_dataloader.persistent_workers=True",
+)
 RARE = ("--set", "default_hooks.checkpoint.interval=-1")
 
 
@@ -81,23 +94,93 @@ def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_named_with_the_stacks_of_the_others(shell: Shell, config: str, tmp_path: Path, rank: int):
-    """A rank that does not run at all is named by its process state, also rank 0, which serves the store."""
+def test_a_stopped_rank_is_named_and_does_not_delay_the_launcher(shell: Shell, config: str, tmp_path: Path, rank: int):
+    """A rank that does not run at all is named by its process state, also rank 0, which serves the store.
+
+    The launcher continues it so that it exits, instead of waiting until it can be killed.
+    """
     process = shell.start(
-        "train", config, "--nproc", "2", *RUN, *failing("SIGSTOP", rank=rank), "--set", "env_cfg.dist_cfg.timeout=15"
+        "train", config, "--nproc", "2", *RUN, *failing("SIGSTOP", rank=rank), "--set", "env_cfg.dist_cfg.timeout=6"
     )
-    give_up = time.monotonic() + SOON_S
-    stacks = f"run/*/stacks_rank{1 - rank}.txt"
-    while not list(tmp_path.glob(stacks)) and time.monotonic() < give_up and process.poll() is None:
-        time.sleep(0.1)
-    # The other rank writes its stacks before it exits.
-    time.sleep(10)
-    assert (tmp_path / "failed").exists(), process.communicate()[0]
-    os.kill(int((tmp_path / "failed").read_text()), signal.SIGKILL)
-    output, _ = process.communicate(timeout=SOON_S)
+    output, _ = process.communicate(timeout=2 * SOON_S)
+    pid = (tmp_path / "failed").read_text()
+    assert process.returncode == 1, output
     # Either the collective times out first, or the store that rank 0 serves.
     assert re.search(rf"rank {rank}(: .*)? is stopped by a signal", output), output
-    assert "train_step" in next(tmp_path.glob(stacks)).read_text()
+    assert (
+        f"stratagem: rank {rank} (process {pid}) is stopped by a signal; continuing it so that it can exit." in output
+    )
+    assert "train_step" in next(tmp_path.glob(f"run/*/stacks_rank{1 - rank}.txt")).read_text()
+    assert shell.leftovers() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_stopped_rank(shell: Shell, config: str, tmp_path: Path, number: int):
+    """A stopped rank cannot handle a signal to the launcher, so it is continued, and all ranks save a checkpoint."""
+    process = shell.start("train", config, "--nproc", "2", *RUN, *RARE, *failing("SIGSTOP"))
+    wait_for(lambda: stopped(tmp_path / "failed"), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=SOON_S)
+    assert process.returncode == 128 + number, output
+    done = int(output.split("Interrupted after ")[1].split()[0])
+    assert (tmp_path / "run" / f"iter_{done}").is_dir()
+    assert "stratagem: rank 1 (process " in output
+    assert shell.leftovers() == []
+
+
+@pytest.mark.parametrize("ranks", [(), ("--nproc", "2")], ids=["one process", "two ranks"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_waits_for_a_stopped_data_worker(
+    shell: Shell, config: str, tmp_path: Path, ranks: tuple[str, ...], number: int
+):
+    """The data worker is continued, so that the iteration completes and a checkpoint is saved."""
+    process = shell.start("train", config, *ranks, *RUN, *RARE, *WORKER)
+    worker = stop_a_worker(process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=SOON_S)
+    assert process.returncode == 128 + number, f"{output}\n{worker}"
+    done = int(output.split("Interrupted after ")[1].split()[0])
+    assert (tmp_path / "run" / f"iter_{done}").is_dir()
+    assert shell.leftovers() == []
+
+
+def test_a_stopped_data_worker_is_named_if_the_ranks_time_out(shell: Shell, config: str):
+    """A rank that waits for a stopped data worker sends heartbeats, and the report names the worker's process."""
+    process = shell.start("train", config, "--nproc", "2", *RUN, *WORKER, "--set", "env_cfg.dist_cfg.timeout=6")
+    worker = stop_a_worker(process)
+    output, _ = process.communicate(timeout=2 * SOON_S)
+    assert process.returncode == 1, output
+    assert f"ago: its child process {worker} is stopped by a signal (state T)" in output
+    assert shell.leftovers() == []
+
+
+def stop_a_worker(launcher: subprocess.Popen[str]) -> int:
+    """Stop a data worker of a run after the first training line, and return its process ID."""
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if "loss:" in line:
+            break
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    # The workers are forked, so they have the command line of their rank; the launcher differs from its ranks.
+    worker = next(
+        each for each in reversed(processes) if not each.children() and "resource_tracker" not in str(each.cmdline())
+    )
+    worker.send_signal(signal.SIGSTOP)
+    return worker.pid
+
+
+def stopped(file: Path) -> bool:
+    """Return whether the process whose ID is in a file is stopped."""
+    return file.exists() and bool(file.read_text()) and psutil.Process(int(file.read_text())).status() == "stopped"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until a condition is true while a process is running."""
+    give_up = time.monotonic() + 2 * SOON_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "logs")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["process_exists", "read_process_stat"]
+__all__ = ["child_processes", "continue_stopped", "is_stopped", "process_exists", "read_process_stat"]
 
 _SYNCHRONIZE = 0x00100000  # from winnt.h
 _ERROR_INVALID_PARAMETER = 87  # from winerror.h; OpenProcess fails with it if there is no such process
@@ -39,6 +42,33 @@ def read_process_stat(pid: int) -> tuple[str, str]:
     # The name of the program, in parentheses, may contain spaces and parentheses.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is known to be stopped by a signal or a debugger."""
+    try:
+        return read_process_stat(pid)[0] in "Tt"
+    except OSError:
+        return False
+
+
+def child_processes(pid: int) -> list[int]:
+    """Return the IDs of the child processes of a process; empty if the platform does not list them in /proc."""
+    children: list[int] = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            # A thread may end at any time.
+            with suppress(OSError):
+                children += map(int, (thread / "children").read_text().split())
+    return children
+
+
+def continue_stopped(pids: Iterable[int]) -> None:
+    """Send SIGCONT to the processes that are stopped."""
+    for pid in pids:
+        if is_stopped(pid):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def _exists_on_windows(pid: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -17,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
 from stratagem.cli.launch.on_ray import launch_on_ray
+from stratagem.cli.launch.stopped_ranks import continue_stopped_ranks
 from stratagem.cli.output import echo
 from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
@@ -59,7 +61,8 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
     """Run Python with ``arguments`` as ``nproc`` ranks on this machine, and wait until all have succeeded.
 
     If a rank fails, all are restarted, at most ``max_restarts`` times. Signals are forwarded to the ranks, which have
-    time to save a checkpoint. The rendezvous uses a file and the loopback interface, so no port is open to other hosts.
+    time to save a checkpoint; ranks that are stopped (SIGSTOP) are continued for this. The rendezvous uses a file and
+    the loopback interface, so no port is open to other hosts.
 
     Raises:
         typer.Exit: with the exit status of the first rank that failed.
@@ -76,6 +79,8 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Divide the cores among the ranks unless the user has set the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # Windows has fewer signals.
+    numbers = [getattr(signal, name) for name in _FORWARDED_SIGNALS if hasattr(signal, name)]
     with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -93,7 +98,8 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
             signals_to_handle=",".join(_FORWARDED_SIGNALS),
         )
         try:
-            elastic_launch(config, sys.executable)(*arguments)
+            with continue_stopped_ranks(numbers):
+                elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             reported = failure.error_file_data.get(STATUS_KEY)

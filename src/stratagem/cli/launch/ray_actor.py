@@ -6,14 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
+from stratagem.cli.launch.stopped_ranks import StoppedRanks
 from stratagem.utils import import_module
 
 __all__ = ["ActorLocation", "RankActor"]
+
+_POLL_S = 0.5
 
 
 @final
@@ -34,6 +39,7 @@ class RankActor:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._signaled = False
 
     def location(self) -> ActorLocation:
         """Return the host of this actor."""
@@ -57,9 +63,20 @@ class RankActor:
         return self._process.returncode, printed
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank if it is running."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+        """Send a signal to the rank if it is running. All signals end the rank, so continue it if it is stopped."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(number)
+        if not self._signaled:
+            self._signaled = True
+            threading.Thread(target=_continue_until_exit, args=(self._process,), daemon=True).start()
+
+
+def _continue_until_exit(process: subprocess.Popen[str]) -> None:
+    stopped = StoppedRanks()
+    while process.poll() is None:
+        stopped.resolve([process.pid])
+        time.sleep(_POLL_S)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
-from stratagem.utils.processes import process_exists, read_process_stat
+from stratagem.utils.processes import child_processes, is_stopped, process_exists, read_process_stat
 
 __all__ = ["ProcessIdentity"]
 
@@ -45,17 +45,28 @@ class ProcessIdentity:
 
     def has_ended(self) -> bool:
         """Return whether the process is known to have ended; False for processes on other machines or in other containers."""
-        if self.pid_namespace != _pid_namespace():
-            return False
-        state, start_time = _stat_of(self.pid)
-        return start_time != self.start_time or state in "ZX"
+        return self._state() == "X"
 
     def is_stopped(self) -> bool:
         """Return whether the process is known to be stopped by a signal or a debugger, and has not ended."""
+        return self._state() in ("T", "t")
+
+    def is_uninterruptible(self) -> bool:
+        """Return whether the process is known to wait in the kernel in a way that no signal interrupts."""
+        return self._state() == "D"
+
+    def stopped_children(self) -> list[int]:
+        """Return the IDs of the child processes that are known to be stopped by a signal or a debugger."""
+        if self._state() in ("", "X"):
+            return []
+        return [pid for pid in child_processes(self.pid) if is_stopped(pid)]
+
+    def _state(self) -> str:
+        """Return the state of the process as in /proc, "X" if it has ended; empty if it belongs to another PID namespace."""
         if self.pid_namespace != _pid_namespace():
-            return False
+            return ""
         state, start_time = _stat_of(self.pid)
-        return start_time == self.start_time and state in "Tt"
+        return "X" if start_time != self.start_time or state == "Z" else state
 
 
 def _pid_namespace() -> str:

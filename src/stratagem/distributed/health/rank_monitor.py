@@ -30,6 +30,8 @@ _STORE_TIMEOUT = timedelta(seconds=5)
 # After this number of consecutive failed attempts, the process that serves the store is considered dead.
 _ATTEMPTS = 2
 _RESPONSE_S = 5.0
+# If this thread was not scheduled for longer than this, the process was probably stopped.
+_PAUSED_S = 3.0
 
 T = TypeVar("T")
 
@@ -104,6 +106,7 @@ class RankMonitor:
         self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)
         self._failure: Failure | None = None
         self._unresponsive = False
+        self._paused_s = 0.0
         self._failure_known = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stratagem-ranks", daemon=True)
@@ -166,28 +169,40 @@ class RankMonitor:
                 heartbeat = {}
             if heartbeat:
                 age = max(0.0, time.time() - heartbeat["time"])
-                stale = "" if age < 4 * self._poll_s else ": the process or its machine is not responding"
-                if rank != self.rank and self._processes[rank].is_stopped():
-                    stale = f": its process {self._processes[rank].pid} is stopped by a signal (state T) and is not responding"
                 lines.append(
-                    f"rank {rank}: {heartbeat['iteration']} iterations completed, last heartbeat {age:.1f} s ago{stale}"
+                    f"rank {rank}: {heartbeat['iteration']} iterations completed, last heartbeat {age:.1f} s ago"
+                    f"{self._process_state(rank, responding=age < 4 * self._poll_s)}"
                 )
             else:
-                lines.append(f"rank {rank}: no heartbeat{self._process_state(rank)}")
+                lines.append(f"rank {rank}: no heartbeat{self._describe_unreachable(rank)}")
         return lines
 
-    def _process_state(self, rank: int) -> str:
+    def _process_state(self, rank: int, *, responding: bool) -> str:
+        """Return what prevents a rank from running, as far as it is known; empty if nothing does."""
+        process = self._processes[rank]
+        if rank != self.rank and process.is_stopped():
+            return f": its process {process.pid} is stopped by a signal (state T) and is not responding"
+        if not responding and process.is_uninterruptible():
+            return (
+                f": its process {process.pid} is in an uninterruptible sleep (state D), and waits for a disk, a network file "
+                "system or a device driver"
+            )
+        children = [f"child process {pid} is stopped by a signal (state T)" for pid in process.stopped_children()]
+        if children:
+            return f": its {' and its '.join(children)}; if this is a data worker, the rank waits for its next batch"
+        return "" if responding else ": the process or its machine is not responding"
+
+    def _describe_unreachable(self, rank: int) -> str:
         """Return what is known about the process of a rank whose heartbeat cannot be read."""
         process = self._processes[rank]
         if rank == self.rank:
             return "; this rank is running"
         if process.has_ended():
             return f": its process {process.pid} has ended"
-        if process.is_stopped():
-            return f": its process {process.pid} is stopped by a signal (state T) and is not responding"
-        if rank == 0 and self._unresponsive:
+        state = self._process_state(rank, responding=True)
+        if not state and rank == 0 and self._unresponsive:
             return ": the store that it or its launcher serves is not responding"
-        return ""
+        return state
 
     def _heartbeat_of(self, rank: int) -> dict[str, Any]:
         key = f"heartbeat/{rank}"
@@ -244,7 +259,13 @@ class RankMonitor:
             if found is not None:
                 self._handle(found)
                 return
-            self._closed.wait(self._poll_s)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the next poll, and measure for how long this process did not run."""
+        begin = time.monotonic()
+        self._closed.wait(self._poll_s)
+        self._paused_s = time.monotonic() - begin - self._poll_s
 
     def _describe_server(self) -> str:
         server = self._processes[0]
@@ -266,6 +287,11 @@ class RankMonitor:
         for rank, process in self._processes.items():
             if rank != self.rank and process.has_ended():
                 what = f"process {process.pid} was killed or exited without an error message"
+                if self._paused_s > _PAUSED_S:
+                    what = (
+                        f"process {process.pid} exited while this rank did not run for {self._paused_s:.0f} s, because it was "
+                        "stopped by a signal or its machine was suspended"
+                    )
                 return Failure(rank=rank, kind="died", text=f"{what}, in iteration {self._iteration() + 1}")
         if self._agent is not None and os.getppid() != self._agent:
             return Failure(rank=self.rank, kind="lost", text=f"its parent process {self._agent} has exited")

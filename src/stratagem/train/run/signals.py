@@ -13,6 +13,7 @@ from types import FrameType
 from typing import final
 
 from stratagem.train.run.hard_exit import exit_now
+from stratagem.utils.processes import child_processes, continue_stopped
 
 __all__ = ["PREEMPTION_SIGNALS", "SIGNALS", "SignalListener", "signals"]
 
@@ -95,7 +96,10 @@ class SignalListener:
                     continue
                 now = time.monotonic()
                 self.first = self.first or number
-                since = since or now
+                if since is None:
+                    since = now
+                    # The current iteration may be waiting for a batch of a stopped data worker.
+                    continue_stopped(child_processes(os.getpid()))
                 if now - since > _SAME_REQUEST_S:
                     self.second = number
                     threading.Thread(target=self._stop_at_once, args=(number, self._stop), daemon=True).start()
