@@ -1,19 +1,23 @@
 """What the commands print: tables in pipes and as JSON, the first line, and errors in the user's modules."""
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from stratagem import Runner
-from stratagem.cli.output import print_table
+from stratagem.cli.output import print_table, status
 from stratagem.config import Config, check, require
 from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError, ConfigParsingError, MissingDependencyError
+from stratagem.registry import MODELS
 from stratagem.strategies import SingleDeviceStrategy
 from stratagem.train.run.run_history import RECORD
 from tests.train.toys import settings
@@ -96,6 +100,31 @@ def test_a_module_in_the_working_directory_can_be_imported(tmp_path: Path, monke
         "sys.path", [entry for entry in __import__("sys").path if entry not in ("", os.fspath(tmp_path))]
     )
     Config.fromfile(file)
+
+
+@pytest.mark.parametrize("build", [False, True])
+def test_a_dotted_path_into_the_working_directory_explains_why_it_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: bool
+):
+    """The error names the package and how to import it, both in the check and in building."""
+    (tmp_path / "package_of_cwd.py").write_text("class Thing: ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", os.fspath(tmp_path))])
+    model = {"type": "package_of_cwd.Thing"}
+    with pytest.raises(
+        ConfigKeyError, match=r"package_of_cwd.Thing.*'package_of_cwd' is in the working directory.*imports="
+    ):
+        MODELS.build(model) if build else require(Config({"model": model}), SECTIONS)
+
+
+def test_a_status_line_shows_a_name_with_markup_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """Rich would raise an error for a closing tag, and send control characters to the terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr("stratagem.cli.output.shared_console", lambda: screen)
+    with status("Converting runs/[/]\x1b[2J ..."):
+        pass
+    assert r"Converting runs/[/]\x1b[2J ..." in screen.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from stratagem.logging import Logger, TrainingProgress
 from stratagem.logging import logger as logger_module
+from stratagem.logging import progress as progress_module
 
 
 @pytest.fixture
@@ -94,6 +96,47 @@ def test_log_lines_are_written_above_the_bar(screen: Console, monkeypatch: pytes
     (line,) = [line for line in written(screen).splitlines() if "hello" in line]
     assert line.endswith(" - INFO - hello")
     assert "train" not in line
+
+
+def test_a_bar_that_is_drawn_while_a_log_line_is_rendered_does_not_share_its_line(
+    screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log line that is rendered when the thread is about to draw the bar for the first time is in a separate line."""
+    monkeypatch.setattr(logger_module, "shared_console", lambda: screen)
+    monkeypatch.setattr(progress_module, "_UPDATES_PER_SECOND", 1000)
+    drawn = threading.Event()
+    render_lines, write = screen.render_lines, screen.file.write
+
+    def render_slowly(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            drawn.wait(0.3)
+        return render_lines(*args, **kwargs)
+
+    def write_and_tell(text: str) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            drawn.set()
+        return write(text)
+
+    logger = Logger("run")
+    with TrainingProgress("train", total=3, console=screen):
+        monkeypatch.setattr(screen, "render_lines", render_slowly)
+        monkeypatch.setattr(screen.file, "write", write_and_tell)
+        logger.info("hello")
+    logger.close()
+    (line,) = [line for line in written(screen).splitlines() if "hello" in line]
+    assert "train" not in line
+
+
+def test_markup_and_control_characters_in_names_have_no_effect(screen: Console) -> None:
+    """Labels and names of values are shown as they are, with control characters escaped."""
+    with TrainingProgress("[red]a[/] \x1b[2J", total=3, unit="[b]", console=screen) as progress:
+        progress.show({"loss[/]\n": 1.0})
+    text = written(screen)
+    assert r"[red]a[/] \x1b[2J" in text
+    assert r"loss[/]\n 1" in text
+    with TrainingProgress("train", total=3, console=screen) as progress:
+        progress.show({}, label="epoch\x07[/]")
+    assert r"epoch\x07[/]" in written(screen)
 
 
 def test_a_bar_can_be_stopped_and_restarted(screen: Console) -> None:

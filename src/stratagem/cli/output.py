@@ -6,6 +6,7 @@ Tables are fitted to a terminal, and have their full width elsewhere.
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import rich.table
@@ -13,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from stratagem.logging.console import shared_console
 from stratagem.utils.printable import escape_controls, printable_name
 
-__all__ = ["AsJson", "Table", "echo", "print_json", "print_table", "rows_of"]
+__all__ = ["AsJson", "Table", "echo", "print_json", "print_table", "rows_of", "status"]
 
 _UNLIMITED = 100_000
 
@@ -25,6 +27,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with one objec
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or to stderr with ``err``, with control characters escaped."""
     typer.echo(escape_controls(text), err=err, nl=nl)
+
+
+def status(text: str) -> AbstractContextManager[object]:
+    """Show a line with a spinner on a terminal while a block runs. Markup and control characters in it have no effect."""
+    # Rich would interpret markup in a str, even on a console without markup.
+    return shared_console().status(Text(printable_name(text)))
 
 
 class Table(rich.table.Table):

@@ -6,7 +6,7 @@ The caller passes a schema: a ``Section`` for each top-level key. This module de
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -36,7 +36,7 @@ class SupportsLookup(Protocol):
     @property
     def name(self) -> str: ...
     def get(self, key: str) -> Callable[..., Any] | None: ...
-    def names(self) -> Iterable[str]: ...
+    def suggest(self, key: str) -> str: ...
     def switch_scope_and_registry(self, scope: str | None) -> AbstractContextManager[Any]: ...
     def refused_arguments(self, target: Any, given: Mapping[str, Any]) -> Mapping[str, str]: ...
 
@@ -342,7 +342,7 @@ class _Check:
         except StratagemError as error:
             return None, [self._problem(path, str(error))]
         if target is None:
-            suggestion = did_you_mean(str(kind), registry.names())
+            suggestion = registry.suggest(str(kind))
             return None, [self._problem(path, f"{kind!r} is not in the {registry.name} registry. {suggestion}")]
         return target, []
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 from rich.console import Console
 
-__all__ = ["shared_console"]
+__all__ = ["console_lock", "shared_console"]
 
 
 @functools.cache
@@ -19,7 +20,22 @@ def shared_console() -> Console:
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
+@functools.cache
+def console_lock() -> threading.RLock:
+    """Return the lock to hold while printing to the shared console. Do not store it: a forked child has a new one.
+
+    Rich computes and writes output in separate steps. A log line that is printed while another thread draws the progress bar
+    could otherwise end up in the same line as the bar.
+    """
+    return threading.RLock()
+
+
+def _renew() -> None:
+    shared_console.cache_clear()
+    console_lock.cache_clear()
+
+
 # A data worker that is forked while the progress bar is drawn would inherit a lock that is never released, and block at its
-# first log line. Therefore, a child process creates a new console.
+# first log line. Therefore, a child process creates a new console and a new lock.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=shared_console.cache_clear)
+    os.register_at_fork(after_in_child=_renew)

@@ -11,7 +11,7 @@ from typing import Any, final
 from rich.text import Text
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, WorkDirError
-from stratagem.logging.console import shared_console
+from stratagem.logging.console import console_lock, shared_console
 from stratagem.utils import absolute, did_you_mean, mask_text
 from stratagem.utils.printable import escape_controls
 from stratagem.utils.regular_files import open_regular
@@ -135,7 +135,8 @@ class _ConsoleHandler(logging.Handler):
             line = Text(text)
             start = text.index(record.levelname)
             line.stylize(_STYLES.get(record.levelname, ""), start, start + len(record.levelname))
-            console.print(line, soft_wrap=True)
+            with console_lock():
+                console.print(line, soft_wrap=True)
         except Exception:  # noqa: BLE001 -- like the handlers of the logging module: a log line must not abort a run
             self.handleError(record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self, final
@@ -11,7 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from stratagem.logging.console import shared_console
+from stratagem.logging.console import console_lock, shared_console
+from stratagem.utils.printable import printable_name
 
 __all__ = ["TrainingProgress"]
 
@@ -38,8 +40,8 @@ class TrainingProgress:
     ) -> None:
         #: The number of completed iterations, set by the loop.
         self.completed = completed
-        self._label = label
-        self._unit = unit
+        self._label = printable_name(label)
+        self._unit = printable_name(unit)
         self._values = ""
         self._console = shared_console() if console is None else console
         self._progress = Progress(
@@ -55,14 +57,15 @@ class TrainingProgress:
             auto_refresh=False,
             expand=True,
         )
-        self._task = self._progress.add_task(label, total=total, completed=completed, speed="", values="")
+        self._task = self._progress.add_task(self._label, total=total, completed=completed, speed="", values="")
         self._live: Live | None = None
+        self._stopped = threading.Event()
 
     def show(self, values: Mapping[str, float], *, label: str | None = None) -> None:
         """Set the values, and optionally the label, for the next time the bar is drawn."""
-        self._values = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._values = "  ".join(f"{printable_name(name)} {value:.4g}" for name, value in values.items())
         if label is not None:
-            self._label = label
+            self._label = printable_name(label)
 
     def start(self) -> None:
         """Start drawing if the console is a terminal. Idempotent."""
@@ -73,17 +76,23 @@ class TrainingProgress:
         self._live = Live(
             get_renderable=self._render,
             console=self._console,
-            refresh_per_second=_UPDATES_PER_SECOND,
+            auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._live.start()
+        self._stopped = threading.Event()
+        with console_lock():
+            self._live.start()
+        # Rich's own thread would draw the bar without the lock.
+        threading.Thread(target=_draw, args=(self._live, self._stopped), daemon=True).start()
 
     def stop(self) -> None:
         """Remove the bar from the terminal. Idempotent."""
         if self._live is not None:
-            self._live.stop()
+            self._stopped.set()
+            with console_lock():
+                self._live.stop()
             self._live = None
 
     def __enter__(self) -> Self:
@@ -105,3 +114,11 @@ class TrainingProgress:
             values=self._values,
         )
         return self._progress.get_renderable()
+
+
+def _draw(live: Live, stopped: threading.Event) -> None:
+    """Draw a bar several times per second until it is stopped."""
+    while not stopped.wait(1 / _UPDATES_PER_SECOND):
+        with console_lock():
+            if not stopped.is_set():
+                live.refresh()

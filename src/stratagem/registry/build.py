@@ -28,7 +28,7 @@ class SupportsBuild(Protocol):
     @property
     def scope(self) -> str: ...
     def get(self, key: str) -> Callable[..., Any] | None: ...
-    def names(self) -> list[str]: ...
+    def suggest(self, key: str) -> str: ...
     def switch_scope_and_registry(self, scope: str | None) -> Any: ...
 
 
@@ -114,7 +114,7 @@ def _resolve(kind: object, registry: SupportsBuild, cfg: Mapping[str, Any]) -> A
     if target is None:
         raise ConfigKeyError(
             f"{_at(cfg, 'type')}{kind!r} is not in the {registry.scope}::{registry.name} registry. "
-            f"{did_you_mean(kind, registry.names())}"
+            f"{registry.suggest(kind)}"
         )
     return target
 

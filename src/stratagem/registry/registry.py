@@ -13,10 +13,10 @@ from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.import_policy import import_dotted, is_allowed, is_of_allowed_package
 from stratagem.registry.name_sources import NameSource
-from stratagem.utils import did_you_mean, import_module, import_object
-from stratagem.utils.data_names import DataName
+from stratagem.utils import did_you_mean, import_module, import_object, nearest_names
+from stratagem.utils.data_names import DataName, is_dotted_name
 from stratagem.utils.data_rules import refused_arguments
-from stratagem.utils.imports import without_working_directory
+from stratagem.utils.imports import is_in_unsearched_working_directory, without_working_directory
 
 __all__ = ["Registry", "current_scope", "switch_scope"]
 
@@ -240,6 +240,18 @@ class Registry:
                 except Exception:  # noqa: BLE001, S112 -- a broken library must not mask the error whose message lists the names
                     continue
         return sorted(names)
+
+    def suggest(self, key: str) -> str:
+        """Return a sentence for the error that a name is unknown: the closest names, or why a dotted path is not imported."""
+        if is_dotted_name(key) and is_in_unsearched_working_directory(key.replace(":", ".")):
+            package = key.replace(":", ".").partition(".")[0]
+            near = nearest_names(key, self.names(), most=1)
+            return (
+                f"{package!r} is in the working directory, which is not searched for modules. Add "
+                f"custom_imports=dict(imports=[{package!r}]) to the configuration, or start the program with python -m."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+        return did_you_mean(key, self.names())
 
     @staticmethod
     def split_scope_key(key: str) -> tuple[str | None, str]:

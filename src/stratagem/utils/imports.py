@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -14,7 +15,13 @@ from typing import Any
 from stratagem.errors import ConfigKeyError, MissingDependencyError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
+__all__ = [
+    "drop_working_directory",
+    "import_module",
+    "import_object",
+    "is_in_unsearched_working_directory",
+    "without_working_directory",
+]
 
 # The folders that contain libraries or this package; they stay importable even if one of them is the working directory.
 _INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -32,6 +39,19 @@ def drop_working_directory() -> None:
         return
     if here not in _INSTALLED:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
+
+
+def is_in_unsearched_working_directory(module: str) -> bool:
+    """Return whether a package exists in the working directory but cannot be found, because the directory is not searched.
+
+    The console script does not put the working directory on ``sys.path``, unlike ``python -m``.
+    """
+    top = module.partition(".")[0]
+    try:
+        here = Path.cwd()
+        return importlib.util.find_spec(top) is None and ((here / top).is_dir() or (here / f"{top}.py").is_file())
+    except (OSError, ValueError):  # The folder no longer exists, or the name is not a module name.
+        return False
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from rich.filesize import decimal
 
 from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, has_averaged_weights
 from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, weights_of, write_weights
-from stratagem.cli.output import echo
+from stratagem.cli.output import echo, status
 from stratagem.errors import CheckpointError
-from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
 from stratagem.utils import absolute, is_url, mask_text
 
@@ -19,7 +18,7 @@ __all__ = ["consolidate", "convert"]
 
 def convert(source: str, target: Path, form: str | None, *, raw: bool) -> None:
     """Convert ``source`` to another format, and print which parts that format cannot store."""
-    with shared_console().status(f"Converting {mask_text(source)} ..."):
+    with status(f"Converting {mask_text(source)} ..."):
         left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form, raw=raw)
     echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
     if AVERAGE_PART in left_out and not raw:
@@ -41,7 +40,7 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
     if target.exists():
         raise CheckpointError(f"{target} already exists. Choose another target, or remove it first.")
     with (
-        shared_console().status(f"Reading {mask_text(source)} ..."),
+        status(f"Reading {mask_text(source)} ..."),
         open_checkpoint(source if is_url(source) else Path(source)) as tree,
     ):
         weights = weights_of(tree, source)

@@ -11,9 +11,8 @@ import typer
 from rich.filesize import decimal
 
 from stratagem.checkpoint import Retention, SavedCheckpoint, checkpoints_by_run, format_for, remove_checkpoints
-from stratagem.cli.output import echo
+from stratagem.cli.output import echo, status
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
-from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
 from stratagem.train.run.context import INTERRUPTED
 from stratagem.train.run.work_dir_lock import work_dir_lock
@@ -76,7 +75,7 @@ def _with_damaged_marked(saved: Sequence[SavedCheckpoint], keep_last: int) -> li
     """Verify checkpoints, latest first, until ``keep_last`` are intact; return all, with damaged ones marked as unusable."""
     marked: list[SavedCheckpoint] = []
     intact = 0
-    with shared_console().status("Reading the checkpoints that would be kept ..."):
+    with status("Reading the checkpoints that would be kept ..."):
         for each in reversed(saved):
             if intact < keep_last and each.finite and not each.retention_tag.metric:
                 try:

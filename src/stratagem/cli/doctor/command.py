@@ -15,6 +15,7 @@ from stratagem.cli.doctor.ranks import check_ranks, read_findings
 from stratagem.cli.launch.processes import launch_locally
 from stratagem.cli.output import Table, echo, print_table
 from stratagem.distributed import infer_launcher, read_launch
+from stratagem.utils.printable import escape_controls
 
 __all__ = ["doctor"]
 
@@ -58,8 +59,12 @@ def _print(findings: list[Finding], *, as_json: bool) -> None:
     table = Table("", "check", "result", "advice", box=None, pad_edge=False)
     for finding in findings:
         color = _COLORS[finding.verdict]
+        texts = [Text(escape_controls(text)) for text in (finding.subject, finding.found, finding.advice)]
         # Use Text objects, because rich would interpret brackets in error messages as markup.
-        table.add_row(Text(finding.verdict.value, color), *map(Text, (finding.subject, finding.found, finding.advice)))
+        table.add_row(
+            Text(finding.verdict.value, color),
+            *texts,
+        )
     print_table(table, as_json=as_json)
     if as_json:
         return

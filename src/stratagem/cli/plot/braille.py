@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stratagem.cli.plot.charts import Chart, Panel
+from stratagem.utils.printable import escape_controls, printable_name
 
 __all__ = ["print_chart"]
 
@@ -29,15 +30,15 @@ _MARK = "┊"
 def print_chart(chart: Chart, console: Console) -> None:
     """Print the title, the panels with their legends, the x axis and the notes. Uses up to 110 columns of the console."""
     width = max(20, min(console.width, _MAX_WIDTH) - _AXIS - 3)
-    lines = [Text(chart.title, style="bold")]
+    lines = [Text(printable_name(chart.title), style="bold")]
     if chart.subtitle:
-        lines.append(Text(chart.subtitle, style=_FAINT))
+        lines.append(Text(printable_name(chart.subtitle), style=_FAINT))
     low, high = chart.x_range
     for panel in chart.panels:
         lines.append(Text())
         lines += _panel(panel, width, low, high, log_x=chart.log_x)
     lines += _x_axis(chart, width, low, high)
-    lines += [Text(note) for note in chart.notes]
+    lines += [Text(escape_controls(note)) for note in chart.notes]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -57,7 +58,10 @@ def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) ->
     for number in order:
         _plot(bits, styles, _rows(curves[number], bottom, top, log=panel.log), names[number][1])
     yield _join(
-        [Text(panel.label, style="bold"), *(Text(f"● {label}", style=style) for label, style in names if label)]
+        [
+            Text(printable_name(panel.label), style="bold"),
+            *(_entry(label, style) for label, style in names if label),
+        ]
     )
     marks = {
         int(_position(mark.x, low, high, log=log_x) * (width - 1)): number for number, mark in enumerate(panel.marks)
@@ -153,3 +157,7 @@ def _ticks(positions: list[float], labels: list[str], width: int, name: str) -> 
 
 def _join(parts: list[Text]) -> Text:
     return Text("  ").join(parts)
+
+
+def _entry(label: str, style: str) -> Text:
+    return Text(f"● {printable_name(label)}", style=style)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import traceback
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 from stratagem.config.reading.source import Source
 from stratagem.errors import ConfigKeyError, ConfigParsingError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
+from stratagem.utils.imports import is_in_unsearched_working_directory
 
 __all__ = ["CUSTOM_IMPORTS", "IMPORT_KEYS", "add_sibling_folders_to_path", "import_custom_modules"]
 
@@ -40,7 +40,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
         if CUSTOM_IMPORTS in layer.data or layer is layers[-1]:
             _put_on_path(layer.folder)
     for module in modules:
-        if importlib.util.find_spec(module.partition(".")[0]) is None and _is_in(Path.cwd(), module):
+        if is_in_unsearched_working_directory(module):
             # As with `python -m stratagem`. The console script does not put the working directory on sys.path.
             sys.path.append(str(Path.cwd()))
         try:
@@ -57,11 +57,6 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
             raise ConfigParsingError(
                 f"{CUSTOM_IMPORTS}: importing {module!r} failed{_line_of(error)}: {type(error).__name__}: {error}"
             ) from error
-
-
-def _is_in(folder: Path, module: str) -> bool:
-    top = folder / module.partition(".")[0]
-    return top.is_dir() or top.with_suffix(".py").is_file()
 
 
 def _line_of(error: BaseException) -> str:
