@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -25,6 +26,8 @@ from torch.utils.data import (
 )
 
 from stratagem.data import DefaultSampler, GroupedBatchSampler, build_dataloader
+from stratagem.data.batches import OpaqueBatches
+from stratagem.data.rank_share import RankItems, RankShare
 from stratagem.errors import ConfigValueError
 
 NUMBERS = list(range(11))
@@ -174,6 +177,103 @@ def test_a_torchdata_loader_has_the_samples_of_the_plain_loader(kind: str, size:
         # As in training, the iteration ends after ``length`` batches, before the loader reports its end.
         found = zip(*(lists(islice(loader.batches(epoch), 3)) for loader in loaders), strict=True)
         assert [sorted(chain(*batches)) for batches in found] == [sorted(batch) for batch in lists(plain)]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("samples", range(1, 14))
+def test_torchdata_forms_the_batches_of_torch(samples: int, batch_size: int, drop_last: bool) -> None:
+    """The batches of torchdata's batch sampler are those of torch's, which is a condition for distributing their samples."""
+    module = pytest.importorskip("torchdata.stateful_dataloader.sampler")
+    assert list(module.BatchSampler(range(samples), batch_size, drop_last)) == list(
+        BatchSampler(range(samples), batch_size, drop_last)
+    )
+
+
+class Countdown(Sampler[int]):
+    """A sampler with a state, whose iteration continues where the last one stopped."""
+
+    def __init__(self) -> None:
+        self.left = len(NUMBERS)
+
+    def __iter__(self) -> Iterator[int]:
+        while self.left:
+            self.left -= 1
+            yield self.left
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of samples left."""
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a state."""
+        self.left = state["left"]
+
+
+class Named(BatchSampler):
+    """A batch sampler that adds an attribute and inherits everything else."""
+
+    name = "named"
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", ["inherited", "torchdata", "StatefulDataLoader"])
+def test_the_last_batches_of_all_ranks_are_the_last_batch_of_one_process(kind: str) -> None:
+    """Batch samplers that form torch's batches are distributed by sample, so that the last round is that of one process."""
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader() -> Any:
+        if kind == "StatefulDataLoader":
+            return module.StatefulDataLoader(NUMBERS[:10], 2)
+        batches = Named if kind == "inherited" else module.sampler.BatchSampler
+        return DataLoader(NUMBERS[:10], batch_sampler=batches(NUMBERS[:10], 2, False))
+
+    assert of_ranks(loader, training=True) == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [9]]]
+    assert of_ranks(loader, training=False) == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [9]]]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("version", ["today", "before samples were distributed"])
+@pytest.mark.parametrize("kind", ["shuffle", "stateful sampler"])
+def test_a_torchdata_loader_on_two_ranks_continues_from_its_state(kind: str, version: str) -> None:
+    """Its state continues with the next samples of the same order, also the state that an earlier version saved."""
+    sampler = pytest.importorskip("torchdata.stateful_dataloader.sampler")
+    share = RankShare(1, 2)
+
+    def order(seed: int) -> Any:
+        if kind == "shuffle":
+            return sampler.RandomSampler(NUMBERS, generator=torch.Generator().manual_seed(seed))
+        return Countdown()
+
+    def batches(seed: int) -> OpaqueBatches:
+        return OpaqueBatches(sampler.BatchSampler(order(seed), 2, False), single=False, seed=3, share=share)
+
+    whole = iter(batches(1))
+    next(whole)
+    if version == "today":
+        state = whole.state_dict()  # type: ignore[attr-defined]
+    else:
+        items = RankItems(sampler.BatchSampler(order(1), 2, False), share)
+        next(items)
+        state = items.state_dict()
+    resumed = iter(batches(2))
+    resumed.load_state_dict(pickle.loads(pickle.dumps(state)))  # type: ignore[attr-defined]
+    expected = list(whole)
+    assert len(expected) == 2
+    assert list(resumed) == expected
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_the_padding_of_a_distributed_sampler_is_dropped_from_torchdata_loaders() -> None:
+    """In evaluation, a ``StatefulDataLoader`` with a ``DistributedSampler`` yields each sample once."""
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    found = []
+    for rank in range(2):
+        sampler = DistributedSampler(NUMBERS, 2, rank, shuffle=False)  # type: ignore[arg-type]
+        loader = module.StatefulDataLoader(NUMBERS, 2, sampler=sampler)
+        found += lists(build_dataloader(loader, seed=3, rank=rank, world_size=2, training=False).batches(0))
+    assert sorted(chain(*found)) == NUMBERS
 
 
 def test_samples_of_a_sampler_are_distributed_in_turn() -> None:
@@ -326,9 +426,8 @@ DESCRIBED: dict[str, Callable[[], Any]] = {
     "11 samples of list in the order of SubsetRandomSampler, batches of 4, the samples split across 2": (
         lambda: DataLoader(NUMBERS, 4, sampler=SubsetRandomSampler([1]))
     ),
-    "11 samples of list in the order of list, the batches split across 2": (
-        lambda: DataLoader(NUMBERS, batch_sampler=[[1]])
-    ),
+    "11 samples of list in the order of list, the batches split across 2 data-parallel ranks, undivided because list forms "
+    "its own batches": (lambda: DataLoader(NUMBERS, batch_sampler=[[1]])),
     "stream Counting of 4 samples, batches of 2, the batches split across 2 data-parallel ranks; every rank reads all": (
         lambda: DataLoader(Counting(4), 2)
     ),
@@ -342,6 +441,19 @@ DESCRIBED: dict[str, Callable[[], Any]] = {
 def test_a_loader_describes_its_order_and_distribution(words: str) -> None:
     """``describe`` returns one line with the order and the distribution across ranks, for the log."""
     assert words in build_dataloader(DESCRIBED[words](), seed=3, world_size=2, training=False).describe()
+
+
+def test_undivided_batches_are_announced_for_training() -> None:
+    """``describe`` states that whole batches of a batch sampler with its own ``__iter__`` may be repeated in training."""
+    loader = DataLoader(NUMBERS, batch_sampler=OddThenEven(SequentialSampler(NUMBERS), 3, False))
+    assert (
+        build_dataloader(loader, seed=3, world_size=2, training=True)
+        .describe()
+        .endswith(
+            "the batches split across 2 data-parallel ranks, undivided because OddThenEven forms its own batches; the last round "
+            "of an epoch may repeat batches"
+        )
+    )
 
 
 @pytest.mark.slow

@@ -6,9 +6,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from torchmetrics.classification import BinaryAUROC
+from torch.distributed import new_group
+from torchmetrics import MetricCollection, SumMetric
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+from torchmetrics.wrappers import MinMaxMetric
 
 from stratagem import Runner
 from stratagem.dist import get_rank
@@ -128,3 +132,31 @@ def evaluate_on_rank_0() -> dict[str, Any]:
 def test_a_rank_without_samples_takes_part_in_list_metrics(ranks: Ranks):
     """The metric equals that of one process: three of the four positive-negative pairs are in order."""
     assert ranks.run(evaluate_on_rank_0) == [{"curve": 0.75}] * 2
+
+
+def evaluate_collection_on_rank_0() -> dict[str, Any]:
+    """Evaluate a collection of metrics that collect lists; only rank 0 has a batch."""
+    collection = MetricCollection({"area": BinaryAUROC(), "precision": BinaryAveragePrecision()})
+    evaluator = Evaluator({"curve": collection})
+    if get_rank() == 0:
+        evaluator.process(None, {"preds": torch.tensor([0.1, 0.4, 0.2, 0.9]), "target": torch.tensor([0, 0, 1, 1])})
+    return evaluator.evaluate()
+
+
+def test_a_rank_without_samples_takes_part_in_a_metric_collection(ranks: Ranks):
+    """The values equal those of one process: the precisions at the two positive samples are 1 and 2/3."""
+    for values in ranks.run(evaluate_collection_on_rank_0):
+        assert values == pytest.approx({"curve/area": 0.75, "curve/precision": 5 / 6})
+
+
+def sums_of_one_rank() -> dict[str, Any]:
+    """Return the sums of this rank's own number, in a collection and in a wrapper."""
+    groups = [new_group([rank]) for rank in range(2)]
+    evaluator = Evaluator({"all": MetricCollection({"sum": SumMetric()}), "wrapped": MinMaxMetric(SumMetric())})
+    evaluator.process(None, (torch.tensor(float(get_rank() + 1)),))
+    return evaluator.evaluate(group=groups[get_rank()])
+
+
+def test_a_metric_collection_is_combined_over_the_given_ranks_only(ranks: Ranks):
+    """With ranks that have copies of the same samples, metrics within a collection or wrapper do not count them twice."""
+    assert [(values["all/sum"], values["wrapped/raw"]) for values in ranks.run(sums_of_one_rank)] == [(1, 1), (2, 2)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast, final
 
 from torch.utils.data import BatchSampler, Sampler
 
-from stratagem.data.rank_share import IsolatedIterator, RankItems, RankShare, length_of
+from stratagem.data.rank_share import IsolatedIterator, RankItems, RankShare, forms_plain_batches, length_of
 from stratagem.data.samplers import PositionedSampler
 from stratagem.data.streams import BatchRequest
 
@@ -126,8 +127,9 @@ class RankBatches(PositionedBatches):
 class OpaqueBatches:
     """The batches of a custom sampler or batch sampler, which reaches a position only by iterating to it.
 
-    The samples of a sampler, or the batches of a batch sampler, are distributed round-robin over the ranks. With a sampler,
-    the batches of all ranks together form the batch of a single process with N times the batch size.
+    The samples of a sampler, or the batches of a batch sampler, are distributed round-robin over the ranks. With a sampler, and
+    with a batch sampler that forms its batches from a sampler as torch's ``BatchSampler`` does, the batches of all ranks
+    together form the batch of a single process with N times the batch size.
 
     Args:
         sampler: yields lists of indices, or single indices without batching.
@@ -141,8 +143,8 @@ class OpaqueBatches:
         self.share = share
         self._single = single
         self._seed = seed
-        divided = share is not None and share.size > 1 and type(sampler) is BatchSampler
-        self._divided: BatchSampler | None = cast("BatchSampler", sampler) if divided else None
+        divides = share is not None and share.size > 1
+        self._divided: BatchSampler | None = sampler if divides and forms_plain_batches(sampler) else None
         self._epoch = 0
 
     @property
@@ -175,10 +177,16 @@ class OpaqueBatches:
         keys = (self._seed, self._epoch, "sampler")
         if self.share is None:
             return IsolatedIterator(self.sampler, *keys)
-        if self._divided is None:
+        divided = self._divided
+        if divided is None:
             return RankItems(self.sampler, self.share, *keys)
-        indices = RankItems(self._divided.sampler, self.share, *keys)
-        return iter(BatchSampler(cast("Any", indices), self._divided.batch_size, self._divided.drop_last))
+        if type(divided) is BatchSampler:
+            indices = RankItems(divided.sampler, self.share, *keys)
+            return iter(BatchSampler(cast("Any", indices), divided.batch_size, divided.drop_last))
+        # The iterator of torchdata's class has a state, which includes that of the sampler, so iterate over its batches.
+        singles = copy.copy(divided)
+        singles.batch_size, singles.drop_last = 1, False
+        return _BatchesOfSingles(RankItems(singles, self.share, *keys), divided.batch_size, drop_last=divided.drop_last)
 
     def __len__(self) -> int:
         if self._divided is None:
@@ -187,6 +195,39 @@ class OpaqueBatches:
         share = cast("RankShare", self.share)
         samples, size = share.count(len(self._divided.sampler)), self._divided.batch_size  # type: ignore[arg-type]
         return samples // size if self._divided.drop_last else math.ceil(samples / size)
+
+
+@final
+class _BatchesOfSingles(Iterator[list[Any]]):
+    """Joins batches of one sample to larger ones. The state is that of the batches of one sample.
+
+    Args:
+        singles: yields this rank's samples, each in a list.
+        batch_size: samples per batch.
+        drop_last: whether to drop the last batch if it is smaller than ``batch_size``.
+    """
+
+    def __init__(self, singles: RankItems, batch_size: int, *, drop_last: bool) -> None:
+        self._singles = singles
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+
+    def __next__(self) -> list[Any]:
+        batch = [sample for (sample,) in islice(self._singles, self._batch_size)]
+        if not batch or (self._drop_last and len(batch) < self._batch_size):
+            raise StopIteration
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+        return {**self._singles.state_dict(), "unit": "sample"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a position, also from that of an earlier version, which counted whole batches."""
+        if state.get("unit") != "sample":
+            first = [[sample] for batch in state["first"] for sample in batch][: len(state["first"])]
+            state = {**state, "taken": state["taken"] * self._batch_size, "first": first}
+        self._singles.load_state_dict(state)
 
 
 def _drawn_to_the_end(items: Iterator[Any], length: int | None) -> Iterator[Any]:

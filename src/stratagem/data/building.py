@@ -25,7 +25,7 @@ from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatche
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import follows_epoch, shares_epoch
 from stratagem.data.loader import EpochLoader, iterates_its_sampler
-from stratagem.data.rank_share import RankShare, declared_share
+from stratagem.data.rank_share import RankShare, declared_share, forms_plain_batches
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
 from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
 from stratagem.data.streams import StreamedDataset, stream_seed, uses_random_numbers
@@ -255,7 +255,7 @@ def _opaque_batches(sampler: Any, *, single: bool, seed: int, share: RankShare) 
         unpadded = UnpaddedSampler(inner)
         if single:
             sampler = unpadded
-        elif type(sampler) is BatchSampler:
+        elif forms_plain_batches(sampler):
             sampler = BatchSampler(unpadded, sampler.batch_size, sampler.drop_last)
     return OpaqueBatches(sampler, single=single, seed=seed, share=None)
 

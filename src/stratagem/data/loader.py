@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, final
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from stratagem.data.batches import (
     ConsumedSamples,
@@ -21,7 +21,7 @@ from stratagem.data.batches import (
 )
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
-from stratagem.data.rank_share import IsolatedIterator, RankShare, length_of, require_same_batches
+from stratagem.data.rank_share import IsolatedIterator, RankShare, forms_plain_batches, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.seeding import isolate_cpu_rng
 from stratagem.data.stateful import ResumableStream, Stateful, shuffle_buffer_of
@@ -151,8 +151,19 @@ class EpochLoader:
         if isinstance(order, PositionedBatches) or not fixed:
             unit = "batches" if self.by_batch else "samples"
             reading = "" if self.share is None else "; every rank reads all of them"
-            return f"the {unit} split across {ranks}{reading}"
+            return f"the {unit} split across {ranks}{reading}{self._whole_batches(order)}"
         return f"already split across {ranks}"
+
+    def _whole_batches(self, order: Any) -> str:
+        """Return the addition to the phrase if the batches of a batch sampler are not divided; an empty string otherwise."""
+        if not isinstance(order, OpaqueBatches) or not order.by_batch:
+            return ""
+        repeated = (
+            "; the last round of an epoch may repeat batches"
+            if order.share is not None and order.share.round_up
+            else ""
+        )
+        return f", undivided because {type(order.sampler).__name__} forms its own batches{repeated}"
 
     def describe(self) -> str:
         """Return one line about the dataset, the order of the data, and how it is split across the ranks."""
@@ -165,7 +176,7 @@ class EpochLoader:
             samples = length_of(dataset)
             what = kind if samples is None else f"{samples:,} samples of {kind}"
             sampler = order.sampler if isinstance(order, OpaqueBatches | RankBatches) else order
-            inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+            inner = sampler.sampler if forms_plain_batches(sampler) else sampler
             inner = inner.sampler if isinstance(inner, UnpaddedSampler) else inner
             what += f" in the order of {type(inner).__name__}"
         size = self.batch_size

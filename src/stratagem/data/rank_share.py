@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import numpy as np
 import torch
@@ -25,7 +26,15 @@ from stratagem.data.streams import seed_stream
 from stratagem.distributed import all_gather_object, broadcast_object, get_world_size
 from stratagem.errors import ConfigValueError
 
-__all__ = ["IsolatedIterator", "RankItems", "RankShare", "declared_share", "length_of", "require_same_batches"]
+__all__ = [
+    "IsolatedIterator",
+    "RankItems",
+    "RankShare",
+    "declared_share",
+    "forms_plain_batches",
+    "length_of",
+    "require_same_batches",
+]
 
 # The number of items to compare between ranks if a sampler has no length.
 _COMPARED_ITEMS = 65_536
@@ -33,6 +42,8 @@ _COMPARED_ITEMS = 65_536
 _MAX_DEPTH = 8
 # Samplers that draw the whole order, or the seed of their own generator, before the first item.
 _TORCH_SAMPLERS = frozenset({RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler})
+# The module of torchdata's samplers, which torchdata's StatefulDataLoader uses instead of torch's.
+_TORCHDATA_SAMPLERS = "torchdata.stateful_dataloader.sampler"
 
 
 @final
@@ -112,9 +123,9 @@ class IsolatedIterator(Iterator[Any]):
 
 
 def _draws_with_first_item(items: Any) -> bool:
-    """Return whether a sampler uses the global generators only for its first item, as torch's samplers do."""
-    sampler = items.sampler if type(items) is BatchSampler else items
-    return type(sampler) in _TORCH_SAMPLERS
+    """Return whether a sampler uses the global generators only for its first item, as the samplers of torch and torchdata do."""
+    sampler = items.sampler if forms_plain_batches(items) else items
+    return type(sampler) in _TORCH_SAMPLERS or type(sampler) is _torchdata_class("RandomSampler")
 
 
 @final
@@ -229,6 +240,29 @@ def require_same_batches(name: str, batches: Sequence[Any]) -> None:
 
 def _differ(digest: str) -> bool:
     return len(set(all_gather_object(digest))) > 1
+
+
+def forms_plain_batches(sampler: Any) -> TypeGuard[BatchSampler]:
+    """Return whether an object forms batches from consecutive items of its ``sampler``, exactly as torch's ``BatchSampler`` does.
+
+    This is known of torch's ``BatchSampler``, of torchdata's, and of subclasses that inherit ``__iter__`` and ``__len__`` and
+    store ``sampler``, ``batch_size`` and ``drop_last`` as plain attributes.
+    """
+    if type(sampler) is BatchSampler:
+        return True
+    if not isinstance(sampler, BatchSampler):
+        return False
+    kind, known = type(sampler), (BatchSampler, _torchdata_class("BatchSampler"))
+    return (
+        any(each is not None and kind.__iter__ is each.__iter__ for each in known)
+        and kind.__len__ is BatchSampler.__len__
+        and {"sampler", "batch_size", "drop_last"} <= vars(sampler).keys()
+    )
+
+
+def _torchdata_class(name: str) -> Any:
+    """Return a class of torchdata's samplers; None if their module was not imported."""
+    return getattr(sys.modules.get(_TORCHDATA_SAMPLERS), name, None)
 
 
 def length_of(part: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise, zip_longest
 from typing import Any, cast, final
 
@@ -229,13 +229,22 @@ def _values(
         metric.process_group, metric.batch_ends = group, batch_ends
         return metric.evaluate(size)
     if group is not None:
-        metric.process_group = group
+        _set_process_group(metric, group)
     _fill_empty_lists(metric, group)
     computed = metric.compute()
     metric.reset()
     if isinstance(computed, Mapping):
         return {f"{name}/{key}": _number(value) for key, value in computed.items()}
     return {name: _number(computed)}
+
+
+def _set_process_group(metric: Any, group: ProcessGroup) -> None:
+    """Set the ranks of a metric, and those of the metrics in a collection or wrapper, which synchronize separately."""
+    metric.process_group = group
+    parts: Iterable[Any] = metric.modules() if isinstance(metric, nn.Module) else ()
+    for part in parts:
+        if hasattr(part, "process_group"):
+            part.process_group = group
 
 
 def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
@@ -259,7 +268,7 @@ def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
         known: Any = next((kind for kind in of_ranks if kind is not None), None)
         if first is None and known is not None:
             dtype, shape = known
-            setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=cast("Any", metric).device)])
+            setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=cast("Any", module).device)])
 
 
 def _number(value: Any) -> Any:
