@@ -104,8 +104,10 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
         if allowed and clipping is not None:
             clipping.apply(grads, norm)
     if allowed:
+        prepared = optim.prepared
         # Do not call scaler.step(), because the gradients are already unscaled and checked.
-        optim.optimizer.step(**kwargs)
+        if prepared is None or kwargs or not prepared.apply(optim.optimizer):
+            optim.optimizer.step(**kwargs)
         optim.num_steps_applied += 1
     if scaler is not None:
         scaler.update(optim.fixed_scale)  # None: dynamic scaling
@@ -117,6 +119,7 @@ class AccumulatingOptim(Protocol):
     optimizer: Optimizer
     gradient_policy: Any
     clipping: Any
+    prepared: Any
     grad_scaler: Any
     fixed_scale: float | None
     inner_count: int

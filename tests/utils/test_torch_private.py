@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stratagem.utils import torch_private
@@ -311,6 +312,83 @@ def test_the_wrappers_inside_a_model_hold_the_module_in_an_attribute() -> None:
     for wrapper in (torch.compile(linear, backend="eager"), checkpoint_wrapper(linear)):
         (attribute,) = (name for cls, name in torch_private.inner_wrappers().items() if isinstance(wrapper, cls))
         assert wrapper._modules == {attribute: linear}
+
+
+def test_the_fused_kernels_update_in_place() -> None:
+    """Each kernel updates the parameters; the steps of Adam and Adagrad are counted by the caller."""
+
+    def tensors(count: int) -> list[list[Tensor]]:
+        return [[torch.full((2,), 1.0)] for _ in range(count)]
+
+    shared: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.0, "maximize": False, "grad_scale": None, "found_inf": None}
+    parameters, gradients, momenta = tensors(3)
+    sgd = {"momentum": 0.5, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+    torch_private.fused_sgd(parameters, gradients, momenta, **shared, **sgd)
+    assert momenta[0].tolist() == [1.5, 1.5]
+    assert parameters[0].tolist() == [0.25, 0.25]
+    adam = {"beta1": 0.5, "beta2": 0.5, "eps": 0.0, "amsgrad": False}
+    for kernel in (torch_private.fused_adam, torch_private.fused_adamw):
+        parameters, gradients, averages, squares = tensors(4)
+        steps = [torch.tensor(1.0)]
+        kernel(parameters, gradients, averages, squares, [], steps, **shared, **adam)
+        # Both averages stay 1 and are divided by 1 - 0.5.
+        assert parameters[0].tolist() == pytest.approx([1 - 0.5 * 2 / math.sqrt(2)] * 2)
+        assert steps[0] == 1
+    parameters, gradients, sums = tensors(3)
+    steps = [torch.tensor(1.0)]
+    torch_private.fused_adagrad(parameters, gradients, sums, steps, lr_decay=0.0, eps=0.0, **shared)
+    assert sums[0].tolist() == [2, 2]
+    assert parameters[0].tolist() == pytest.approx([1 - 0.5 / math.sqrt(2)] * 2)
+
+
+def test_set_grad_enabled_switches_autograd() -> None:
+    """It switches autograd until the next call."""
+    torch_private.set_grad_enabled(False)
+    try:
+        assert not torch.is_grad_enabled()
+    finally:
+        torch_private.set_grad_enabled(True)
+    assert torch.is_grad_enabled()
+
+
+def test_is_step_observed_finds_hooks_and_profilers() -> None:
+    """Hooks of the optimizer, global hooks and an active profiler observe a step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    assert not torch_private.is_step_observed(optimizer)
+    for register in (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert torch_private.is_step_observed(optimizer)
+        handle.remove()
+    with torch.profiler.profile():
+        assert torch_private.is_step_observed(optimizer)
+    assert not torch_private.is_step_observed(optimizer)
+
+
+def test_is_profiling_follows_both_profilers() -> None:
+    """Both profilers of torch set the flag while they are active."""
+    for profile in (torch.profiler.profile, torch.autograd.profiler.profile):
+        assert not torch_private.is_profiling()
+        with profile():
+            assert torch_private.is_profiling()
+    assert not torch_private.is_profiling()
+
+
+def test_step_function_ignores_the_wrapper_that_calls_hooks() -> None:
+    """Torch wraps ``step`` of a class when the first object is created; a replaced ``step`` is another function."""
+    before = torch_private.step_function(torch.optim.SGD)
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    assert torch_private.step_function(torch.optim.SGD) is before
+
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    assert torch_private.step_function(Own) is not before
 
 
 def test_every_name_has_a_test() -> None:

@@ -21,6 +21,7 @@ from stratagem.data.batches import (
 )
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
+from stratagem.data.in_process import batches_in_process, can_load_in_process
 from stratagem.data.rank_share import IsolatedIterator, RankShare, forms_plain_batches, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.seeding import isolate_cpu_rng
@@ -251,7 +252,8 @@ class EpochLoader:
         set_epoch_of(self.loader.dataset, self._epoch_of(epoch))
         if self._source is not None and self._batches is not None:
             self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
-            return self._with_worker_errors(start_workers(self.loader))
+            started = batches_in_process if can_load_in_process(self.loader) else start_workers
+            return self._with_worker_errors(started(self.loader))
         if self._batches is not None and isinstance(self._batches.source, OpaqueBatches):
             self._batches.set_requests(self._batches.source.requests_from(epoch, done))
             return self._begin(epoch)

@@ -23,6 +23,8 @@ _CONSOLE_TIME = "%m/%d %H:%M:%S"
 _FILE_TIME = "%Y/%m/%d %H:%M:%S"
 _STYLES = {"DEBUG": "cyan", "INFO": "green", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _REMEMBERED_WARNINGS = 1000
+# The attribute of a record that contains its message, masked and escaped.
+_SAFE_MESSAGE = "stratagem_message"
 
 
 @final
@@ -87,11 +89,26 @@ class _Formatter(logging.Formatter):
             f"%(asctime)s - {_LABEL} - %(levelname)s - %(pathname)s - %(funcName)s - %(lineno)d - %(message)s",
             time_format,
         )
+        self._second = -1
+        self._text = ""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line with its traceback, if any, with secrets masked and control characters escaped."""
-        line = self._with_location.format(record) if record.levelno >= logging.ERROR else super().format(record)
-        return escape_controls(mask_text(line))
+        if record.levelno >= logging.ERROR or record.exc_info or record.stack_info:
+            line = self._with_location.format(record) if record.levelno >= logging.ERROR else super().format(record)
+            return escape_controls(mask_text(line))
+        # The file and the console have the same message, so only the first handler masks it.
+        own = record.__dict__
+        message = own.get(_SAFE_MESSAGE)
+        if message is None:
+            own[_SAFE_MESSAGE] = message = escape_controls(mask_text(record.getMessage()))
+        return f"{self._time(record)} - {_LABEL} - {record.levelname} - {message}"
+
+    def _time(self, record: logging.LogRecord) -> str:
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._text = second, self.formatTime(record, self.datefmt)
+        return self._text
 
 
 @final

@@ -48,6 +48,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         accumulative_counts: the number of micro-batches per update.
         clip_grad: as in ``AccumulatingOptimWrapper``.
         nonfinite: as in ``AccumulatingOptimWrapper``; float16 always skips.
+        prepared: as in ``AccumulatingOptimWrapper``.
 
     Attributes:
         device_type: the device type of autocast.
@@ -67,8 +68,15 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         accumulative_counts: int = 1,
         clip_grad: Mapping[str, Any] | None = None,
         nonfinite: NonFinite | None = None,
+        prepared: bool = True,
     ) -> None:
-        super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad, nonfinite=nonfinite)
+        super().__init__(
+            optimizer,
+            accumulative_counts=accumulative_counts,
+            clip_grad=clip_grad,
+            nonfinite=nonfinite,
+            prepared=prepared,
+        )
         self.device_type = _device_type(optimizer)
         self.dtype = _parse_dtype(dtype, self.device_type)
         if self.dtype == torch.float16:

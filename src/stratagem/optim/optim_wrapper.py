@@ -32,6 +32,7 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
     scale,
 )
+from stratagem.optim.prepared import PreparedUpdate
 from stratagem.step import apply_gradients, update_params
 from stratagem.utils.torch_private import stored_values
 
@@ -56,11 +57,14 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         clip_grad: ``dict(max_norm=..., norm_type=2.0)``, or ``dict(type="value", clip_value=...)``.
         nonfinite: what to do if the norm of the gradients is NaN or Inf: ``"error"``, ``"skip"`` the update, or ``None``
             to disable the check. The check synchronizes with the device once per update.
+        prepared: whether to update with :class:`~stratagem.optim.prepared.PreparedUpdate` instead of ``optimizer.step`` where
+            that is possible. The results are the same.
 
     Attributes:
         grad_norm: the gradient norm of the last step before clipping, on its device; ``None`` if it is not computed.
         max_counts: the number of micro-batches in the run; -1 if unknown.
         clipping: the clipping policy; None if gradients are not clipped.
+        prepared: the update that replaces ``optimizer.step``; None if it is disabled or the optimizer has none.
         nonfinite: the policy for gradient norms that are NaN or Inf; always ``"skip"`` with float16.
         grad_scaler: scales the loss in float16; None in all other precisions.
         fixed_scale: the loss scale if it is constant.
@@ -77,6 +81,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         accumulative_counts: int = 1,
         clip_grad: Mapping[str, Any] | None = None,
         nonfinite: NonFinite | None = None,
+        prepared: bool = True,
     ) -> None:
         super().__init__(optimizer)
         if not isinstance(accumulative_counts, int) or accumulative_counts < 1:
@@ -85,6 +90,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.max_counts = -1
         self.grad_norm: Tensor | None = None
         self.clipping: Clipping | None = parse_clipping(clip_grad)
+        self.prepared = PreparedUpdate.of(optimizer) if prepared else None
         self.nonfinite = parse_nonfinite(nonfinite, self.clipping)
         self.grad_scaler: GradScaler | None = None
         self.fixed_scale: float | None = None

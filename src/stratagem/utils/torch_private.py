@@ -15,8 +15,10 @@ from typing import Any, Final, cast
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.autograd import profiler as _profiler
 from torch.nn.parallel import distributed as _ddp
 from torch.optim import Optimizer
+from torch.optim import optimizer as _optimizer
 
 from stratagem.utils.imports import import_object
 
@@ -30,8 +32,14 @@ __all__ = [
     "default_store",
     "flatten_mesh",
     "gather_scalars",
+    "fused_adagrad",
+    "fused_adam",
+    "fused_adamw",
+    "fused_sgd",
     "fused_step_reads_found_inf",
     "initialize_fsdp_root",
+    "is_profiling",
+    "is_step_observed",
     "inner_wrappers",
     "load_hook_modules",
     "local_shape_and_offset",
@@ -40,6 +48,8 @@ __all__ = [
     "rebuild_ddp_reducer",
     "refresh_fsdp_dtypes",
     "reduce_held_gradients",
+    "set_grad_enabled",
+    "step_function",
     "storage_id",
     "stored_values",
     "tensors_in",
@@ -66,6 +76,46 @@ backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
 # mark_nonfinite(tensors, found, scale) sets ``found`` to 1 if a value is NaN or Inf, and multiplies the tensors by ``scale``,
 # in one pass on the device. It is the kernel of torch's GradScaler. All tensors must have the device and dtype of the first.
 mark_nonfinite: Callable[[list[Tensor], Tensor, Tensor], None] = torch._amp_foreach_non_finite_check_and_unscale_
+
+
+# The kernels of fused optimizers. They update parameters, state tensors and, for Adam and Adagrad, only read the step counters.
+fused_sgd: Callable[..., None] = torch._fused_sgd_
+fused_adam: Callable[..., None] = torch._fused_adam_
+fused_adamw: Callable[..., None] = torch._fused_adamw_
+fused_adagrad: Callable[..., None] = torch._fused_adagrad_
+
+# set_grad_enabled(False) disables autograd until the next call; the public context manager makes five calls.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+
+_GLOBAL_HOOKS: Final = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)
+# Torch wraps the step of each optimizer class in a function with this code, which calls the hooks.
+_HOOKED_STEP: Final = Optimizer.profile_hook_step(print).__code__
+
+
+def is_step_observed(optimizer: Optimizer) -> bool:
+    """Return whether a step hook or an active profiler observes the steps of an optimizer.
+
+    Private: the dictionaries of an optimizer's hooks and of global hooks, and the flag that torch's profilers set.
+    """
+    own: Any = optimizer
+    return bool(
+        own._optimizer_step_pre_hooks
+        or own._optimizer_step_post_hooks
+        or _GLOBAL_HOOKS[0]
+        or _GLOBAL_HOOKS[1]
+        or _profiler._is_profiler_enabled
+    )
+
+
+def is_profiling() -> bool:
+    """Return whether a profiler of torch is active. Private: the flag that torch's profilers set."""
+    return _profiler._is_profiler_enabled
+
+
+def step_function(optimizer_type: type[Optimizer]) -> Callable[..., Any]:
+    """Return the function ``step`` of an optimizer class without torch's wrapper that calls the hooks."""
+    function: Any = optimizer_type.step
+    return cast("Callable[..., Any]", function.__wrapped__ if function.__code__ is _HOOKED_STEP else function)
 
 
 def fused_step_reads_found_inf(optimizer: Optimizer) -> bool:

@@ -35,7 +35,7 @@ class LoggerHook(Hook):
 
     priority = Priority.BELOW_NORMAL
 
-    def __init__(self, interval: int = 10, *, ignore_last: bool = True, window_size: int | None = None) -> None:
+    def __init__(self, interval: int = 50, *, ignore_last: bool = True, window_size: int | None = None) -> None:
         require_integer("LoggerHook", "interval", interval)
         if window_size is not None:
             require_integer("LoggerHook", "window_size", window_size)
