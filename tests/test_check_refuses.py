@@ -130,6 +130,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (data(batch_size=None, drop_last=True), "train_dataloader"),
     (data(sampler={"type": "DefaultSampler"}, shuffle=True), "train_dataloader"),
     (data(collate_fn=3), "train_dataloader.collate_fn"),
+    (data(streams="never"), "train_dataloader.streams"),
     (data(dataset=5), "train_dataloader"),
     (data(num_workers=1, multiprocessing_context="thread"), "train_dataloader"),
     ({"train_dataloader": 5}, "train_dataloader"),
@@ -382,6 +383,18 @@ def under(kind: str, wrapper: Any, **options: Any) -> dict[str, Any]:
             "Specify only one",
         ),
         (under("ColossalAI", {"optimizer": {"type": "Adafactor"}}), "Adafactor requires whole parameters"),
+        (
+            {**strategy("DeepSpeed", checkpoint_format="deepspeed"), **hooks(checkpoint={"async_save": True})},
+            "cannot be written in the background",
+        ),
+        (
+            {**strategy("ColossalAI", checkpoint_format="colossalai"), **hooks(checkpoint={"async_save": True})},
+            "cannot be written in the background",
+        ),
+        (
+            {**strategy("DeepSpeed", bf16=True), **hooks(EMA)},
+            "needs the master weights in the model, but DeepSpeedStrategy",
+        ),
         ({**strategy("FSDP", tp=2), "randomness": {"diff_rank_seed": True}}, "Omit diff_rank_seed"),
         (
             {
@@ -428,6 +441,8 @@ def test_the_check_refuses_what_only_a_process_group_could_build(
         hooks({**STOP, "rule": "less"}, {**STOP, "rule": "less", "state_key": "second"}),
         hooks({**EMA, "begin_epoch": 2}, checkpoint={"interval": -1}),
         {"launcher": "slurm"},
+        data(streams="always"),
+        {**strategy("DeepSpeed", zero_optimization={"stage": 2}), **hooks(EMA, checkpoint={"async_save": True})},
         strategy("DDP", find_unused_parameters=True, sync_bn="torch", model_wrapper="separate"),
         strategy("FSDP", mixed_precision="bfloat16", tp=2, wrap_policy="Block", activation_checkpointing=True),
         under("DeepSpeed", {"optimizer": ADAM}, zero_optimization={"stage": 2}, bf16=True),

@@ -56,6 +56,7 @@ from stratagem.train.building import (
     require_complete_phase,
 )
 from stratagem.train.hook_priority import get_priority
+from stratagem.train.hooks import CheckpointHook, EMAHook
 from stratagem.train.hooks.schedule import check_epoch_schedules
 from stratagem.train.loops import require_one_optimizer
 from stratagem.train.resume.preemption import require_requeue
@@ -314,10 +315,7 @@ def _try_optim_wrapper(config: Config) -> AnyOptim | None:
     kind = strategy_class(strategy) or SingleDeviceStrategy
     if isinstance(strategy, BaseStrategy):
         return try_optim_wrapper(strategy.complete_optim_wrapper(spec))
-    arguments = (
-        {key: value for key, value in strategy.items() if key != "type"} if isinstance(strategy, Mapping) else {}
-    )
-    return kind.check_optim_wrapper(arguments, spec, try_optim_wrapper)
+    return kind.check_optim_wrapper(_arguments_of_strategy(strategy), spec, try_optim_wrapper)
 
 
 def _check_optimizer(config: Config) -> None:
@@ -346,6 +344,24 @@ def _has_paramwise_rules(optim_wrapper: Any) -> bool:
     return bool(keys & optim_wrapper.keys()) or any(
         isinstance(value, Mapping) and keys & value.keys() for value in optim_wrapper.values()
     )
+
+
+def _check_hooks_of_strategy(config: Config) -> None:
+    strategy = config.get("strategy")
+    kind = strategy_class(strategy)
+    if kind is None or isinstance(strategy, BaseStrategy):
+        return
+    hooks = check_hooks(**_values("default_hooks", "custom_hooks")(config))
+    kind.check_hooks(
+        _arguments_of_strategy(strategy),
+        averages=any(isinstance(hook, EMAHook) for hook in hooks),
+        saves_in_background=any(isinstance(hook, CheckpointHook) and hook.saves_in_background for hook in hooks),
+    )
+
+
+def _arguments_of_strategy(strategy: Any) -> dict[str, Any]:
+    """Return the arguments in the configuration of a strategy, which can be just its name."""
+    return {key: value for key, value in strategy.items() if key != "type"} if isinstance(strategy, Mapping) else {}
 
 
 def _check_resume(config: Config) -> None:
@@ -388,6 +404,7 @@ RULES: Sequence[JointRule] = (
         ("custom_hooks", "default_hooks", "train_cfg"),
         lambda config: check_hooks(**_values("default_hooks", "custom_hooks", "train_cfg")(config)),
     ),
+    JointRule(("custom_hooks", "default_hooks", "train_cfg", "strategy"), _check_hooks_of_strategy),
     JointRule(("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters"), _check_resume),
 )
 

@@ -26,6 +26,7 @@ from stratagem.distributed import RankGroup, World
 from stratagem.errors import (
     ConfigTypeError,
     ConfigValueError,
+    PlacementError,
     StateError,
     WorkDirError,
 )
@@ -152,6 +153,20 @@ class BaseStrategy(ABC):
         """
         del arguments
         return build(optim_wrapper)
+
+    @classmethod
+    def check_hooks(cls, arguments: Mapping[str, Any], *, averages: bool, saves_in_background: bool) -> None:
+        """Check that the arguments of the constructor support the hooks of a run, as far as this is known without a model.
+
+        Args:
+            arguments: the valid arguments.
+            averages: whether a hook averages the weights.
+            saves_in_background: whether a hook saves checkpoints in the background.
+
+        Raises:
+            StratagemError: (a subclass) if they do not.
+        """
+        del arguments, averages, saves_in_background
 
     # ---- facts ----------------------------------------------------------------------------------------------------
 
@@ -632,6 +647,23 @@ class BaseStrategy(ABC):
         self._stop_forwarding()
         self.logger.close()
         self._env.close()
+
+
+def require_master_weights(strategy: str, *, available: bool) -> None:
+    """Require the master weights in the model, for a hook that averages them.
+
+    Args:
+        strategy: the name of the class of the strategy.
+        available: its property ``params_are_master_weights``.
+
+    Raises:
+        PlacementError: if they are stored elsewhere.
+    """
+    if not available:
+        raise PlacementError(
+            f"EMAHook needs the master weights in the model, but {strategy} with these options stores them elsewhere. "
+            "Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
+        )
 
 
 def require_readable_path(work_dir: Any) -> None:

@@ -112,8 +112,8 @@ def check_hook(hook: Any, default_type: str | None = None) -> None:
     _try_hook(hook)
 
 
-def check_hooks(default_hooks: Any, custom_hooks: Any, train_cfg: Any = None) -> None:
-    """Check the hooks of a run together, as :func:`build_events` and the start of training do.
+def check_hooks(default_hooks: Any, custom_hooks: Any, train_cfg: Any = None) -> list[Hook]:
+    """Check the hooks of a run together, as :func:`build_events` and the start of training do; return the hooks considered.
 
     Of hooks of other packages, only those are considered whose ``state_key`` is known without building them.
 
@@ -128,6 +128,7 @@ def check_hooks(default_hooks: Any, custom_hooks: Any, train_cfg: Any = None) ->
         for hook in hooks:
             if isinstance(hook, EMAHook):
                 hook.refuse_epochs()
+    return hooks
 
 
 def _try_hook(hook: Any) -> Hook | None:

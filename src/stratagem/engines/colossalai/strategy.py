@@ -84,6 +84,12 @@ class ColossalAIStrategy(ComposedStrategy):
             check_plugin_wrapper(_parse(arguments), built)
         return built
 
+    @classmethod
+    def check_hooks(cls, arguments: Mapping[str, Any], *, averages: bool, saves_in_background: bool) -> None:
+        del averages  # Where the master weights are stored depends on the plugin that is built.
+        if saves_in_background and arguments.get("checkpoint_format", "portable") == "colossalai":
+            raise _not_in_background()
+
     def _make_placement(self) -> Placement:
         self._require_processes()
         placement: Placement = _load("placement:ColossalAIPlacement")(self._plugin, self.world)
@@ -97,12 +103,16 @@ class ColossalAIStrategy(ComposedStrategy):
         if not self._native:
             return write
         if write is not save_checkpoint:
-            raise CheckpointError(
-                "checkpoint_format='colossalai' cannot be written in the background. Set async_save=False, or "
-                "checkpoint_format='portable'."
-            )
+            raise _not_in_background()
         writer: CheckpointWriter = _load("native:ColossalAIFormatWriter")(self._placement)
         return writer
+
+
+def _not_in_background() -> CheckpointError:
+    return CheckpointError(
+        "checkpoint_format='colossalai' cannot be written in the background. Set async_save=False, or "
+        "checkpoint_format='portable'."
+    )
 
 
 def _parse(arguments: Mapping[str, Any]) -> Any:

@@ -102,6 +102,11 @@ class Options:
         )
 
     @property
+    def params_are_master_weights(self) -> bool:
+        """Whether the parameters of the model hold the float32 weights between steps."""
+        return self.stage < 3 and self.dtype is None
+
+    @property
     def allows_unknown_optimizers(self) -> bool:
         """Whether to accept optimizers that are not known to be elementwise."""
         return bool(self.config.get("zero_allow_untested_optimizer", False))

@@ -68,7 +68,7 @@ class DeepSpeedPlacement(Placement):
         self._options = options
         self._micro_batch = micro_batch
         self.master_weights: MasterWeights | None = None
-        self.params_are_master_weights = options.stage < 3 and options.dtype is None
+        self.params_are_master_weights = options.params_are_master_weights
         self.params_accept_writes = options.stage == 0 and options.dtype is None
         self._deepspeed = load_deepspeed(world)
         require_dtype(self._deepspeed, options.dtype)

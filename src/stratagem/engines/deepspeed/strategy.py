@@ -21,7 +21,7 @@ from stratagem.engines.deepspeed.options import Options
 from stratagem.engines.deepspeed.wrapper import require_plain_wrapper
 from stratagem.errors import ConfigValueError
 from stratagem.parallel import AnyOptim, Placement
-from stratagem.strategies.base import CheckpointWriter
+from stratagem.strategies.base import CheckpointWriter, require_master_weights
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.setup.trial import StandInOptimizer
 from stratagem.strategies.state.state_io import StateAccess
@@ -129,6 +129,14 @@ class DeepSpeedStrategy(ComposedStrategy):
                 require_elementwise(optimizer, stage=options.stage, allow_unknown=options.allows_unknown_optimizers)
         return built
 
+    @classmethod
+    def check_hooks(cls, arguments: Mapping[str, Any], *, averages: bool, saves_in_background: bool) -> None:
+        parsed = _Arguments.parse(arguments)
+        if saves_in_background and parsed.is_native:
+            raise _not_in_background()
+        if averages:
+            require_master_weights(cls.__name__, available=parsed.options.params_are_master_weights)
+
     def _make_placement(self) -> Placement:
         self._require_processes()
         placement: Placement = import_object(f"{_HERE}.placement:DeepSpeedPlacement")(
@@ -152,10 +160,7 @@ class DeepSpeedStrategy(ComposedStrategy):
         if not self._parsed.is_native:
             return write
         if write is not save_checkpoint:
-            raise ConfigValueError(
-                "checkpoint_format='deepspeed' cannot be written in the background. Set async_save=False in the "
-                "CheckpointHook, or use checkpoint_format='portable'."
-            )
+            raise _not_in_background()
         writer: CheckpointWriter = import_object(f"{_HERE}.native:DeepSpeedFormatWriter")(
             self.optim_wrapper, exclude_frozen_parameters=self._parsed.excludes_frozen
         )
@@ -194,6 +199,13 @@ class _Arguments:
             steps_per_print=arguments.get("steps_per_print", 10**13),
         )
         return cls(options, kind == "deepspeed", excludes_frozen)
+
+
+def _not_in_background() -> ConfigValueError:
+    return ConfigValueError(
+        "checkpoint_format='deepspeed' cannot be written in the background. Set async_save=False in the "
+        "CheckpointHook, or use checkpoint_format='portable'."
+    )
 
 
 def _completed(options: Options, optim_wrapper: Any) -> Any:

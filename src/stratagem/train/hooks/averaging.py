@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu, with_known_names
 from stratagem.distributed import all_gather_object
-from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, PlacementError, StateError
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.model import AveragedModel
 from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS
+from stratagem.strategies.base import require_master_weights
 from stratagem.tensors.dtensor import stack_over_ranks, to_local
 from stratagem.train.evaluation.batch_norm import can_recompute_statistics, recompute_statistics
 from stratagem.train.hook import Hook
@@ -177,11 +178,7 @@ class EMAHook(Hook):
 
     def before_run(self, run: Run) -> None:
         require_one_average(run.events.hooks)
-        if not run.strategy.params_are_master_weights:
-            raise PlacementError(
-                f"EMAHook needs the master weights in the model, but {type(run.strategy).__name__} with these options "
-                "stores them elsewhere. Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
-            )
+        require_master_weights(type(run.strategy).__name__, available=run.strategy.params_are_master_weights)
         model = run.strategy.unwrap_model()
         if model is not self._model:
             self._model, self._built = model, self._build(model)

@@ -177,6 +177,11 @@ class CheckpointHook(Hook):
         if self._best is not None:
             self._best.load_state_dict(state_dict)
 
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether a thread writes the checkpoints."""
+        return self._async_save
+
     def before_train(self, run: Run) -> None:
         folder = Path(run.work_dir)
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder
