@@ -40,9 +40,9 @@ class TrainingProgress:
     ) -> None:
         #: The number of completed iterations, set by the loop.
         self.completed = completed
-        self._label = printable_name(label)
-        self._unit = printable_name(unit)
-        self._values = ""
+        self._label = label
+        self._unit = unit
+        self._values: Mapping[str, float] = {}
         self._console = shared_console() if console is None else console
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -57,15 +57,17 @@ class TrainingProgress:
             auto_refresh=False,
             expand=True,
         )
-        self._task = self._progress.add_task(self._label, total=total, completed=completed, speed="", values="")
+        self._task = self._progress.add_task(
+            printable_name(label), total=total, completed=completed, speed="", values=""
+        )
         self._live: Live | None = None
         self._stopped = threading.Event()
 
     def show(self, values: Mapping[str, float], *, label: str | None = None) -> None:
-        """Set the values, and optionally the label, for the next time the bar is drawn."""
-        self._values = "  ".join(f"{printable_name(name)} {value:.4g}" for name, value in values.items())
+        """Set the values, and optionally the label, for the next time the bar is drawn. Do not modify ``values`` later."""
+        self._values = values
         if label is not None:
-            self._label = printable_name(label)
+            self._label = label
 
     def start(self) -> None:
         """Start drawing if the console is a terminal. Idempotent."""
@@ -109,9 +111,9 @@ class TrainingProgress:
         self._progress.update(
             self._task,
             completed=self.completed,
-            description=self._label,
-            speed="" if speed is None else f"{speed:.1f} {self._unit}/s",
-            values=self._values,
+            description=printable_name(self._label),
+            speed="" if speed is None else f"{speed:.1f} {printable_name(self._unit)}/s",
+            values="  ".join(f"{printable_name(name)} {value:.4g}" for name, value in self._values.items()),
         )
         return self._progress.get_renderable()
 
