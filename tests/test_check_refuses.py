@@ -472,6 +472,24 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        (schedule("LinearLR", start_factor=3, end=2), "param_scheduler.0.start_factor"),
+        ({"env_cfg": {"dist_cfg": {"timeout": -1}}, "launcher": "none"}, "env_cfg.dist_cfg.timeout"),
+        ({"env_cfg": {"resource_limit": 9}, "launcher": "torchrun"}, "launcher"),
+        (evaluator({"top": {**ACCURACY, "num_classes": 0}}), "val_evaluator.top.num_classes"),
+        ({**schedule("StepLR", step_size=1, end=4), "train_cfg": ITERS}, "param_scheduler"),
+    ],
+)
+def test_the_path_is_that_of_the_innermost_key_in_the_message(
+    tmp_path: Path, changes: dict[str, Any], path: str
+) -> None:
+    """A problem is located at the key that the message mentions, even if several sections are checked together."""
+    (problem,) = check_run(Config(configuration(tmp_path, changes)))
+    assert problem.path == path
+
+
 def test_a_single_problem_raises_the_class_of_the_error_of_building(tmp_path: Path) -> None:
     """``Runner.from_cfg`` raises the same class as ``Runner`` for a single invalid value."""
     with pytest.raises(ConfigValueError, match="max_epochs"):

@@ -398,13 +398,14 @@ RULES: Sequence[JointRule] = (
         ("strategy", *_SETTINGS),
         lambda config: check_strategy_settings(config.get("strategy"), **_values(*_SETTINGS)(config)),
     ),
-    JointRule(("optim_wrapper", "strategy", "train_cfg"), _check_optimizer),
-    JointRule(("param_scheduler", "optim_wrapper", "strategy", "train_cfg"), _check_schedules),
+    JointRule(("optim_wrapper",), _check_optimizer, context=("strategy", "train_cfg")),
+    JointRule(("param_scheduler",), _check_schedules, context=("optim_wrapper", "strategy", "train_cfg")),
     JointRule(
-        ("custom_hooks", "default_hooks", "train_cfg"),
+        ("custom_hooks", "default_hooks"),
         lambda config: check_hooks(**_values("default_hooks", "custom_hooks", "train_cfg")(config)),
+        context=("train_cfg",),
     ),
-    JointRule(("custom_hooks", "default_hooks", "train_cfg", "strategy"), _check_hooks_of_strategy),
+    JointRule(("custom_hooks", "default_hooks"), _check_hooks_of_strategy, context=("train_cfg", "strategy")),
     JointRule(("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters"), _check_resume),
 )
 

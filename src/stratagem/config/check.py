@@ -86,12 +86,14 @@ class JointRule:
     """A rule for several sections together. It is only checked if these sections are valid.
 
     Args:
-        keys: the top-level keys that the rule reads.
+        keys: the top-level keys whose values the rule checks; a problem is in one of them.
         validate: receives the configuration, and raises a ``StratagemError`` if the values of these keys do not fit together.
+        context: further top-level keys that the rule reads.
     """
 
     keys: Sequence[str]
     validate: Callable[[Config], object]
+    context: Sequence[str] = ()
 
 
 @final
@@ -148,9 +150,9 @@ def check(
     problems = list(run.mapping(config, top, ()))
     invalid = {problem.key for problem in problems}
     for rule in rules:
-        if invalid.isdisjoint(rule.keys):
-            first = next((key for key in rule.keys if key in config), "")
-            found = list(run.validated(config, rule.validate, (first,), inside=None))
+        if invalid.isdisjoint((*rule.keys, *rule.context)):
+            values = {key: config[key] for key in rule.keys if key in config}
+            found = list(run.validated(config, rule.validate, (next(iter(values), ""),), inside=values, root=()))
             problems += found
             invalid.update(rule.keys if found else ())
     return problems
@@ -213,7 +215,7 @@ class _Check:
             yield from self.validated(value, section.validate, path, inside=value)
 
     def validated(
-        self, value: Any, validate: Callable[[Any], object], path: KeyPath, *, inside: Any
+        self, value: Any, validate: Callable[[Any], object], path: KeyPath, *, inside: Any, root: KeyPath | None = None
     ) -> Iterator[Problem]:
         """Yield the error that a function raises for a value, if any.
 
@@ -221,17 +223,18 @@ class _Check:
             value: the argument of the function.
             validate: the function.
             path: the path of the problem.
-            inside: the value at this path. If it is a mapping and the message mentions one of its keys, the path of the
-                problem is that of the key.
+            inside: the value in which the key that the message mentions is searched.
+            root: the path of that value; ``path`` by default.
         """
         try:
             validate(value)
         except StratagemError as error:
-            yield self._problem(_narrowed(path, inside, str(error)), str(error), type(error))
+            narrowed = _narrowed(path if root is None else root, inside, str(error)) or path
+            yield self._problem(narrowed, str(error), type(error))
         except Exception as error:  # noqa: BLE001 -- building would fail with the same error
             message = f"{type(error).__name__}: {error}"
             kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
-            yield self._problem(_narrowed(path, inside, message), message, kind)
+            yield self._problem(_narrowed(path if root is None else root, inside, message) or path, message, kind)
 
     def _structure(self, value: Any, section: Section, path: KeyPath) -> Iterator[Problem]:
         if isinstance(value, Mapping):
@@ -364,12 +367,35 @@ class _Check:
 
 
 def _narrowed(path: KeyPath, value: Any, message: str) -> KeyPath:
-    """Return the path of the only key of a section that a message mentions; otherwise the path of the section."""
-    if not isinstance(value, Mapping):
-        return path
+    """Return the path of the innermost key that a message mentions, if there is only one; otherwise ``path``.
+
+    Args:
+        path: the path of the value.
+        value: the value, whose nested mappings and lists are searched.
+        message: the message.
+    """
     words = set(_WORD.findall(message))
-    mentioned = [key for key in value if key in words and key != "type"]
-    return (*path, mentioned[0]) if len(mentioned) == 1 else path
+    found = sorted((each for each in _paths_in(value, path) if each[-1] in words), key=len)
+    # The keys that contain the innermost one may be mentioned as well.
+    if found and all(found[-1][: len(each)] == each for each in found):
+        return found[-1]
+    return path
+
+
+def _paths_in(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Yield the paths of all keys in a value, except ``type``."""
+    if isinstance(value, Mapping):
+        for key in value:
+            try:
+                item = value[key]
+            except StratagemError:  # A lazy object that cannot be imported, which is reported for its key.
+                continue
+            if key != "type":
+                yield (*path, key)
+            yield from _paths_in(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _paths_in(item, (*path, index))
 
 
 def _find(kind: Any, registry: SupportsLookup, scope: str | None) -> Any:
