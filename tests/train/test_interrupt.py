@@ -11,7 +11,7 @@ import pytest
 
 from stratagem import Runner
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.dist import AsyncMaxReduce, get_rank
+from stratagem.dist import AsyncMaxReduce, barrier, get_rank
 from stratagem.train import Hook
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.run_history import read_record
@@ -171,20 +171,26 @@ def test_ranks_agree_on_the_maximum(ranks: Ranks) -> None:
 
 
 def when_noticed(*, now: bool) -> list[bool]:
-    """Deliver a signal to rank 1 after the second of four boundaries; return the result of each boundary."""
+    """Deliver a signal to rank 1 before the third of four boundaries; return the result of each boundary."""
     interrupt = Interrupt(distributed=True)
     results = []
     with interrupt.listening():
         for boundary in range(4):
+            barrier()
             if boundary == 2 and get_rank() == 1:
                 signals.first = int(signal.SIGTERM)
             results.append(interrupt.due_now() if now else interrupt.due())
     return results
 
 
-@pytest.mark.parametrize(
-    ("now", "expected"), [(False, [False, False, False, True]), (True, [False, False, True, True])]
-)
-def test_a_boundary_returns_the_result_of_the_previous_one(ranks: Ranks, *, now: bool, expected: list[bool]) -> None:
-    """A boundary returns the result of the previous one without waiting, unless the ranks must decide immediately."""
-    assert ranks.run(when_noticed, now=now) == [expected] * 2
+def test_ranks_decide_at_once_if_they_wait_for_each_other(ranks: Ranks) -> None:
+    """``due_now`` returns True on every rank at the boundary at which one of them has received a signal."""
+    assert ranks.run(when_noticed, now=True) == [[False, False, True, True]] * 2
+
+
+@pytest.mark.slow
+def test_ranks_stop_at_the_same_boundary(ranks: Ranks) -> None:
+    """``due`` returns True on every rank at the same boundary, the next one at the latest."""
+    first, second = ranks.run(when_noticed, now=False)
+    assert first == second
+    assert first in ([False, False, True, True], [False, False, False, True])

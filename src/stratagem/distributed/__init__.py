@@ -15,6 +15,7 @@ from stratagem.distributed.collectives import (
     is_distributed,
     is_main_process,
     master_only,
+    start_sum,
     sync_random_seed,
 )
 from stratagem.distributed.health.process_identity import ProcessIdentity
@@ -38,6 +39,7 @@ from stratagem.distributed.rendezvous.launch import (
     read_launch,
 )
 from stratagem.distributed.rendezvous.process_group import check_dist_arguments, close_dist, init_dist
+from stratagem.distributed.stop_agreement import StopAgreement, StopRequest
 from stratagem.distributed.world import World, pick_device
 
 __all__ = [
@@ -51,6 +53,8 @@ __all__ = [
     "Launch",
     "ProcessIdentity",
     "RankMonitor",
+    "StopAgreement",
+    "StopRequest",
     "World",
     "all_gather",
     "all_gather_object",
@@ -78,5 +82,6 @@ __all__ = [
     "mean_by_name",
     "pick_device",
     "read_launch",
+    "start_sum",
     "sync_random_seed",
 ]

@@ -133,6 +133,27 @@ def all_reduce(data: Tensor, op: str = "sum", group: Group | None = None) -> Non
     _copy_back(moved, data)
 
 
+def start_sum(data: Tensor) -> Callable[[], None]:
+    """Start to sum ``data`` over all ranks in place; return a function that waits until ``data`` contains the result.
+
+    Collective. The reduction runs in the background, so that it overlaps with computations such as a backward pass.
+    """
+    if get_world_size() == 1:
+        return _nothing
+    moved = _to_backend(data, None)
+    work = torch_dist.all_reduce(moved, torch_dist.ReduceOp.SUM, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        _copy_back(moved, data)
+
+    return wait
+
+
+def _nothing() -> None:
+    """Do nothing, since there is nothing to wait for."""
+
+
 def all_gather(data: Tensor, group: Group | None = None) -> list[Tensor]:
     """Return the tensors of all ranks, ordered by rank. Collective; the shape and dtype must be equal on all ranks."""
     size = get_world_size(group)

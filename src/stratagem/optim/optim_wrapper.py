@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from stratagem.distributed import all_reduce, get_world_size
+from stratagem.distributed import all_reduce, get_world_size, start_sum
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT
@@ -99,6 +99,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.window_start = 0
         self.weight: float | Tensor | None = None
         self._num_weighted = 0
+        # The sum of the weights over all ranks, and a function that waits for it, once it is being computed.
+        self._total_weight: tuple[Tensor, Callable[[], None]] | None = None
         # Weights are divided by this power of two, so that losses that are scaled for float16 do not overflow; 0 until known.
         self._weight_unit = 0.0
         # The number of pending micro-batches in the loaded state; None if the state does not contain this number.
@@ -152,6 +154,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             self._weight_unit = 1.0 if not self.has_loss_scale else _power_of_two_above(exact, loss.device)
         self.weight = exact if self.weight is None else self.weight + exact
         self._num_weighted += 1
+        if self.should_sync():
+            self._start_sum_of_weights()
         return loss * weight if self._weight_unit == 1.0 else loss * (weight / self._weight_unit)
 
     @property
@@ -254,12 +258,21 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 f"{self._num_weighted} of the {micro_batches} micro-batches of the accumulation window had a weight. "
                 "Pass a weight to update_params for all of these micro-batches or for none of them."
             )
-        device = self.optimizer.param_groups[0]["params"][0].device
-        total = exact_scalar(torch.as_tensor(0.0 if self.weight is None else self.weight).to(device)).clone()
+        if self._total_weight is None:
+            self._start_sum_of_weights()
+        total, wait = cast("tuple[Tensor, Callable[[], None]]", self._total_weight)
+        wait()
         self.reset_weights()
-        all_reduce(total)
         # If all weights are 0, for example in a step with only padding, the gradient is 0 instead of 0 / 0.
         return torch.where(total == 0, total, get_world_size() * (self._weight_unit or 1.0) / total)
+
+    def _start_sum_of_weights(self) -> None:
+        """Start to sum the weights of the window over all ranks, at the same time as the backward pass. Collective."""
+        if self._total_weight is not None:
+            self._total_weight[1]()  # Another loss of the same micro-batch has a weight, too.
+        device = self.optimizer.param_groups[0]["params"][0].device
+        total = exact_scalar(torch.as_tensor(0.0 if self.weight is None else self.weight).to(device)).clone()
+        self._total_weight = total, start_sum(total)
 
     def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Compute, record and return the norm of all gradients. Collective for sharded gradients."""
@@ -279,6 +292,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     def reset_weights(self) -> None:
         """Discard the weights of the current accumulation window."""
+        self._total_weight = None
         self.weight = None
         self._num_weighted = 0
 

@@ -31,7 +31,8 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     """Train on the next ``count`` batches, or on all remaining batches if None; return the number of iterations.
 
     Stop early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
-    complete. The ranks stop after the same iteration: the current one if all of them request to stop, otherwise the next one.
+    complete. The ranks stop after the same iteration: the current one if all of them request to stop, otherwise the first one
+    that no rank has begun when all ranks know of the request.
     """
     progress, interrupt, timer = run.progress, run.interrupt, run.step_timer
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
@@ -401,11 +402,8 @@ def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
 
 
 def _has_stopped(run: Run) -> bool:
-    """Return whether all ranks have stopped after an iteration that is complete on every rank. Does not block."""
-    if run.world_size == 1:
-        return run.progress.stop_training
-    run.interrupt.settle()
-    return _stops(run)
+    """Return whether all ranks have stopped after an iteration that is complete on every rank. Does not communicate."""
+    return run.progress.stop_training if run.world_size == 1 else _stops(run)
 
 
 def _agree_to_stop(run: Run) -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, final
+from typing import final
 
-from stratagem.distributed import AsyncMaxReduce
+from stratagem.distributed import AsyncMaxReduce, StopAgreement
 from stratagem.train.run.signals import signals
 
 __all__ = ["Interrupt"]
-
-_NOTHING: Final = (0, 0, 0)
 
 
 @final
@@ -32,11 +30,10 @@ class Interrupt:
         self.active = False
         self.passed_on = False
         self._heard: int | None = None
-        # Reduces three numbers to their maximum over the ranks: the signal number, whether a hook requests to stop, and the
-        # negative of the latter, which yields its minimum.
-        self._async_max = AsyncMaxReduce(3) if distributed else None
-        # The result of a reduction that this rank waited for because it requested to stop; the next call uses it.
-        self._early: tuple[int, ...] | None = None
+        self._distributed = distributed
+        self._agreement: StopAgreement | None = None
+        # Reduces the signal number and whether a hook requests to stop to their maximum over the ranks.
+        self._max = AsyncMaxReduce(2) if distributed else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,13 +41,17 @@ class Interrupt:
         self.received = self._heard = None
         self.passed_on = self.stopping = False
         self.active = True
+        self._agreement = StopAgreement() if self._distributed else None
         try:
             with signals.listening():
                 yield
                 # Do not set `received`: a signal after the last iteration does not stop the run.
-                self._heard = self.received or self._heard_by_now()
+                self._heard = self.received or self._max_over_ranks(stop=False)[0] or None
         finally:
             self.active = False
+            if self._agreement is not None:
+                self._agreement.close()
+                self._agreement = None
 
     def raise_heard(self) -> None:
         """Raise the exception for the received signal, the same one on all ranks.
@@ -69,22 +70,23 @@ class Interrupt:
         raise SystemExit(128 + self._heard)
 
     def due(self, stop: bool = False) -> bool:
-        """Return whether the ranks have agreed to stop. Collective, but blocks only on ranks with ``stop=True``.
+        """Return whether all ranks stop here. Every rank must call it at the same points; it blocks only after a request.
 
-        The ranks agree at the call at which all of them request to stop; otherwise, they agree one call after a rank has
-        requested to stop or received a signal.
+        If all ranks request to stop at the same call, they stop there. Otherwise, they stop at the first call that no rank has
+        passed when all ranks know of the request; see :class:`~stratagem.distributed.StopAgreement`.
 
         Args:
             stop: whether a hook on this rank requests to stop.
         """
         if self.received is not None or self.stopping:
             return True
-        if self._async_max is None:
+        if self._agreement is None:
             self.received, self.stopping = signals.first, stop
-        elif not self._read_pending():
-            self._start(self._async_max, stop=stop)
-            if stop:
-                self._stop_if_unanimous(self._async_max.wait_all())
+        else:
+            request = self._agreement.check(signals.first or 0, stop)
+            if request is None:
+                return False
+            self.received, self.stopping = request.signal or None, request.stop
         return self.received is not None or self.stopping
 
     def due_now(self, stop: bool = False) -> bool:
@@ -94,51 +96,14 @@ class Interrupt:
             stop: whether a hook on this rank requests to stop; if any does, :attr:`stopping` is set on all ranks.
         """
         if self.received is None and not self.stopping:
-            if self._async_max is None:
-                self.received, self.stopping = signals.first, stop
-            elif not self._read_pending():
-                self._start(self._async_max, stop=stop)
-                self._read_pending()
+            number, any_stop = self._max_over_ranks(stop=stop)
+            self.received, self.stopping = number or None, any_stop > 0
         return self.received is not None
 
-    def settle(self) -> None:
-        """Read the result of the last :meth:`due`, without starting a new reduction. Every rank must have called it."""
-        if self.received is None and not self.stopping:
-            self._read_pending()
-
-    def _start(self, async_max: AsyncMaxReduce, *, stop: bool) -> None:
-        async_max.start(signals.first or 0, int(stop), -int(stop))
-
-    def _stop_if_unanimous(self, numbers: tuple[int, ...]) -> None:
-        """Stop if all ranks requested it, since all of them read the result now; otherwise keep the result for the next call."""
-        if numbers[2] < 0:
-            self._apply(numbers)
-        else:
-            self._early = numbers
-
-    def _read_pending(self) -> bool:
-        """Apply the result of the reduction in progress; return whether it contains a signal or a request."""
-        numbers = self._pop_pending()
-        self._apply(numbers)
-        return any(numbers[:2])
-
-    def _pop_pending(self) -> tuple[int, ...]:
-        """Return the result of the reduction in progress, or zeros."""
-        numbers, self._early = self._early, None
-        if numbers is None and self._async_max is not None:
-            numbers = self._async_max.wait_all()
-        return numbers or _NOTHING
-
-    def _apply(self, numbers: tuple[int, ...]) -> None:
-        signal_number, any_stop, _ = numbers
-        self.received, self.stopping = signal_number or None, any_stop > 0
-
-    def _heard_by_now(self) -> int | None:
-        """Return the largest signal number that any rank has received; None if there is none. Collective."""
-        if self._async_max is None:
-            return signals.first
-        earlier = self._pop_pending()[0]
-        if earlier:
-            return earlier
-        self._start(self._async_max, stop=False)
-        return self._async_max.wait() or None
+    def _max_over_ranks(self, *, stop: bool) -> tuple[int, int]:
+        """Return the largest signal number and whether a hook requests to stop, on any rank. Collective."""
+        if self._max is None:
+            return signals.first or 0, int(stop)
+        self._max.start(signals.first or 0, int(stop))
+        number, any_stop = self._max.wait_all()
+        return number, any_stop
