@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from stratagem.data.collate import default_collate_in_process
 from stratagem.utils.torch_private import is_profiling
 
 __all__ = ["batches_in_process", "can_load_in_process"]
@@ -39,19 +40,20 @@ def batches_in_process(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _load(loader: DataLoader[Any]) -> Iterator[Any]:
     dataset: Any = loader.dataset
+    collate = default_collate_in_process if loader.collate_fn is default_collate else loader.collate_fn
     batched = loader.batch_sampler is not None
     for indices in loader.batch_sampler if loader.batch_sampler is not None else loader.sampler:
         if is_profiling():
             with record_function(_RECORD):
-                batch = _load_batch(loader, dataset, indices, batched=batched)
+                batch = _load_batch(dataset, collate, indices, batched=batched)
         else:
-            batch = _load_batch(loader, dataset, indices, batched=batched)
+            batch = _load_batch(dataset, collate, indices, batched=batched)
         yield batch
 
 
-def _load_batch(loader: DataLoader[Any], dataset: Any, indices: Any, *, batched: bool) -> Any:
+def _load_batch(dataset: Any, collate: Callable[[Any], Any], indices: Any, *, batched: bool) -> Any:
     if not batched:
-        return loader.collate_fn(dataset[indices])
+        return collate(dataset[indices])
     # Like torch, ignore an attribute that is None.
     at_once = getattr(dataset, "__getitems__", None)
-    return loader.collate_fn(at_once(indices) if at_once else [dataset[index] for index in indices])
+    return collate(at_once(indices) if at_once else [dataset[index] for index in indices])

@@ -78,16 +78,24 @@ def weight_of_targets(loss: AveragingLoss, predictions: Any, targets: Any) -> Te
         # The targets are class probabilities. The loss divides by their number, regardless of class weights.
         classes = predictions.shape[min(1, predictions.ndim - 1)] if isinstance(predictions, Tensor) else 1
         return targets.numel() // classes
-    counts = targets != loss.ignore_index
     if loss.weight is None:
-        return counts.sum()
+        return _count(targets, loss.ignore_index)
+    counts = targets != loss.ignore_index
     return (loss.weight[torch.where(counts, targets, 0)] * counts).sum()
+
+
+def _count(targets: Tensor, ignore_index: int) -> Tensor | int:
+    """Return the number of targets that are not ignored, as a tensor where reading it would synchronize with the device."""
+    count = (targets != ignore_index).sum()
+    return count if targets.device.type != "cpu" or torch.compiler.is_compiling() else int(count)
 
 
 def zero_without_targets(loss: Tensor, weight: Tensor | float) -> Tensor:
     """Return the loss, or 0 if its weight is 0, because the mean over no targets is NaN."""
     if not isinstance(weight, Tensor):
-        return loss
+        if weight:
+            return loss
+        weight = torch.zeros((), device=loss.device)
     return torch.where(weight == 0, torch.zeros_like(loss), loss)
 
 
@@ -132,7 +140,7 @@ class LabelCount:
                 self._skips_first = _compare(loss, logits, labels, self._ignore_index)
             if self._skips_first:
                 labels = labels[..., 1:]
-        return (labels != self._ignore_index).sum()
+        return _count(labels, self._ignore_index)
 
 
 def _class_name(network: nn.Module) -> str:
