@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -339,6 +339,39 @@ def test_the_fused_kernels_update_in_place() -> None:
     torch_private.fused_adagrad(parameters, gradients, sums, steps, lr_decay=0.0, eps=0.0, **shared)
     assert sums[0].tolist() == [2, 2]
     assert parameters[0].tolist() == pytest.approx([1 - 0.5 / math.sqrt(2)] * 2)
+
+
+class OwnTensor(Tensor):
+    """A tensor that records calls of torch functions."""
+
+    calls: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_backward_from_scalar_computes_the_gradients_of_backward() -> None:
+    """Gradients, hooks and errors are those of ``loss.backward()``, also for a tensor with one element and a subclass."""
+    for shape in ((), (1,)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            weight, seen = nn.Parameter(torch.full(shape, 3.0, dtype=dtype)), []
+            loss = weight * weight
+            loss.register_hook(seen.append)
+            torch_private.backward_from_scalar(loss)
+            assert weight.grad is not None
+            assert weight.grad.tolist() == (torch.full(shape, 6.0)).tolist()
+            assert [gradient.tolist() for gradient in seen] == [torch.ones(shape).tolist()]
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch_private.backward_from_scalar(torch.ones(()))
+    with pytest.raises(RuntimeError, match="only for scalar outputs"):
+        torch_private.backward_from_scalar(nn.Parameter(torch.ones(2)) * 2)
+    with pytest.raises(RuntimeError, match="real scalar outputs|complex"):
+        torch_private.backward_from_scalar(nn.Parameter(torch.ones((), dtype=torch.complex64)) * 2)
+    own = nn.Parameter(torch.ones(())).sum().as_subclass(OwnTensor)
+    torch_private.backward_from_scalar(own)
+    assert "backward" in OwnTensor.calls
 
 
 def test_set_grad_enabled_switches_autograd() -> None:

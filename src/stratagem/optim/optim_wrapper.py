@@ -34,7 +34,7 @@ from stratagem.optim.gradients import (
 )
 from stratagem.optim.prepared import PreparedUpdate
 from stratagem.step import apply_gradients, update_params
-from stratagem.utils.torch_private import stored_values
+from stratagem.utils.torch_private import backward_from_scalar, stored_values
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
@@ -113,7 +113,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         guard = self.gradient_policy.guard
-        loss.backward(**(kwargs if guard is None else guard.begin(loss, kwargs)))
+        options = kwargs if guard is None else guard.begin(loss, kwargs)
+        if options:
+            loss.backward(**options)
+        else:
+            backward_from_scalar(loss)
         self.inner_count += 1
 
     step = apply_gradients  # the function from stratagem.step, bound as a method

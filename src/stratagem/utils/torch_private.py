@@ -16,14 +16,17 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.autograd import profiler as _profiler
+from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.nn.parallel import distributed as _ddp
 from torch.optim import Optimizer
 from torch.optim import optimizer as _optimizer
+from torch.overrides import has_torch_function_unary
 
 from stratagem.utils.imports import import_object
 
 __all__ = [
     "CALL_ATTRIBUTE",
+    "backward_from_scalar",
     "backward_pass_id",
     "copy_gradient_hooks",
     "gradient_hooks",
@@ -86,6 +89,19 @@ fused_adagrad: Callable[..., None] = torch._fused_adagrad_
 
 # set_grad_enabled(False) disables autograd until the next call; the public context manager makes five calls.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+
+
+def backward_from_scalar(loss: Tensor) -> None:
+    """Call ``loss.backward()`` for a scalar, without most of the checks of its arguments.
+
+    Private: ``torch.autograd.graph._engine_run_backward``, which ``torch.autograd.backward`` calls.
+    """
+    if type(loss) is not Tensor or loss.ndim or not loss.dtype.is_floating_point or has_torch_function_unary(loss):
+        loss.backward()
+    else:
+        gradient = torch.ones_like(loss, memory_format=torch.preserve_format)
+        _run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
 
 _GLOBAL_HOOKS: Final = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)
 # Torch wraps the step of each optimizer class in a function with this code, which calls the hooks.
