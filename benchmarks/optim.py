@@ -1,14 +1,18 @@
 """Measure the cost of optimization: building and stepping optimizers, averaging, schedules, and the optimizer wrapper.
 
 Run ``python benchmarks/optim.py``. Every figure is the best of several interleaved rounds on one thread. Ratios are relative
-to hand-written code for the same work.
+to hand-written code for the same work. For clipping and for many parameter groups, the CPU times of short blocks are compared
+within each round, and the median of the ratios has a 95 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from stratagem.model.averaging import ExponentialMovingAverage
 from stratagem.optim import BaseOptimWrapper, LinearLR, OptimWrapper, build_optim_wrapper
 
 ROUNDS = 7
+PAIRED_ROUNDS = 200
 
 
 class Tensors(nn.Module):
@@ -47,6 +52,30 @@ def show(what: str, times: Mapping[str, float], limit: float | None = None) -> N
     print(f"\n{what}" + (f" (limit for Stratagem: {limit} times the first row)" if limit else ""))
     for name, seconds in times.items():
         print(f"  {name:<42} {seconds * 1e6:>12.1f} us  {seconds / reference:>6.2f} x")
+
+
+def show_paired(what: str, candidates: Mapping[str, Callable[[], object]], limit: str = "", repeat: int = 3) -> None:
+    """Print the median CPU time of each candidate, and its ratio to the first one in the same round with a 95 % interval."""
+    rounds: list[dict[str, float]] = []
+    for run in candidates.values():
+        run()
+    for _ in range(PAIRED_ROUNDS):
+        times = {}
+        for name in random.sample(list(candidates), len(candidates)):
+            start = time.process_time()
+            for _ in range(repeat):
+                candidates[name]()
+            times[name] = (time.process_time() - start) / repeat
+        rounds.append(times)
+    print(f"\n{what}" + (f" ({limit})" if limit else ""))
+    reference = next(iter(candidates))
+    margin = round(0.98 * len(rounds) ** 0.5)  # the ranks of a distribution-free interval for the median
+    for name in candidates:
+        ratios = sorted(times[name] / times[reference] for times in rounds)
+        middle, half = statistics.median(ratios), len(ratios) // 2
+        microseconds = statistics.median(times[name] for times in rounds) * 1e6
+        interval = f"{ratios[half - margin]:.2f}..{ratios[half + margin]:.2f}"
+        print(f"  {name:<42} {microseconds:>12.1f} us  {middle:>6.2f} x ({interval})")
 
 
 def set_gradients(model: nn.Module) -> None:
@@ -105,6 +134,50 @@ def measure_groups(tensors: int) -> None:
     start = time.perf_counter()
     grouped.step()
     show(f"Step AdamW over {tensors} tensors", {**times, slow: time.perf_counter() - start}, limit=1.05)
+
+
+def measure_clipping(tensors: int = 500) -> None:
+    """Clip the gradients of many tensors by their norm, including the collection of the gradients from the parameters."""
+    model = Tensors(tensors)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    wrapper = OptimWrapper(SGD(parameters, lr=0.1), clip_grad={"max_norm": 1.0})
+    clipping = wrapper.clipping
+    assert clipping is not None
+
+    def floor() -> None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)), 2.0)
+        torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+
+    def ours() -> None:
+        collected = wrapper.collect_grads(1)
+        clipping.apply(collected, wrapper.compute_grad_norm(collected))
+
+    candidates: dict[str, Callable[[], object]] = {
+        "_foreach_norm, stack, norm, _foreach_mul_": floor,
+        "Stratagem, collect_grads and clipping": ours,
+        "torch.nn.utils.clip_grad_norm_": lambda: nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True),
+    }
+    show_paired(f"Clip {tensors} tensors", candidates, "limit for Stratagem: 1.15 times the first row")
+
+
+def measure_many_groups(groups: int = 500) -> None:
+    """Step AdamW with one parameter group per tensor, with equal and with different learning rates."""
+    candidates: dict[str, Callable[[], object]] = {}
+    for name, slope in (("equal", 0.0), ("different", 1e-6)):
+        parameters = list(Tensors(groups).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        options: list[dict[str, Any]] = [{"params": [p], "lr": 1e-3 + slope * i} for i, p in enumerate(parameters)]
+        optimizer = AdamW(options, fused=True)
+        optimizer.step()
+        prepared = OptimWrapper(optimizer).prepared
+        assert prepared is not None
+        candidates[f"optimizer.step, {name} learning rates"] = optimizer.step
+        candidates[f"Stratagem, {name} learning rates"] = partial(prepared.apply, optimizer)
+    show_paired(f"Step AdamW, {groups} parameter groups", candidates, "limit for Stratagem: 5 ms", repeat=1)
 
 
 def measure_average(tensors: int = 500) -> None:
@@ -172,6 +245,8 @@ def main() -> None:
     hand_written(nn.Linear(1, 1))  # creating the first optimizer imports torch's compiler
     for tensors in arguments.tensors:
         measure_groups(tensors)
+    measure_clipping()
+    measure_many_groups()
     measure_average()
     for kind in (SGD, AdamW):
         measure_iteration(kind)

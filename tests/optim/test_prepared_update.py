@@ -406,3 +406,20 @@ def test_arguments_of_the_step_are_passed_to_torch() -> None:
     wrapper.update_params(weight.sum(), step_kwargs={"closure": lambda: called.append(1)})
     assert called == [1]
     assert weight.tolist() == [0.875] * 3
+
+
+def test_the_steps_of_all_groups_are_counted_with_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a different learning rate in each group, the kernel is called for each group, but the steps are counted once."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(5)]
+    optimizer = AdamW([{"params": [each], "lr": 0.1 * (i + 1)} for i, each in enumerate(parameters)], fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    prepared = PreparedUpdate.of(optimizer)
+    assert prepared is not None
+    counted: list[int] = []
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda steps, one: (counted.append(len(steps)), add(steps, one)))
+    assert prepared.apply(optimizer)
+    assert counted == [5]
+    assert [optimizer.state[each]["step"].item() for each in parameters] == [2.0] * 5

@@ -95,6 +95,15 @@ def test_mark_nonfinite_sets_the_flag_and_scales(value: float) -> None:
     assert found.item() == 1.0
 
 
+def test_group_by_device_and_dtype_returns_the_same_tensors() -> None:
+    """The groups contain the given tensors in their order."""
+    tensors = [torch.ones(1), torch.ones(2, dtype=torch.float64), torch.ones(3)]
+    groups = torch_private.group_by_device_and_dtype([tensors], False)
+    cpu = torch.device("cpu")
+    assert list(map(id, groups[cpu, torch.float32][0][0])) == [id(tensors[0]), id(tensors[2])]
+    assert list(map(id, groups[cpu, torch.float64][0][0])) == [id(tensors[1])]
+
+
 def test_stored_values_do_not_coalesce() -> None:
     """For a repeated index, both stored values are returned instead of their sum."""
     sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True)

@@ -35,6 +35,7 @@ __all__ = [
     "default_store",
     "flatten_mesh",
     "gather_scalars",
+    "group_by_device_and_dtype",
     "fused_adagrad",
     "fused_adam",
     "fused_adamw",
@@ -75,6 +76,12 @@ tensors_in: Callable[[Any], Iterable[Tensor]] = _ddp._find_tensors
 # backward_pass_id() returns the number of the current backward pass if called from a hook, and -1 outside of a backward
 # pass. No public function distinguishes two backward passes.
 backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
+
+# group_by_device_and_dtype([tensors], False) returns {(device, dtype): ([tensors of this kind], [])} in a single call. torch's
+# optimizers group their tensors with it.
+group_by_device_and_dtype: Callable[
+    [Sequence[Sequence[Tensor]], bool], dict[tuple[torch.device, torch.dtype], tuple[list[list[Tensor]], list[int]]]
+] = cast("Any", torch._C._group_tensors_by_device_and_dtype)
 
 # mark_nonfinite(tensors, found, scale) sets ``found`` to 1 if a value is NaN or Inf, and multiplies the tensors by ``scale``,
 # in one pass on the device. It is the kernel of torch's GradScaler. All tensors must have the device and dtype of the first.
