@@ -1,11 +1,11 @@
-"""Compare the CPU time of a training iteration with a hand-written loop and with other engines.
+"""Compare the CPU time of a training iteration with a hand-written loop.
 
     python benchmarks/step.py [--jobs dataset ddp ...] [--engines stratagem ...] [--rounds 40] [--block 50]
 
 Each engine trains in a process of its own (or two, with DDP and FSDP), and only one of them runs at a time: in each round, every
 engine trains a block of iterations, in random order. The CPU time of a block, including data workers, is divided by that of the
 hand-written loop in the same round, so that other load on the machine affects both. The table contains the median of these
-ratios and its 95 % bootstrap interval. Engines that are not installed are skipped; ``make bench-peers`` installs them.
+ratios and its 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rich.table import Table
 from step_arms.jobs import JOBS
 
 HAND: Final = "hand"
-# The module of each engine in step_arms, and the package that it needs.
-ENGINES: Final = {"hand": "torch", "stratagem_arm": "stratagem"}
+# The modules in step_arms with the training loops.
+ENGINES: Final = (HAND, "stratagem_arm")
 WARM_UP: Final = 4
 RESAMPLES: Final = 2000
 _FOLDER: Final = Path(__file__).parent
@@ -118,7 +118,7 @@ def main() -> int:
         "--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), help="jobs to measure (default: all)"
     )
     parser.add_argument(
-        "--engines", nargs="+", default=list(ENGINES), help="engines to measure (default: all installed)"
+        "--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="training loops to measure (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="number of rounds (default: 40)")
     parser.add_argument("--block", type=int, default=50, help="iterations per block (default: 50)")

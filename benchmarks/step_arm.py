@@ -8,7 +8,7 @@ import os
 import sys
 
 import torch
-from step_arms.gate import Gate, Stop
+from step_arms.gate import Stop, TimeGate
 from step_arms.jobs import JOBS
 
 if __name__ == "__main__":
@@ -16,5 +16,5 @@ if __name__ == "__main__":
     engine, job, block, answers = sys.argv[1:]
     train = importlib.import_module(f"step_arms.{engine}").train
     with contextlib.suppress(Stop):
-        train(JOBS[job], Gate(int(block), int(answers)), int(os.environ.get("RANK", "0")))
+        train(JOBS[job], TimeGate(int(block), int(answers)), int(os.environ.get("RANK", "0")))
     os._exit(0)  # Do not wait for other ranks.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import sys
 import time
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
-__all__ = ["Gate", "Stop"]
+__all__ = ["CallGate", "Gate", "Stop", "TimeGate"]
 
 
 @final
@@ -15,12 +16,56 @@ class Stop(BaseException):
     """Ends a training. It is not an ``Exception``, so that no engine handles it."""
 
 
+class Gate(Protocol):
+    """Measures a training."""
+
+    def tick(self) -> None:
+        """Count an iteration; called at the start of each one.
+
+        Raises:
+            Stop: if the training is to end.
+        """
+
+
 @final
-class Gate:
+class CallGate:
+    """Counts the calls of Python and built-in functions per iteration, and then ends the training.
+
+    Args:
+        warm_up: the number of iterations before the count starts.
+        iterations: the number of iterations in the count.
+    """
+
+    def __init__(self, warm_up: int = 20, iterations: int = 100) -> None:
+        self._number = 0
+        self._warm_up = warm_up
+        self._iterations = iterations
+        self._profile = cProfile.Profile()
+
+    def tick(self) -> None:
+        self._number += 1
+        if self._number == self._warm_up:
+            self._profile.enable()
+        elif self._number == self._warm_up + self._iterations:
+            self._profile.disable()
+            raise Stop
+
+    @property
+    def calls(self) -> float:
+        """The number of calls per iteration."""
+        return sum(entry.callcount for entry in self._profile.getstats()) / self._iterations
+
+
+@final
+class TimeGate:
     """Counts iterations. After each block, it reports the CPU time of the block and waits for the next request.
 
     Requests are lines on the standard input: ``block`` runs another block, and the end of the input stops the training. The
     answers are lines on the descriptor ``answers``: the CPU time in nanoseconds of this process and its data workers.
+
+    Args:
+        block: the number of iterations in a block.
+        answers: a file descriptor for writing.
     """
 
     def __init__(self, block: int, answers: int) -> None:
@@ -30,11 +75,6 @@ class Gate:
         self._start: int | None = None
 
     def tick(self) -> None:
-        """Count an iteration; called at the start of each one.
-
-        Raises:
-            Stop: if no further block is requested.
-        """
         self._left -= 1
         if not self._left:
             self._wait()

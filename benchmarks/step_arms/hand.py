@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -35,11 +35,25 @@ def train(job: Job, gate: Gate, rank: int) -> None:
         gate.tick()
         optimizer.zero_grad()
         loss = loss_function(model(inputs), targets)
-        loss.backward()
+        if job.weighted:
+            _weighted_backward(job, model, loss, targets)
+        else:
+            loss.backward()
         optimizer.step()
         scheduler.step()
         if (index + 1) % LOG_INTERVAL == 0:
             print(f"iteration {index + 1}: loss {loss.item():.4f}")
+
+
+def _weighted_backward(job: Job, model: nn.Module, loss: Tensor, targets: Tensor) -> None:
+    count = (targets != -100).sum()
+    total = count.double()
+    reduction = dist.all_reduce(total, async_op=True)
+    (loss * count).backward()
+    reduction.wait()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_((job.ranks / total).float())
 
 
 def _sharded(model: nn.Module) -> nn.Module:
@@ -62,6 +76,6 @@ def _accumulate(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
             optimizer.step()
             optimizer.zero_grad()
-        scheduler.step()
+            scheduler.step()
         if (index + 1) % LOG_INTERVAL == 0:
             print(f"iteration {index + 1}: loss {loss.item():.4f}")

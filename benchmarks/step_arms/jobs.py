@@ -68,6 +68,7 @@ class Job:
         workers: the number of data workers.
         ranks: the number of processes.
         shards: whether the ranks use FSDP instead of DDP.
+        weighted: whether the mean over ranks is weighted by the number of targets, as is Stratagem's default for cross entropy.
     """
 
     about: str
@@ -79,6 +80,7 @@ class Job:
     workers: int = 0
     ranks: int = 1
     shards: bool = False
+    weighted: bool = False
 
     @property
     def sgd_options(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ JOBS: Final[dict[str, Job]] = {
     "augmentation": Job(about="a Dataset that draws from torch and NumPy", dataset=lambda: Rows(noise=True)),
     "workers": Job(about="a Dataset, 2 data workers", workers=2),
     "ddp": Job(about="DDP, 2 gloo ranks", ranks=2),
+    "ddp-weighted": Job(about="DDP, 2 gloo ranks, weighted by the number of targets", ranks=2, weighted=True),
     "fsdp": Job(about="FSDP, 2 gloo ranks", ranks=2, shards=True),
 }
 

@@ -30,7 +30,7 @@ def train(job: Job, gate: Gate, _rank: int) -> None:
         wrapper["clip_grad"] = {"max_norm": job.clip}
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
-            SupervisedModel(job.model(), nn.CrossEntropyLoss()),
+            SupervisedModel(job.model(), nn.CrossEntropyLoss(), weight=None if job.weighted else False),
             folder,
             train_dataloader={
                 "dataset": job.dataset(),
@@ -46,8 +46,11 @@ def train(job: Job, gate: Gate, _rank: int) -> None:
             randomness={"seed": 0},
             launcher="pytorch" if job.ranks > 1 else "none",
         )
-        with suppress(Stop):
-            runner.train()
+        try:
+            with suppress(Stop):
+                runner.train()
+        finally:
+            runner.close()
 
 
 @final

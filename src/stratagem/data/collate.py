@@ -12,7 +12,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from stratagem.errors import ConfigTypeError
 
-__all__ = ["default_collate_in_process", "pseudo_collate"]
+__all__ = ["default_collate_in_process", "pseudo_collate", "stack_samples"]
 
 # The entries of torch's registry that this module replaces, and its size. Users may change it.
 _STACKED: Final = {kind: default_collate_fn_map[kind] for kind in (Tensor, float, int)}
@@ -20,9 +20,15 @@ _NUM_REGISTERED: Final = len(default_collate_fn_map)
 
 
 def default_collate_in_process(samples: Any) -> Any:
-    """Return ``default_collate(samples)``, in a third of the time for tensors and numbers, and tuples and dicts of them.
+    """Return ``default_collate(samples)``, in a third of the time for tensors and numbers, and tuples and dicts of them."""
+    batch = stack_samples(samples)
+    return default_collate(samples) if batch is None else batch
 
-    All other samples are passed to torch, and so are samples in a data worker, where torch uses shared memory.
+
+def stack_samples(samples: Any) -> Any:
+    """Return ``default_collate(samples)`` if it only stacks tensors or numbers, or tuples or dicts of them; otherwise None.
+
+    This calls no code of the user. The result is also None in a data worker, where torch stacks into shared memory.
     """
     first = samples[0]
     kind = type(first)
@@ -37,7 +43,7 @@ def default_collate_in_process(samples: Any) -> Any:
                 return {key: _stack(column) for key, column in by_key.items()}
         elif _are_stackable([samples]):
             return _stack(samples)
-    return default_collate(samples)
+    return None
 
 
 def _is_registry_unchanged() -> bool:

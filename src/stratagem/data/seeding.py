@@ -39,7 +39,7 @@ Seeds = tuple[int, int, int]
 # The methods of Python's generator that read or change its state. All other methods call them.
 _METHODS = ("random", "getrandbits", "seed", "getstate", "setstate")
 # How often to search all objects for references to these methods. A search may take a second in a large program.
-_MOST_SEARCHES = 10
+_MOST_SEARCHES = 100
 _UINT64 = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p)
 _UINT32 = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p)
 _DOUBLE = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_void_p)
@@ -328,7 +328,7 @@ class _PythonGenerator:
         counts = {}
         for name, method in self._methods.items():
             for holder in gc.get_referrers(method):
-                if isinstance(holder, dict) and holder.get("__name__") in sys.modules:
+                if isinstance(holder, dict) and _is_module(holder):
                     keys = [key for key, value in holder.items() if value is method]
                     self._places += [(holder, key, method, self._stand_ins[name]) for key in keys]
             # Each place refers to the method twice: the module does, and the tuple.
@@ -394,6 +394,12 @@ class _PythonGenerator:
         for name in _METHODS:
             del self._attributes[name]
         self._attributes["gauss_next"] = self._spare_normal
+
+
+def _is_module(attributes: dict[str, Any]) -> bool:
+    """Return whether a dict contains the attributes of an imported module."""
+    name = attributes.get("__name__")
+    return isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is attributes
 
 
 def _count_references() -> int:

@@ -26,7 +26,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from stratagem.data.collate import default_collate_in_process, pseudo_collate
+from stratagem.data.collate import pseudo_collate, stack_samples
 from stratagem.data.epochs import set_epoch_of
 from stratagem.data.seeding import Generators, begin_seeding, seed_generators
 
@@ -97,7 +97,7 @@ class StreamedDataset(Dataset[Any]):
         self.collate = collate
         self._seed = seed
         self._lazy = lazy
-        self._collate = default_collate_in_process if collate is default_collate else collate
+        self._stacks = collate is default_collate
         self._at_once = _loads_batches(dataset)
         self._epoch: int | None = None
 
@@ -107,7 +107,7 @@ class StreamedDataset(Dataset[Any]):
         generators = begin_seeding(lazy=self._lazy)
         try:
             (sample,) = self._samples(request, generators)
-            return sample if self._collate is None else self._collate(sample)
+            return sample if self.collate is None else self.collate(sample)
         finally:
             generators.end()
 
@@ -121,10 +121,14 @@ class StreamedDataset(Dataset[Any]):
                 samples = self.dataset.__getitems__(list(request.indices))
             else:
                 samples = self._samples(request, generators)
-            if self._collate is None:
+            if self.collate is None:
                 return samples
-            generators.seed_all(stream_seeds(self._seed, request.epoch, _BATCH, request.stream_keys[0]))
-            return self._collate(samples)
+            # Stacking draws no numbers, so no generator needs to be seeded.
+            batch = stack_samples(samples) if self._stacks else None
+            if batch is None:
+                generators.seed_all(stream_seeds(self._seed, request.epoch, _BATCH, request.stream_keys[0]))
+                batch = self.collate(samples)
+            return batch
         finally:
             generators.end()
 
