@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stratagem.checkpoint.catalog.inspection import CheckpointInfo, inspect_checkpoint
+from stratagem.checkpoint.catalog.inspection import CheckpointInfo
 from stratagem.checkpoint.catalog.order import oldest_first
+from stratagem.checkpoint.catalog.scan import inspect_folder
 from stratagem.storage import read_bytes, write_atomic
 
 __all__ = [
@@ -40,9 +41,7 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:
     """
     own = Path(folder)
     folders = dict.fromkeys([own, *_recorded_folders(own)])
-    entries = [entry for each in folders if each.is_dir() for entry in each.iterdir()]
-    found = (inspect_checkpoint(entry) for entry in entries if not entry.name.startswith("."))
-    return oldest_first(each for each in found if each is not None)[::-1]
+    return oldest_first(found for each in folders for found in inspect_folder(each))[::-1]
 
 
 def update_last_checkpoint(checkpoint: Path, folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +18,7 @@ from stratagem.checkpoint.formats.release import is_released
 from stratagem.checkpoint.formats.single_file import read_meta
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["CheckpointInfo", "inspect_checkpoint"]
+__all__ = ["CheckpointInfo", "SavedCheckpoint", "inspect_checkpoint"]
 
 # The names of MMEngine checkpoints, which can only be recognized by name because they contain no run ID.
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
@@ -26,6 +27,19 @@ _NOT_FINITE = "its weights contain NaN or Inf."
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCheckpoint:
+    """A checkpoint that a run saved; ``finite`` is False if its weights contain NaN or Inf."""
+
+    path: Path
+    saved_at: float
+    iter: int
+    retention_tag: RetentionTag
+    finite: bool = True
+    order: SaveOrder | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
     """The metadata of a checkpoint.
 
@@ -40,6 +54,7 @@ class CheckpointInfo:
         order: its sort key within the run, if recorded.
         retention_tag: why it was saved.
         finite: False if its weights contained NaN or Inf when it was saved.
+        is_removable: False for a folder in DeepSpeed's format, which has no manifest, so the files that belong to it are unknown.
     """
 
     path: Path
@@ -51,6 +66,19 @@ class CheckpointInfo:
     order: SaveOrder | None = None
     retention_tag: RetentionTag = field(default_factory=RetentionTag)
     finite: bool = True
+    is_removable: bool = True
+
+    @cached_property
+    def saved(self) -> SavedCheckpoint:
+        """The same checkpoint, as retention sees it."""
+        return SavedCheckpoint(
+            path=self.path,
+            saved_at=self.saved_at,
+            iter=self.position.get("iter", 0),
+            retention_tag=self.retention_tag,
+            finite=self.finite,
+            order=self.order,
+        )
 
 
 def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
@@ -106,7 +134,7 @@ def _inspect_deepspeed(path: Path, number: int | None) -> CheckpointInfo | None:
         return _faulty(path, number, error)
     if number is None and not _saved_by_stratagem(meta):
         return None
-    return _make_info(path, number, path.stat().st_mtime, meta)
+    return replace(_make_info(path, number, path.stat().st_mtime, meta), is_removable=False)
 
 
 def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, final
 
-__all__ = ["SAVE_ORDER", "HasSaveTime", "SaveOrder", "oldest_first"]
+__all__ = ["SAVE_ORDER", "HasSaveTime", "SaveOrder", "oldest_first", "sort_one_run"]
 
 # The key in a checkpoint's meta and in its manifest.
 SAVE_ORDER: Final = "save_order"
@@ -100,12 +100,18 @@ def oldest_first(checkpoints: Iterable[T]) -> list[T]:
     by_run: dict[str | int, list[T]] = {}
     for index, each in enumerate(checkpoints):
         by_run.setdefault(index if each.run_id is None else each.run_id, []).append(each)
-    runs = sorted((_sort_one_run(each) for each in by_run.values()), key=lambda run: _time_key(run[-1]))
+    runs = sorted((sort_one_run(each) for each in by_run.values()), key=lambda run: _time_key(run[-1]))
     return [each for run in runs for each in run]
 
 
-def _sort_one_run(checkpoints: Iterable[T]) -> list[T]:
-    by_clock = sorted(checkpoints, key=_time_key)
+def sort_one_run(checkpoints: Iterable[T]) -> list[T]:
+    """Return the checkpoints of a single run ordered from oldest to newest."""
+    listed = list(checkpoints)
+    by_order = {(each.order.session, each.order.save): each for each in listed if each.order is not None}
+    if len(by_order) == len(listed):
+        # Without unnumbered checkpoints and copies, the times do not matter.
+        return [by_order[order] for order in sorted(by_order)]
+    by_clock = sorted(listed, key=_time_key)
     numbered = sorted(((each.order, each) for each in by_clock if each.order is not None), key=lambda pair: pair[0])
     # If the clock was set back, treat a checkpoint as saved no earlier than its predecessors.
     times = accumulate((each.saved_at for _, each in numbered), max)
@@ -117,3 +123,4 @@ def _sort_one_run(checkpoints: Iterable[T]) -> list[T]:
 
 def _time_key(checkpoint: HasSaveTime) -> tuple[float, int, str]:
     return checkpoint.saved_at, checkpoint.number, str(checkpoint.path)
+
