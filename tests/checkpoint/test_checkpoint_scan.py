@@ -96,7 +96,9 @@ def test_only_a_new_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert opened[0] == opened[1] > 0
 
 
-def test_the_search_for_the_newest_checkpoint_shares_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_the_newest_checkpoint_shares_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``find_latest_checkpoint`` does not read the checkpoints that retention has read, and finds the newest."""
     for number in range(1, 4):
         save(tmp_path, number)

@@ -123,4 +123,3 @@ def sort_one_run(checkpoints: Iterable[T]) -> list[T]:
 
 def _time_key(checkpoint: HasSaveTime) -> tuple[float, int, str]:
     return checkpoint.saved_at, checkpoint.number, str(checkpoint.path)
-

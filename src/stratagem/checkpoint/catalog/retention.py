@@ -46,7 +46,11 @@ class Retention:
         """
         listed = list(saved)
         # Compare the objects, because computing the hashes of thousands of paths takes longer than everything else.
-        kept = {*map(id, self._keep_last(listed)), *map(id, self._keep_every(listed)), *map(id, self._keep_best(listed))}
+        kept = {
+            *map(id, self._keep_last(listed)),
+            *map(id, self._keep_every(listed)),
+            *map(id, self._keep_best(listed)),
+        }
         managed = [each for each in listed if id(each) not in kept and self._is_managed(each)]
         return [each for each in managed if each.path not in protected]
 
