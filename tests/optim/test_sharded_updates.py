@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stratagem.errors import PlacementError
 from stratagem.model import SupervisedModel
+from stratagem.optim.probe import state_keys_of
 from stratagem.strategies import FSDPStrategy
 from tests.support.ranks import Ranks
 
@@ -115,3 +119,148 @@ def test_an_optimizer_of_another_library_is_judged_by_its_numbers(ranks: Ranks, 
     for errors in ranks.run(custom, str(tmp_path)):
         assert errors["WholeNorm"] == errors["Stateful"] == ""
         assert re.search(r"ShardNorm .* its update differs by 0\.\d+ of the largest change", errors["ShardNorm"])
+
+
+def hooked(folder: str) -> list[str]:
+    """Return the classes of the optimizers for which step hooks were called while preparing, and then in one step."""
+    called: list[str] = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        called.append(type(optimizer).__name__)
+
+    model = SupervisedModel(nn.Linear(16, 8, bias=False), nn.MSELoss())
+    optimizer = WholeNorm(model.parameters())
+    handles = [
+        register_optimizer_step_pre_hook(record),
+        register_optimizer_step_post_hook(record),
+        optimizer.register_step_pre_hook(record),
+        optimizer.register_step_post_hook(record),
+    ]
+    strategy = FSDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"}, env_kwargs={"launcher": "pytorch"})
+    try:
+        placed, wrapper = strategy.prepare(model, optim_wrapper={"optimizer": optimizer})
+        called.append("prepared")
+        placed.train_step((torch.ones(4, 16), torch.ones(4, 8)), wrapper)
+        return called
+    finally:
+        strategy.close()
+        for handle in handles:
+            handle.remove()
+
+
+def test_step_hooks_are_not_called_for_trial_updates(ranks: Ranks, tmp_path: Path) -> None:
+    """Hooks on all optimizers or on this one are called once per real update, before and after it."""
+    for called in ranks.run(hooked, str(tmp_path)):
+        assert called == ["prepared", *["WholeNorm"] * 4]
+
+
+def test_step_hooks_are_not_called_to_find_the_state_of_an_optimizer() -> None:
+    """The trial update that lists the entries of the state is invisible to hooks and works with a torch scheduler."""
+    called: list[object] = []
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    handles = [
+        register_optimizer_step_pre_hook(lambda *args: called.append(args)),
+        optimizer.register_step_pre_hook(lambda *args: called.append(args)),
+    ]
+    try:
+        assert state_keys_of(optimizer) == {"step", "exp_avg", "exp_avg_sq"}
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == []
+
+
+class Lion(WholeNorm):
+    """Moves each weight by the learning rate in the direction of the sign of a moving average."""
+
+    def update(self, parameter: Any, gradient: Any, lr: float) -> None:
+        """Update one parameter and its moving average."""
+        average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+        parameter.sub_(torch.sign(average * 0.9 + gradient * 0.1) * lr)
+        average.lerp_(gradient, 0.01)
+
+
+# Elementwise optimizers, and one that uses the norm of the whole gradient.
+CORRECT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Adam": (torch.optim.Adam, {}),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "Lion": (Lion, {}),
+    "WholeNorm": (WholeNorm, {}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "HSDP": {"replicate": 2},
+    "TP": {"tp": 4, "tp_plan": {"network.0": "colwise", "network.2": "rowwise"}},
+    "FSDP x TP": {"tp": 2, "tp_plan": {"network.0": "colwise", "network.2": "rowwise"}},
+}
+
+
+def network() -> SupervisedModel:
+    """Return a model with two layers."""
+    torch.manual_seed(0)
+    return SupervisedModel(nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8)), nn.MSELoss())
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the samples of all ranks for three steps."""
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 16, generator=generator), torch.randn(8, 8, generator=generator)) for _ in range(3)]
+
+
+def by_hand(name: str) -> dict[str, torch.Tensor]:
+    """Return the weights after three steps of plain torch."""
+    kind, options = CORRECT[name]
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.01, **options)
+    for x, y in batches():
+        nn.functional.mse_loss(model.network(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: each.detach() for name, each in model.named_parameters()}
+
+
+def trained(folder: str, layout: str, kind: Any, options: dict[str, Any]) -> dict[str, torch.Tensor] | str:
+    """Return the weights after three steps, or the error."""
+    strategy = FSDPStrategy(
+        work_dir=folder, log_kwargs={"log_level": "ERROR"}, env_kwargs={"launcher": "pytorch"}, **LAYOUTS[layout]
+    )
+    try:
+        model, wrapper = strategy.prepare(network(), optim_wrapper={"optimizer": {"type": kind, "lr": 0.01, **options}})
+        for batch in batches():
+            model.train_step(tuple(each.chunk(strategy.dp_size)[strategy.dp_rank] for each in batch), wrapper)
+        return {name: whole(each) for name, each in strategy.unwrap_model().named_parameters()}
+    except PlacementError as error:
+        return str(error)
+    finally:
+        strategy.close()
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """Return the whole parameter."""
+    tensor: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return tensor.detach().clone()
+
+
+def all_trained(folder: str) -> dict[tuple[str, str], dict[str, torch.Tensor] | str]:
+    """Return the results of all layouts and optimizers, and of one that is wrong on shards."""
+    kinds = {**CORRECT, "ShardNorm": (ShardNorm, {})}
+    with warnings.catch_warnings():
+        # Gathering a tensor that is sharded twice warns about its speed.
+        warnings.simplefilter("ignore")
+        return {(layout, name): trained(folder, layout, *kinds[name]) for layout in LAYOUTS for name in kinds}
+
+
+@pytest.mark.slow
+def test_optimizers_are_tried_and_correct_under_hsdp_and_tensor_parallelism(tmp_path: Path) -> None:
+    """Correct optimizers train as in plain torch with each layout, and one that uses the norm of a shard is rejected."""
+    four = Ranks(4)
+    try:
+        found = four.run(all_trained, str(tmp_path))[0]
+    finally:
+        four.close()
+    for (layout, name), weights in found.items():
+        if name == "ShardNorm":
+            assert "ShardNorm cannot update sharded parameters such as network.0.weight" in weights, layout
+            continue
+        for key, expected in by_hand(name).items():
+            torch.testing.assert_close(weights[key], expected, rtol=0, atol=1e-6, msg=f"{layout}, {name}: {key}")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from stratagem.errors import PlacementError
 from stratagem.model import BaseModel
 from stratagem.strategies import BaseStrategy, DDPStrategy, FSDPStrategy
+from tests.support import parameter_hooks
 from tests.support.ranks import RankError, Ranks
+from tests.support.small_runs import Lines
 
 KINDS: dict[str, type[BaseStrategy]] = {"DDP": DDPStrategy, "FSDP": FSDPStrategy}
 
@@ -192,3 +194,55 @@ def test_lazy_layers_are_refused_by_name_on_several_ranks(ranks: Ranks, tmp_path
     """The error is the same as in one process."""
     with pytest.raises(RankError, match=r"layer\.weight, layer\.bias.*on a batch"):
         ranks.run(lazy_on_ranks, name, str(tmp_path))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_in_one_process_are_called_as_in_plain_torch(tmp_path: Path, *, late: bool, compiled: bool) -> None:
+    """Hooks of both kinds mask the gradients, also of a compiled model."""
+    kinds = ["register_hook", "post up"]
+    strategy = {"type": "SingleDeviceStrategy"}
+    parameter_hooks.require_equal(
+        parameter_hooks.all_trained(strategy, str(tmp_path), kinds, late=late, compiled=compiled)
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_under_ddp_are_called_as_in_plain_torch(ranks: Ranks, tmp_path: Path, *, compiled: bool) -> None:
+    """Hooks of both kinds, registered before or after prepare, mask the gradients, also of a compiled model."""
+    kinds = ["register_hook", "post up"]
+    for late in (False, True):
+        options = {"late": late, "compiled": compiled}
+        for found in ranks.run(parameter_hooks.all_trained, {"type": "DDPStrategy"}, str(tmp_path), kinds, **options):
+            parameter_hooks.require_equal(found)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"tp": 2}])
+def test_hooks_on_shards_of_a_compiled_model_are_called(
+    ranks: Ranks, tmp_path: Path, options: dict[str, Any], *, compiled: bool
+) -> None:
+    """A hook that doubles the gradients of a shard has the effect of one on the whole gradient."""
+    strategy = {"type": "FSDPStrategy", **options}
+    for found in ranks.run(
+        parameter_hooks.all_trained, strategy, str(tmp_path), ["double up"], window=1, compiled=compiled
+    ):
+        parameter_hooks.require_equal(found, window=1)
+
+
+def log_of_hooks(folder: str) -> str:
+    """Prepare models with and without hooks, and return the log."""
+    lines = []
+    for kind in ("register_hook", ""):
+        strategy = DDPStrategy(work_dir=folder, env_kwargs={"randomness": {"seed": 0}})
+        log = Lines(strategy)
+        strategy.prepare(Hooked(kind), optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}})
+        lines += log.lines
+        strategy.close()
+    return "\n".join(lines)
+
+
+def test_the_log_reports_which_gradients_hooks_get(ranks: Ranks, tmp_path: Path) -> None:
+    """With several ranks, a hook gets the gradient of the samples of its rank, which one line reports."""
+    text = "The hooks on the gradients of layer.weight are called on each rank with the gradient of its samples"
+    assert ranks.run(log_of_hooks, str(tmp_path))[0].count(text) == 1

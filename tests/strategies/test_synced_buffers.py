@@ -1,7 +1,7 @@
 """Evaluations and checkpoints of models with buffers that each rank updates from its own samples."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stratagem.errors import ConfigValueError, StateError
 from stratagem.model import BaseModel
 from stratagem.strategies import SingleDeviceStrategy
 from stratagem.strategies.state import synced_buffers
-from stratagem.train import Hook
+from stratagem.train import EMAHook, Hook
 from tests.support.ranks import Ranks
 from tests.support.small_runs import Lines
 from tests.train.toys import QUIET_HOOKS
@@ -141,6 +141,8 @@ STRATEGIES = {
     "DDP": {"type": "DDPStrategy"},
     "DDP broadcast": {"type": "DDPStrategy", "broadcast_buffers": True},
     "FSDP": {"type": "FSDPStrategy"},
+    "HSDP": {"type": "FSDPStrategy", "replicate": 2},
+    "TP": {"type": "FSDPStrategy", "tp": 2, "tp_plan": {"body.1": "colwise_gather"}},
 }
 
 
@@ -324,3 +326,83 @@ def test_unknown_source_is_rejected(tmp_path: Path):
         assert "strategy.buffers" in str(problem)
         assert "Invalid value for buffers: 'rank'. Did you mean 'rank0'" in str(problem)
         assert not check(Config({"strategy": {"type": kind, "buffers": "mean"}}), {"strategy": SECTIONS["strategy"]})
+
+
+class Tracked(nn.Linear):
+    """A linear layer with a buffer that depends on the samples; a tensor-parallel plan converts it to a ``DTensor``."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__(width, outputs)
+        self.register_buffer("seen", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Subtract the buffer, and update it in training."""
+        y = super().forward(x - self.seen)
+        if self.training:
+            with torch.no_grad():
+                self.seen.lerp_(x.detach().square().mean(0) + x.detach()[0], 0.1)
+        return y
+
+
+class TrackedModel(Model):
+    """The model with a buffer in the layer that is sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = Tracked(4, 2)
+
+
+def train_tracked(work_dir: str, source: str, **changes: Any) -> Any:
+    """Train with FSDP and tensor parallelism; return the metrics, the whole buffers and the averages of this rank."""
+    plan = {"body.1": "colwise_gather"}
+    strategy = {"type": "FSDPStrategy", "tp": 2, "tp_plan": plan, "buffers": source}
+    trace, ema = Trace(), EMAHook(update_buffers=True)
+    torch.manual_seed(0)
+    hooks = [ema, trace] if changes.pop("average", False) else [trace]
+    train(work_dir, strategy, model=TrackedModel(), custom_hooks=hooks, **changes)
+    averages = [] if len(hooks) == 1 else [{name: whole(each) for name, each in ema.average.averages.items()}]
+    buffers = [
+        {name: whole(each) for name, each in buffers.items() if "cache" not in name} for buffers in trace.buffers
+    ]
+    return trace.metrics, buffers, averages
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a copy of the whole tensor."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    """Four ranks."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["rank0", "mean"])
+def test_buffers_of_tensor_parallel_layers_are_evaluated_and_resumed_as_others(
+    four: Ranks, tmp_path: Path, source: str
+):
+    """Each rank resumes with its buffers, evaluations use those of the checkpoint and do not change the training."""
+    found = four.run(train_tracked, str(tmp_path), source)
+    assert not torch.equal(found[0][1][-1]["body.1.seen"], found[2][1][-1]["body.1.seen"])
+    alone = runner(str(tmp_path / "alone"), None, load_from=tmp_path / "iter_12", model=TrackedModel())
+    assert alone.val()["meansquarederror"] == pytest.approx(found[0][0][12], rel=1e-5)
+    alone.close()
+    without = four.run(train_tracked, str(tmp_path / "without"), source, interval=0)
+    resumed = four.run(train_tracked, str(tmp_path / "resumed"), source, resume=str(tmp_path / "iter_8"))
+    for rank in range(4):
+        assert found[rank][0] == found[0][0]
+        assert same(found[rank][1], without[rank][1])
+        assert same(found[rank][1][8:], resumed[rank][1])
+
+
+@pytest.mark.slow
+def test_averaged_buffers_of_tensor_parallel_layers_are_saved_and_resumed(four: Ranks, tmp_path: Path):
+    """The averages of buffers that differ between ranks are those of the uninterrupted run."""
+    found = four.run(train_tracked, str(tmp_path), "rank0", average=True)
+    resumed = four.run(train_tracked, str(tmp_path / "resumed"), "rank0", average=True, resume=str(tmp_path / "iter_8"))
+    for rank in range(4):
+        assert same(found[rank][2], resumed[rank][2])

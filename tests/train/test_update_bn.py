@@ -17,6 +17,12 @@ from tests.strategies.test_synced_buffers import Model, Trace, runner, same, sam
 from tests.support.ranks import Ranks
 from tests.train.toys import QUIET_HOOKS
 
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "DDP": {"type": "DDPStrategy"},
+    "FSDP": {"type": "FSDPStrategy"},
+    "HSDP": {"type": "FSDPStrategy", "replicate": 2},
+    "TP": {"type": "FSDPStrategy", "tp": 2, "tp_plan": {"body.2": "colwise_gather"}},
+}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -115,11 +121,11 @@ def test_resumed_run_recomputes_the_same_statistics(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["DDPStrategy", "FSDPStrategy"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_statistics_cover_the_batches_of_all_ranks(ranks: Ranks, tmp_path: Path, strategy: str):
-    """All ranks have the statistics over the batches of both ranks, and the checkpoint scores as logged."""
-    found = ranks.run(train, str(tmp_path), {"type": strategy}, hook={"update_bn": True})
-    expected = by_hand(found[0][2], found[0][3], parts=2)
+    """All ranks have the statistics over the batches of all ranks, and the checkpoint scores as logged."""
+    found = ranks.run(train, str(tmp_path), STRATEGIES[strategy], hook={"update_bn": True})
+    expected = by_hand(found[0][2], found[0][3], parts=1 if strategy == "TP" else 2)
     for metrics, _, _, _, statistics in found:
         assert metrics == found[0][0]
         for key in STATISTICS:

@@ -6,6 +6,7 @@ If one of these tests fails on a new torch, the name was changed there: adapt ``
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +79,26 @@ def test_fused_optimizers_read_found_inf(optimizer: Any) -> None:
     parameter.grad = torch.ones(2)
     made.step()
     assert parameter.tolist() == [1.0, 1.0]
+
+
+def test_without_global_step_hooks_calls_no_global_hook() -> None:
+    """Global hooks are not called inside the block, and are called after it, also if it raised."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    called: list[str] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: called.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: called.append("post")),
+    ]
+    try:
+        with contextlib.suppress(ZeroDivisionError), torch_private.without_global_step_hooks():
+            optimizer.step()
+            raise ZeroDivisionError
+        assert called == []
+        optimizer.step()
+        assert called == ["pre", "post"]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_unfused_optimizers_do_not_claim_to_read_found_inf() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn, cast, final
 
+import torch
 from torch import Tensor, nn
 
 from stratagem.errors import PlacementError
@@ -56,7 +57,8 @@ class EngineModule(nn.Module):
         engine: the name of the engine in error messages.
         training_forward: runs the forward pass when a training step calls ``self(...)``.
         eval_forward: runs the forward pass when an evaluation step calls ``self(...)``.
-        before_train_step: runs at the start of each training step.
+        before_train_step: runs at the start of each training step or, in a loop that does not call ``train_step``, before each
+            forward pass.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class EngineModule(nn.Module):
         self._training_forward = training_forward
         self._eval_forward = eval_forward
         self._before_train_step = before_train_step
+        self._is_in_train_step = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,6 +89,8 @@ class EngineModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model through the engine."""
+        if not self._is_in_train_step and torch.is_grad_enabled():
+            self._before_train_step()
         return self._training_forward(*args, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
@@ -95,8 +100,12 @@ class EngineModule(nn.Module):
             PlacementError: if the model's step did not call ``self(...)``, so the engine did not run the forward pass.
         """
         self._before_train_step()
-        with redirect_forward(self.unwrapped, self) as redirection:
-            outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
+        self._is_in_train_step = True
+        try:
+            with redirect_forward(self.unwrapped, self) as redirection:
+                outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
+        finally:
+            self._is_in_train_step = False
         if not redirection.called:
             raise PlacementError(
                 f"{type(self.unwrapped).__name__}.train_step used the model's parameters without calling self(...), so "

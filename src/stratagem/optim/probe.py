@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigValueError
+from stratagem.utils.torch_private import without_global_step_hooks
 
 __all__ = ["probe_copy", "require_step_without_closure", "state_keys_of"]
 
 
-def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, with_hooks: bool = False) -> Optimizer:
-    """Return a copy of an optimizer with other parameters, in groups with the same options, and without state.
+def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]]) -> Optimizer:
+    """Return a copy of an optimizer with other parameters, in groups with the same options, and without state or hooks.
 
-    Groups without parameters are omitted.
+    Groups without parameters are omitted. Call the copy within :func:`~stratagem.utils.torch_private.without_global_step_hooks`.
     """
     groups = [
         {**{key: _copied(value) for key, value in group.items()}, "params": list(some)}
@@ -36,8 +37,8 @@ def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]], *, 
     probe.__dict__.update(vars(optimizer))
     probe.state = defaultdict(dict)
     probe.param_groups = groups
-    if with_hooks:
-        return probe
+    # A torch scheduler replaces this method of the original optimizer by an attribute.
+    probe.__dict__.pop("step", None)
     for name in [name for name in vars(probe) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
         setattr(probe, name, OrderedDict())
     return probe
@@ -69,7 +70,8 @@ def state_keys_of(optimizer: Optimizer) -> set[str] | None:
     parameter.grad = torch.full_like(parameter, 0.1)
     try:
         probe = probe_copy(optimizer, [[parameter], *([] for _ in groups[1:])])
-        probe.step()
+        with without_global_step_hooks():
+            probe.step()
     except Exception:  # noqa: BLE001 -- the optimizer may come from any library
         return None
     return {key for key, value in probe.state[parameter].items() if value is not None}

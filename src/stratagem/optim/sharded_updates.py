@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -15,6 +16,7 @@ from stratagem.errors import PlacementError
 from stratagem.optim.probe import probe_copy
 from stratagem.tensors.dtensor import full_tensor, is_sharded, shard_as, to_local
 from stratagem.utils import generator_state, restore_generator_state
+from stratagem.utils.torch_private import gather_scalars, without_global_step_hooks
 
 __all__ = ["require_equal_sharded_updates"]
 
@@ -134,8 +136,7 @@ def _updated(optimizer: Optimizer, cases: Sequence[_Case], *, sharded: bool) -> 
     by_group: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
     for case, parameter in zip(cases, parameters, strict=True):
         by_group[case.group].append(parameter)
-    # The hooks make item() of a DTensor return the same value on all ranks.
-    probe: Any = probe_copy(optimizer, by_group, with_hooks=sharded)
+    probe: Any = probe_copy(optimizer, by_group)
     for group in probe.param_groups:
         if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(_LR)
@@ -144,8 +145,19 @@ def _updated(optimizer: Optimizer, cases: Sequence[_Case], *, sharded: bool) -> 
     for step in range(1, _STEPS + 1):
         for case, parameter in zip(cases, parameters, strict=True):
             parameter.grad = placed(case, case.values(step))
-        probe.step()
+        with without_global_step_hooks(), _whole_scalars() if sharded else nullcontext():
+            probe.step()
     return [full_tensor(parameter.detach()) for parameter in parameters]
+
+
+@contextmanager
+def _whole_scalars() -> Iterator[None]:
+    """Inside the ``with`` block, ``item()`` of a DTensor returns the same value on all ranks, as in the updates of FSDP."""
+    gather_scalars(True)
+    try:
+        yield
+    finally:
+        gather_scalars(False)
 
 
 def _failing(optimizer: Optimizer, cases: Sequence[_Case]) -> list[tuple[_Case, str]]:

@@ -63,6 +63,7 @@ class Placement(ABC):
         trainable_is_fixed: whether ``place`` determines which parameters are trainable.
         before_train_step: called at the start of each training step of the placed model, before the forward pass; the
             strategy sets it to a function that detects changes of ``requires_grad``.
+        reports_gradient_hooks: whether ``place`` logs with which gradients hooks of parameters are called.
         wraps_train_step: whether the placed model calls ``before_train_step``; otherwise it is called before each update.
     """
 
@@ -73,6 +74,7 @@ class Placement(ABC):
     params_accept_writes: bool = True
     before_train_step: Callable[[], None] = staticmethod(_nothing_to_check)
     trainable_is_fixed: ClassVar[bool] = False
+    reports_gradient_hooks: ClassVar[bool] = False
     wraps_train_step: ClassVar[bool] = True
 
     def construction(self, world: World) -> AbstractContextManager[object]:

@@ -35,6 +35,7 @@ from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
+from stratagem.parallel.gradient_hooks import hooks_of_parameters, log_gradient_hooks
 from stratagem.parallel.trainable import TrainableParameters
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.building import require_optimizer
@@ -133,7 +134,10 @@ class ComposedStrategy(BaseStrategy):
             if optim_wrapper is None
             else lambda module: self.build_optim_wrapper(optim_wrapper, module),
         )
+        hooked = list(hooks_of_parameters(built))
         placed = self._placement.place(built, steps, self.world)
+        if optim_wrapper is not None and self.dp_size > 1 and not self._placement.reports_gradient_hooks:
+            log_gradient_hooks(hooked, self.logger)
         self.model = placed.model
         if placed.optim is not None:
             self._adopt_optim(placed.optim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from stratagem.utils.torch_private import local_shape_and_offset
 __all__ = [
     "stack_over_ranks",
     "copy_into",
+    "has_all_values",
     "is_plain",
     "is_sharded",
     "local_box",
@@ -23,6 +24,7 @@ __all__ = [
     "shard_as",
     "shard_like",
     "full_tensor",
+    "with_local",
 ]
 
 
@@ -34,6 +36,11 @@ def is_plain(tensor: Tensor) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a ``DTensor``."""
     return not is_plain(tensor) and isinstance(tensor, _dtensor())
+
+
+def has_all_values(tensor: Tensor) -> bool:
+    """Return whether this rank has all values of a tensor: it is not a ``DTensor``, or it is replicated on the whole mesh."""
+    return not is_sharded(tensor) or all(each.is_replicate() for each in cast("Any", tensor).placements)
 
 
 def mesh_of(tensor: Tensor) -> object | None:
@@ -85,10 +92,17 @@ def shard_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
         raise CheckpointMismatchError(
             f"A tensor of shape {list(full.shape)} cannot be sharded like a tensor of shape {list(like.shape)}."
         )
+    return with_local(like, local_slice(full, like).to(to_local(like).device, copy=copy))
+
+
+@torch.no_grad()
+def with_local(like: Tensor, local: Tensor) -> Tensor:
+    """Return a ``DTensor`` like ``like`` with another local shard; the shard itself if ``like`` is not a ``DTensor``."""
+    if not is_sharded(like):
+        return local
     dtensor: Any = like
-    part = local_slice(full, like).to(to_local(like).device, copy=copy)
     sharded: Tensor = _dtensor().from_local(
-        part, dtensor.device_mesh, dtensor.placements, run_check=False, shape=like.shape, stride=like.stride()
+        local, dtensor.device_mesh, dtensor.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return sharded
 

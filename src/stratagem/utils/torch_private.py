@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, cast
 
@@ -58,6 +59,7 @@ __all__ = [
     "stored_values",
     "tensors_in",
     "unsharded_class",
+    "without_global_step_hooks",
 ]
 
 _INNER_WRAPPERS: Final = {
@@ -147,6 +149,24 @@ def fused_step_reads_found_inf(optimizer: Optimizer) -> bool:
     Private: ``Optimizer._step_supports_amp_scaling``, which torch's ``GradScaler`` reads for the same purpose.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@contextmanager
+def without_global_step_hooks() -> Iterator[None]:
+    """Inside the ``with`` block, ``step`` of an optimizer does not call hooks that are registered for all optimizers.
+
+    Private: ``_global_optimizer_pre_hooks`` and ``_global_optimizer_post_hooks`` of ``torch.optim.optimizer``. Hooks can be
+    registered publicly but not listed.
+    """
+    registries: tuple[dict[int, Any], ...] = cast("Any", _GLOBAL_HOOKS)
+    registered = [dict(each) for each in registries]
+    for each in registries:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, hooks in zip(registries, registered, strict=True):
+            each.update(hooks)
 
 
 def stored_values(tensor: Tensor) -> Tensor:

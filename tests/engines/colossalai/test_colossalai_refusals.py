@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engines.colossalai import boosted_cases, boosted_runs
-from tests.support import special_layers
-from tests.support.changing_models import Freezing, Unfreezing
+from tests.support import parameter_hooks, special_layers
+from tests.support.changing_models import Freezing, Unfreezing, Unfrozen, change_in_a_manual_loop
 from tests.support.ranks import RankError, Ranks, scripts_environment
 from tests.support.sharded_runs import OPTIM
 
@@ -92,6 +92,28 @@ def test_special_layers_train_as_in_one_process(two: Ranks, tmp_path: Path) -> N
             assert plugin == "torch-ddp" or "does not support parameters without elements: empty." in found["empty"]
 
 
+@pytest.mark.parametrize("name", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
+def test_hooks_on_gradients_are_called_as_in_one_process(two: Ranks, tmp_path: Path, name: str) -> None:
+    """Hooks of both kinds, registered before or after prepare, mask the gradients as in plain torch."""
+    strategy = {"type": "ColossalAIStrategy", **boosted_runs.PLUGINS[name]}
+    kinds = ["register_hook", "post up"]
+    for late in (False, True):
+        for found in two.run(parameter_hooks.all_trained, strategy, str(tmp_path), kinds, late=late):
+            parameter_hooks.require_equal(found)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_on_gradients_of_sharded_parameters_are_refused_by_name(two: Ranks, tmp_path: Path, late: bool) -> None:
+    """With tensor parallelism, a hook would get the gradient of a shard; hooks on whole parameters work."""
+    strategy = {"type": "ColossalAIStrategy", "plugin": {"type": "hybrid-parallel", "tp_size": 2}}
+    kinds = ["register_hook", "post", "register_hook up", "post up"]
+    for found in two.run(parameter_hooks.all_trained, strategy, str(tmp_path), kinds, late=late):
+        refused = {"register_hook up": "register_hook", "post up": "register_post_accumulate_grad_hook"}
+        for kind, method in refused.items():
+            assert found.pop(kind).startswith(f"{method} was called on up.weight. ColossalAI's tensor parallelism")
+        parameter_hooks.require_equal(found)
+
+
 def test_unused_parameters_are_named_under_ddp(two: Ranks, tmp_path: Path) -> None:
     """The error names the unused parameters and the option that allows them."""
     for plugin in ("torch-ddp", "hybrid-parallel"):
@@ -121,6 +143,27 @@ def test_a_change_of_the_trainable_parameters_is_an_error_at_the_next_step(
     """ColossalAI would not train or synchronize the unfrozen parameter, and could change frozen ones; the error names them."""
     with pytest.raises(RankError, match=message):
         two.run(boosted_runs.trained, name, str(tmp_path), 3, model={"type": model})
+
+
+@pytest.mark.parametrize("name", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
+def test_a_change_in_a_manual_loop_is_an_error_at_the_next_forward_pass(two: Ranks, tmp_path: Path, name: str) -> None:
+    """A loop that calls the model and update_params, but not train_step, gets the same error."""
+    strategy = {"type": "ColossalAIStrategy", **boosted_runs.PLUGINS[name]}
+    for unfreeze, verb in ((True, "became trainable"), (False, "became frozen")):
+        for error in two.run(change_in_a_manual_loop, strategy, str(tmp_path), unfreeze=unfreeze):
+            assert error.startswith(f"2 parameters {verb}: a.weight, a.bias, but ColossalAI determines")
+
+
+@pytest.mark.parametrize("name", ["torch-ddp", "zero 1", "zero 2", "hybrid", "hybrid tp 2"])
+def test_a_checkpoint_with_other_trainable_parameters_is_refused(two: Ranks, tmp_path: Path, name: str) -> None:
+    """A run whose layer was frozen cannot resume a run that trained it, and a model that trains it can."""
+    model, checkpoint = {"type": Unfrozen}, str(tmp_path / "at")
+    saved = two.run(boosted_runs.stopped, name, str(tmp_path), checkpoint, 6, model=model)[0]
+    message = r"1 parameter became trainable: places\.weight\. ColossalAIStrategy determines"
+    with pytest.raises(RankError, match=message):
+        two.run(boosted_runs.resumed, name, str(tmp_path), checkpoint, 6)
+    found = two.run(boosted_runs.resumed, name, str(tmp_path), checkpoint, 6, model=model)[0]
+    assert found["after"]["losses"] == saved["after"]["losses"]
 
 
 def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engines.colossalai import boosted_cases, boosted_runs
-from tests.support import backward_passes
+from tests.support import backward_passes, batch_norm_runs
 from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
 from tests.support.ranks import Ranks
 from tests.support.sharded_runs import OPTIM
@@ -192,3 +192,18 @@ def _require_equal(seen: dict[str, Any], expected: dict[str, Any], *series: str)
         assert sorted(seen[kind]) == sorted(expected[kind])
         for name, value in expected[kind].items():
             torch.testing.assert_close(seen[kind][name], value, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("plugin", ["zero 1", "zero 2"])
+@pytest.mark.parametrize("source", ["rank0", "mean"])
+def test_evaluations_use_the_buffers_of_the_checkpoint(two: Ranks, tmp_path: Path, plugin: str, source: str) -> None:
+    """BatchNorm is evaluated with the same buffers on both ranks, and each rank trains and resumes with its own."""
+    strategy = {"type": "ColossalAIStrategy", **boosted_runs.PLUGINS[plugin]}
+    batch_norm_runs.require_synced_buffers(two, tmp_path, strategy, source)
+
+
+@pytest.mark.parametrize("plugin", ["zero 1", "zero 2"])
+def test_statistics_of_averaged_weights_are_recomputed_over_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """``EMAHook(update_bn=True)`` computes the statistics of torch's ``update_bn`` for the batches of both ranks."""
+    strategy = {"type": "ColossalAIStrategy", **boosted_runs.PLUGINS[plugin]}
+    batch_norm_runs.require_recomputed_statistics(two, tmp_path, strategy)

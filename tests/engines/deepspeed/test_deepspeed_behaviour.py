@@ -15,9 +15,9 @@ from stratagem.errors import ConfigValueError, StratagemError, TrainingError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import import_module
 from tests.engines.deepspeed.engine_runs import FP32, differences, go, placed, state_in
-from tests.support import backward_passes, special_layers
+from tests.support import backward_passes, batch_norm_runs, parameter_hooks, special_layers
 from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
-from tests.support.changing_models import Freezing, Unfreezing, Unfrozen
+from tests.support.changing_models import Freezing, Unfreezing, Unfrozen, change_in_a_manual_loop
 from tests.support.ranks import RankError, Ranks
 from tests.support.sharded_runs import OPTIM, Gpt
 
@@ -91,6 +91,15 @@ def test_special_layers_train_as_in_one_process(two: Ranks, folder: Path, name: 
         assert name != "ZeRO-3" or "does not support parameters without elements: empty." in found["empty"]
 
 
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3"])
+def test_hooks_on_gradients_are_called_as_in_one_process(two: Ranks, folder: Path, name: str) -> None:
+    """Hooks of both kinds, registered before or after prepare, mask the gradients as in plain torch."""
+    kinds = ["register_hook", "post up"]
+    for late in (False, True):
+        for found in two.run(parameter_hooks.all_trained, placed(name), str(folder), kinds, late=late):
+            parameter_hooks.require_equal(found)
+
+
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
 @pytest.mark.parametrize(
     ("model", "message"),
@@ -107,14 +116,23 @@ def test_a_change_of_the_trainable_parameters_is_an_error_at_the_next_step(
         two.run(go, placed(name), folder, model={"type": model})
 
 
-def test_a_checkpoint_with_other_trainable_parameters_is_refused(two: Ranks, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_a_change_in_a_manual_loop_is_an_error_at_the_next_forward_pass(two: Ranks, folder: Path, name: str) -> None:
+    """A loop that calls the model and update_params, but not train_step, gets the same error."""
+    for unfreeze, verb in ((True, "became trainable"), (False, "became frozen")):
+        for error in two.run(change_in_a_manual_loop, placed(name), str(folder), unfreeze=unfreeze):
+            assert error.startswith(f"2 parameters {verb}: a.weight, a.bias, but DeepSpeed determines")
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_a_checkpoint_with_other_trainable_parameters_is_refused(two: Ranks, folder: Path, name: str) -> None:
     """A run whose layer was frozen cannot resume a run that trained it, and a model that trains it can."""
     go(placed("single"), folder / "a", model={"type": Unfrozen}, stop=6, save=folder / "at")
     expected = go(placed("single"), folder / "b", model={"type": Unfrozen}, start=6, resume=folder / "at")
     resumed = {"start": 6, "resume": folder / "at"}
     with pytest.raises(RankError, match=r"1 parameter became trainable: places\.weight\. DeepSpeedStrategy determines"):
-        two.run(go, placed("ZeRO-2"), folder / "c", **resumed)
-    seen = two.run(go, placed("ZeRO-2"), folder / "d", model={"type": Unfrozen}, **resumed)[0]
+        two.run(go, placed(name), folder / "c", **resumed)
+    seen = two.run(go, placed(name), folder / "d", model={"type": Unfrozen}, **resumed)[0]
     assert seen["losses"] == pytest.approx(expected["losses"], rel=2e-5)
 
 
@@ -310,3 +328,22 @@ def _refusal(*args: Any) -> str:
     with pytest.raises(StratagemError) as raised:
         backward_passes.trained(*args)
     return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("source", ["rank0", "mean"])
+def test_evaluations_use_the_buffers_of_the_checkpoint(two: Ranks, folder: Path, name: str, source: str) -> None:
+    """BatchNorm is evaluated with the same buffers on both ranks, and each rank trains and resumes with its own."""
+    batch_norm_runs.require_synced_buffers(two, folder, placed(name), source)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2"])
+def test_statistics_of_averaged_weights_are_recomputed_over_all_ranks(two: Ranks, folder: Path, name: str) -> None:
+    """``EMAHook(update_bn=True)`` computes the statistics of torch's ``update_bn`` for the batches of both ranks."""
+    batch_norm_runs.require_recomputed_statistics(two, folder, placed(name))
+
+
+def test_averaging_under_stage_3_is_refused(two: Ranks, folder: Path) -> None:
+    """The error of an EMAHook names strategies whose models have the master weights."""
+    with pytest.raises(RankError, match=r"EMAHook needs the master weights.*ZeRO stage 0, 1 or 2 in float32"):
+        batch_norm_runs.require_recomputed_statistics(two, folder, placed("ZeRO-3"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +38,20 @@ from stratagem.model.replaced_layers import lost_by_replacement
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.gradient_hooks import GRADIENT_HOOKS, hooks_of_parameters, refuse_gradient_hooks
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.trainable import TrainableChange
 from stratagem.parallel.unused_parameters import unused_parameters_error
+from stratagem.utils import named_parameters
 
 __all__ = ["BoostedModel", "ColossalAIPlacement"]
 
 _FIND_UNUSED: Final = "plugin=dict(type='torch-ddp', find_unused_parameters=True)"
+_NO_HOOKS: Final = (
+    "ColossalAI's tensor parallelism shards or replaces this parameter, so the hook would get the gradient of a shard as a plain "
+    "tensor. Exclude the layer from the tensor-parallel policy or plan, or use FSDPStrategy(tp=...), where hooks from "
+    "register_post_accumulate_grad_hook get a DTensor."
+)
 _NO_MODEL: Final = "The model has not been prepared yet. Call prepare(model, ...) first."
 
 
@@ -147,10 +154,12 @@ class ColossalAIPlacement(Placement):
             # ColossalAI uses deprecated torch options.
             warnings.simplefilter("ignore")
             layers = dict(model.named_modules())
+            hooked, parameters = hooks_of_parameters(model), named_parameters(model)
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
         _refuse_lost_hooks(layers, model)
         self._boosted_model = BoostedModel(booster, model, engine, optimizer)
         self._param_shards = param_shards(model, optimizer)
+        _refuse_hooks_on_shards(hooked, parameters, self._param_shards)
         # Hooks may only read or write the model's weights if these are the complete master weights.
         self.params_are_master_weights = not self.has_master_weights and not self.uses_tensor_parallel
         self.params_accept_writes = all(shard.master is shard.working for shard in self._param_shards.values())
@@ -292,3 +301,15 @@ def _refuse_lost_hooks(layers: Mapping[str, nn.Module], model: nn.Module) -> Non
             f"the original ones: {listed}. Exclude these layers from the tensor-parallel policy or plan, register the hooks on a "
             "module around them, or use FSDPStrategy(tp=...), which keeps hooks."
         )
+
+
+def _refuse_hooks_on_shards(
+    hooked: Mapping[str, Sequence[str]], before: Mapping[str, nn.Parameter], shards: Mapping[nn.Parameter, ParamShard]
+) -> None:
+    """Refuse hooks on the gradients of parameters that tensor parallelism sharded or replaced, also for later registrations."""
+    now = {shard.name: parameter for parameter, shard in shards.items()}
+    sharded = {shard.name: each for each, shard in shards.items() if shard.shape != shard.box.shape}
+    for name, methods in hooked.items():
+        if name in sharded or now.get(name) is not before[name]:
+            raise PlacementError(f"{methods[0]} was called on {name}. {_NO_HOOKS}")
+    refuse_gradient_hooks(sharded, GRADIENT_HOOKS, _NO_HOOKS)

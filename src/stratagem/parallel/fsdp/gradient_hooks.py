@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NoReturn
 
 from torch import nn
 
 from stratagem.errors import PlacementError
+from stratagem.parallel.gradient_hooks import refuse_gradient_hooks
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils.names import some_names
 from stratagem.utils.torch_private import copy_gradient_hooks, gradient_hooks
 
-__all__ = ["keep_gradient_hooks", "refuse_gradient_hooks"]
+__all__ = ["keep_gradient_hooks", "require_no_gradient_hooks"]
 
 _INSTEAD = (
     "FSDP replaces parameters with shards, whose gradients it computes itself, so torch never calls such a hook. Use "
@@ -23,7 +22,7 @@ _INSTEAD = (
 )
 
 
-def refuse_gradient_hooks(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
+def require_no_gradient_hooks(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
     """Require that no parameter that will be sharded has a hook from ``register_hook``.
 
     Args:
@@ -53,14 +52,9 @@ def keep_gradient_hooks(before: Mapping[str, nn.Parameter], model: nn.Module, lo
             copy_gradient_hooks(original, parameter)
             on_shards += [name] if is_sharded(parameter) else []
         if is_sharded(parameter):
-            # As an attribute of this parameter, which takes precedence over the method of its class.
-            vars(parameter)["register_hook"] = partial(_refuse_hook, name)
+            refuse_gradient_hooks({name: parameter}, ["register_hook"], _INSTEAD)
     if on_shards:
         logger.info(
             "The hooks from register_post_accumulate_grad_hook on %s are called with the shard of this rank, after the "
             "gradients of an accumulation window were reduced.", some_names(on_shards),
         )  # fmt: skip
-
-
-def _refuse_hook(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise PlacementError(f"register_hook was called on {name}. {_INSTEAD}")

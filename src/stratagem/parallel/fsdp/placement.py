@@ -29,7 +29,7 @@ from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel.deferred_init.materialize import InitialWeights, make_contiguous, require_same_model
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
-from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, refuse_gradient_hooks
+from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, require_no_gradient_hooks
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.parallel.fsdp.options import FSDPOptions, Precision, require_equal_randomness
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
@@ -70,6 +70,7 @@ class FSDPPlacement(Placement):
     """
 
     sharded = True
+    reports_gradient_hooks = True
     # Until gradients are reduced, torch keeps them unsharded in internal attributes.
     has_gradients = False
 
@@ -116,7 +117,7 @@ class FSDPPlacement(Placement):
             model = convert_sync_batchnorm(model, self._options.sync_bn)
         require_same_model(model)
         parameters_before = dict(model.named_parameters())
-        refuse_gradient_hooks(model, self._options.ignored_parameters(model))
+        require_no_gradient_hooks(model, self._options.ignored_parameters(model))
         metas = self._weights.detach_storage(model)
         converted = make_contiguous(model)
         if converted:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stratagem.checkpoint import with_known_names
 from stratagem.distributed import World
 from stratagem.strategies.state.synced_buffers import iter_buffers
-from stratagem.tensors.dtensor import is_sharded, stack_over_ranks
+from stratagem.tensors.dtensor import has_all_values, stack_over_ranks, to_local
 
 __all__ = ["stack_per_rank_buffers", "write_per_rank_buffers"]
 
@@ -25,5 +25,5 @@ def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world:
     """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep the buffers of the model state."""
     buffers = {each.name: each.tensor for each in iter_buffers(model) if each.is_persistent}
     for name, rows in with_known_names(saved, buffers).items():
-        if len(rows) == world.size and not is_sharded(buffers[name]):
-            buffers[name].copy_(rows[world.rank])
+        if len(rows) == world.size and has_all_values(buffers[name]):
+            to_local(buffers[name]).copy_(rows[world.rank])

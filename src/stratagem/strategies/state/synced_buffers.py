@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stratagem.checkpoint import digest_of_tensor
 from stratagem.distributed import World, all_gather_object, all_reduce, broadcast
 from stratagem.errors import ConfigValueError, StateError
-from stratagem.tensors.dtensor import is_sharded, to_local
+from stratagem.tensors.dtensor import has_all_values, to_local, with_local
 from stratagem.utils import canonical_names, did_you_mean
 from stratagem.utils.names import some_names
 
@@ -116,7 +116,8 @@ class SyncedBuffers:
             group: see :meth:`applied`.
         """
         differing = [(each, each.tensor) for each in self._differing(model, group)] if self._own is None else self._own
-        return {each.name: own for each, own in differing if each.is_persistent and not is_sharded(each.tensor)}
+        kept = ((each, own) for each, own in differing if each.is_persistent and has_all_values(each.tensor))
+        return {each.name: to_local(own) for each, own in kept}
 
     @property
     def changes_rank0(self) -> bool:
@@ -150,7 +151,7 @@ class SyncedBuffers:
         try:
             with torch.no_grad():
                 for each in differing:
-                    to_local(each.tensor).copy_(values[each.name])
+                    to_local(each.tensor).copy_(to_local(values[each.name]))
             yield tuple(each.tensor for each in differing)
         finally:
             replaced, self._own = self._own, None
@@ -171,20 +172,21 @@ class SyncedBuffers:
             group: see :meth:`applied`.
         """
         averaged = set(statistics) if self.source == "mean" else set()
-        whole = {name: each for name, each in tensors.items() if not is_sharded(each)}
-        shards = {name: to_local(each) for name, each in tensors.items() if is_sharded(each)}
+        whole = {name: to_local(each) for name, each in tensors.items() if has_all_values(each)}
+        shards = {name: to_local(each) for name, each in tensors.items() if name not in whole}
         means = {name: each for name, each in whole.items() if name in averaged}
         rest = {name: each for name, each in whole.items() if name not in averaged}
-        return {**_means(means), **_from_first(rest, None), **_from_first(shards, group)}
+        values = {**_means(means), **_from_first(rest, None), **_from_first(shards, group)}
+        return {name: with_local(tensors[name], value) for name, value in values.items()}
 
     def _differing(self, model: nn.Module, group: ProcessGroup | None) -> list[Buffer]:
         """Return the buffers whose values differ between ranks, in the same order on every rank. Collective."""
         buffers = [each for each in iter_buffers(model) if each.can_be_compared]
-        whole = [each for each in buffers if not is_sharded(each.tensor)]
-        differing = self._compare(whole, None)
-        if group is not None and any(is_sharded(each.tensor) for each in buffers):
+        differing = self._compare([each for each in buffers if has_all_values(each.tensor)], None)
+        shards = [each for each in buffers if not has_all_values(each.tensor)]
+        if group is not None and shards:
             # Shards of tensor-parallel layers differ by design, except between ranks that process different samples.
-            differing += self._compare([each for each in buffers if is_sharded(each.tensor)], group)
+            differing += self._compare(shards, group)
         self._log_names([each.name for each in differing])
         return differing
 

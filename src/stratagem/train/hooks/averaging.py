@@ -19,7 +19,7 @@ from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS
 from stratagem.strategies.base import require_master_weights
-from stratagem.tensors.dtensor import stack_over_ranks, to_local
+from stratagem.tensors.dtensor import has_all_values, stack_over_ranks, to_local
 from stratagem.train.evaluation.batch_norm import can_recompute_statistics, recompute_statistics
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -269,7 +269,8 @@ class EMAHook(Hook):
             self._extra_parts["aliases"] = aliases
         if own and not all(all_gather_object(equal)):
             world = run.world
-            rows = {name: stack_over_ranks(each, world.size, world.device) for name, each in own.items()}
+            whole = {name: to_local(each) for name, each in own.items() if has_all_values(each)}
+            rows = {name: stack_over_ranks(each, world.size, world.device) for name, each in whole.items()}
             self._extra_parts["ranks"] = rows
 
     def _update_statistics(self, run: Run) -> None:
@@ -332,7 +333,7 @@ class EMAHook(Hook):
             average.load_state_dict({**saved, "averages": averages})
             for name, rows in (saved.get("ranks") or {}).items():
                 if name in average.averaged_buffers and len(rows) == run.world_size:
-                    average.averages[name].copy_(rows[run.rank])
+                    to_local(average.averages[name]).copy_(rows[run.rank])
             changed = average.differences(saved)
             if changed:
                 run.logger.warning(
