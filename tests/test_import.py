@@ -48,3 +48,20 @@ def test_public_names_load_no_library_that_only_some_runs_need() -> None:
 def test_reading_a_configuration_does_not_need_torch() -> None:
     """Reading configurations does not import torch."""
     assert "torch" not in loaded_by("from stratagem import Config")
+
+
+def test_the_command_line_prints_its_first_line_before_importing_torch() -> None:
+    """The command line, which prints a line and then imports a command, loads neither torch nor NumPy itself."""
+    loaded = loaded_by("import stratagem.cli.main")
+    assert "stratagem.cli.app" in loaded
+    assert sorted({"torch", "numpy"} & loaded) == []
+    # About 300 today; torch alone has 1,000.
+    assert len(loaded) < 450
+
+
+def test_checking_an_optimizer_does_not_import_the_compiler() -> None:
+    """``config check`` builds optimizers to check their arguments, and torch would import its compiler for the first one."""
+    build = "try_optim_wrapper({'optimizer': {'type': 'SGD', 'lr': 0.1}})"
+    loaded = loaded_by(f"from stratagem.strategies.setup.trial import try_optim_wrapper; {build}")
+    assert "torch.optim.sgd" in loaded
+    assert "torch._dynamo" not in loaded

@@ -482,3 +482,14 @@ def test_private_names_of_torch_are_used_in_one_module() -> None:
         and not (isinstance(node.value, ast.Name) and node.value.id == "self")
     ]
     assert found == []
+
+
+def test_optimizers_are_excluded_from_compilation_again_after_a_trial() -> None:
+    """Within the context, parameter groups are added by torch's function itself; afterwards, torch's attribute is as before."""
+    add_group: Any = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    before = dict(add_group.__dict__)
+    with torch_private.without_compiler_import():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5)
+        assert "__dynamo_disable" in add_group.__dict__
+    assert add_group.__dict__ == before
+    assert optimizer.param_groups[0]["lr"] == 0.5

@@ -59,6 +59,7 @@ __all__ = [
     "stored_values",
     "tensors_in",
     "unsharded_class",
+    "without_compiler_import",
     "without_global_step_hooks",
 ]
 
@@ -70,6 +71,9 @@ _INNER_WRAPPERS: Final = {
 # The instance attribute that replaces what ``module(...)`` calls, and that ``Module.compile`` sets; None or absent by default.
 # It is the only place where a call can be redirected before the forward hooks of the module.
 CALL_ATTRIBUTE: Final = "_compiled_call_impl"
+
+# The attribute of a function in which torch keeps the version that the compiler excludes.
+_DISABLED: Final = "__dynamo_disable"
 
 # tensors_in(output) returns the tensors in the output of a forward pass, as DistributedDataParallel finds them: only
 # these tensors take part in its reduction.
@@ -384,3 +388,21 @@ def default_store() -> Any:
     Private: ``torch.distributed.distributed_c10d._get_default_store``.
     """
     return import_object("torch.distributed.distributed_c10d:_get_default_store")()
+
+
+@contextmanager
+def without_compiler_import() -> Iterator[None]:
+    """Create optimizers without importing torch's compiler, which takes more than a second, if it is not imported yet.
+
+    torch imports the compiler when the first optimizer is created, to exclude the function that adds parameter groups from
+    compilation. This concerns only optimizers that are created in compiled code.
+    """
+    add_group = getattr(Optimizer.add_param_group, "__wrapped__", None)
+    if add_group is None or _DISABLED in add_group.__dict__:
+        yield
+        return
+    setattr(add_group, _DISABLED, add_group)
+    try:
+        yield
+    finally:
+        delattr(add_group, _DISABLED)

@@ -23,6 +23,7 @@ from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperCons
 from stratagem.parallel import AnyOptim
 from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from stratagem.strategies.setup.building import build_optim_wrapper
+from stratagem.utils.torch_private import without_compiler_import
 
 __all__ = ["StandInOptimizer", "try_optim_wrapper", "try_param_schedulers"]
 
@@ -36,6 +37,7 @@ class StandInOptimizer(SGD):
     """Stands for an optimizer that is not built, because it is not one of torch's optimizers or is already in use."""
 
 
+@without_compiler_import()
 def try_optim_wrapper(optim: Any) -> AnyOptim | None:
     """Build an optimizer wrapper for a model with one parameter, without ``paramwise_cfg``.
 

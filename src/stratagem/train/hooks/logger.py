@@ -7,7 +7,8 @@ from typing import Any, final
 import torch
 
 from stratagem.distributed import mean_by_name as _mean_over_ranks
-from stratagem.logging import ScalarSmoother, TrainingProgress
+from stratagem.logging import TrainingProgress
+from stratagem.logging.smoothing import ScalarSmoother
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
