@@ -30,8 +30,8 @@ _STORE_TIMEOUT = timedelta(seconds=5)
 # After this number of consecutive failed attempts, the process that serves the store is considered dead.
 _ATTEMPTS = 2
 _RESPONSE_S = 5.0
-# If this thread was not scheduled for longer than this, the process was probably stopped.
-_PAUSED_S = 3.0
+# If this thread was not scheduled for longer than this, which no single request takes, the process was probably stopped.
+_PAUSED_S = 6.0
 
 T = TypeVar("T")
 
@@ -107,6 +107,7 @@ class RankMonitor:
         self._failure: Failure | None = None
         self._unresponsive = False
         self._paused_s = 0.0
+        self._poll_begin = time.monotonic()
         self._failure_known = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stratagem-ranks", daemon=True)
@@ -265,7 +266,8 @@ class RankMonitor:
         """Wait until the next poll, and measure for how long this process did not run."""
         begin = time.monotonic()
         self._closed.wait(self._poll_s)
-        self._paused_s = time.monotonic() - begin - self._poll_s
+        self._poll_begin = time.monotonic()
+        self._paused_s = self._poll_begin - begin - self._poll_s
 
     def _describe_server(self) -> str:
         server = self._processes[0]
@@ -287,9 +289,10 @@ class RankMonitor:
         for rank, process in self._processes.items():
             if rank != self.rank and process.has_ended():
                 what = f"process {process.pid} was killed or exited without an error message"
-                if self._paused_s > _PAUSED_S:
+                paused_s = max(self._paused_s, time.monotonic() - self._poll_begin)
+                if paused_s > _PAUSED_S:
                     what = (
-                        f"process {process.pid} exited while this rank did not run for {self._paused_s:.0f} s, because it was "
+                        f"process {process.pid} exited while this rank did not run for {paused_s:.0f} s, because it was "
                         "stopped by a signal or its machine was suspended"
                     )
                 return Failure(rank=rank, kind="died", text=f"{what}, in iteration {self._iteration() + 1}")
