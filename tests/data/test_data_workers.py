@@ -165,7 +165,7 @@ def test_a_process_exits_immediately_with_active_workers(tmp_path: Path, end: st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=scripts_environment(),
+        env={**scripts_environment(), "TMPDIR": str(tmp_path)},
     )
     try:
         # The workers have the pipes as well, so this also waits until they have exited.
@@ -176,6 +176,8 @@ def test_a_process_exits_immediately_with_active_workers(tmp_path: Path, end: st
     assert (process.returncode, output) == (status, "[0] [1]\n")
     assert ("out of cheese" in errors) == (end == "raised")
     assert "killed by signal" not in errors
+    # The folder in which multiprocessing creates sockets, of which a process that is killed leaves its own.
+    assert end == "killed" or list(tmp_path.glob("pymp-*")) == []
 
 
 def test_a_hanging_worker_is_killed_when_its_loader_is_deleted(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from contextlib import suppress
-from multiprocessing import context, reduction
+from multiprocessing import context, current_process, reduction
 from multiprocessing.util import Finalize
 from typing import Any, Final, final
 
@@ -93,4 +94,16 @@ if hasattr(os, "register_at_fork"):
 
 def _exit_at_eof(source: int) -> None:
     os.read(source, 1)
+    _remove_temporary_folder()
     os._exit(0)
+
+
+def _remove_temporary_folder() -> None:
+    """Remove the folder in which this process shares files with others, as multiprocessing does when a process returns.
+
+    Private: the configuration of a process, which contains the folder.
+    """
+    own: Any = current_process()
+    folder = getattr(own, "_config", {}).get("tempdir")
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
