@@ -107,6 +107,8 @@ class Job:
         train: called with the batch size per rank and further arguments of the runner. Returns a runner that has trained, and
             the user's own network.
         by_hand: runs the same training without Stratagem, in one process.
+        by_hand_on_two: a hand-written loop, also in one process, with the results of two ranks, if they differ from those of one
+            process; None otherwise.
         batch: the number of samples of an iteration over all ranks.
         tolerance: the largest absolute difference of the weights on two ranks. In one process, they must be equal.
         metric_tolerance: the largest absolute difference of the metrics on two ranks.
@@ -121,6 +123,7 @@ class Job:
     batch: int
     tolerance: float
     metric_tolerance: float = 0.0
+    by_hand_on_two: Callable[[ByHand], nn.Module] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,7 +141,9 @@ def run(job: Job, strategy: str, folder: Path | str) -> Result:
         default_hooks={"checkpoint": None},
     )
     try:
-        return Result(recorder.samples, recorder.metrics, _weights(network))
+        # Ranks may have different buffers, such as the statistics of BatchNorm. Take those of a checkpoint.
+        with runner.strategy.synchronized_buffers():
+            return Result(recorder.samples, recorder.metrics, _weights(network))
     finally:
         runner.close()
 

@@ -74,7 +74,7 @@ def train(batch_size, **options):
         train_cfg=dict(max_epochs=2),
         val_dataloader=DataLoader(data("test"), 50, collate_fn=collate),
         val_cfg=dict(),
-        val_evaluator=MulticlassAccuracy(9, average="micro"),
+        val_evaluator=dict(type="MulticlassAccuracy", num_classes=9, average="micro"),
         **options,
     )
     runner.train()

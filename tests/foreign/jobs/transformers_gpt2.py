@@ -73,7 +73,7 @@ def train(batch_size, *, strategy, **options):
         train_cfg=dict(max_epochs=2),
         val_dataloader=loader(data(1000, 40), 16),
         val_cfg=dict(),
-        val_evaluator=Perplexity(),
+        val_evaluator=dict(type=Perplexity),
         strategy=strategy,
         **options,
     )
