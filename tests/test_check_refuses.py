@@ -17,6 +17,9 @@ from stratagem.registry import DATASETS, OPTIMIZERS
 from stratagem.train import Hook
 from tests.train.toys import TEST, VALIDATION, Toy, loader, settings
 
+# Each of several hundred configurations is checked and built.
+pytestmark = pytest.mark.slow
+
 SGD = {"type": "SGD", "lr": 0.1}
 ADAM = {"type": "AdamW", "lr": 0.1}
 EMA = {"type": "EMAHook"}

@@ -59,6 +59,7 @@ def test_the_command_line_prints_its_first_line_before_importing_torch() -> None
     assert len(loaded) < 450
 
 
+@pytest.mark.slow
 def test_checking_an_optimizer_does_not_import_the_compiler() -> None:
     """``config check`` builds optimizers to check their arguments, and torch would import its compiler for the first one."""
     build = "try_optim_wrapper({'optimizer': {'type': 'SGD', 'lr': 0.1}})"

@@ -57,8 +57,8 @@ class Shell:
 
     def leftovers(self) -> list[str]:
         """Return the remains of commands: running processes in the folder, and temporary files."""
-        # torch.compile keeps its cache there for the next process.
-        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        # torch.compile keeps its cache there for the next process, and a data worker that is killed leaves its folder.
+        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith(("torchinductor", "pymp-"))]
         for process in self._processes():
             with suppress(psutil.Error):
                 left.append(f"{process.pid}: {process.cmdline()}")

@@ -171,7 +171,7 @@ def batches(dataset: Any, *, done: int = 0, epochs: int = 2, **options: Any) -> 
     return [batch for epoch in range(epochs) for batch in loader.batches(epoch, done)]
 
 
-@pytest.mark.parametrize("dataset", [Drawing, DrawingAtOnce])
+@pytest.mark.parametrize("dataset", [Drawing, pytest.param(DrawingAtOnce, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("collate", [list, mixed])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_auto_equals_always(draw: str, collate: Any, dataset: type[Drawing]) -> None:

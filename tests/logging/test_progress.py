@@ -98,6 +98,7 @@ def test_log_lines_are_written_above_the_bar(screen: Console, monkeypatch: pytes
     assert "train" not in line
 
 
+@pytest.mark.slow
 def test_a_bar_that_is_drawn_while_a_log_line_is_rendered_does_not_share_its_line(
     screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

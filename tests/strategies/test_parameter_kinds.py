@@ -196,7 +196,7 @@ def test_lazy_layers_are_refused_by_name_on_several_ranks(ranks: Ranks, tmp_path
         ranks.run(lazy_on_ranks, name, str(tmp_path))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("late", [False, True])
 def test_hooks_in_one_process_are_called_as_in_plain_torch(tmp_path: Path, *, late: bool, compiled: bool) -> None:
     """Hooks of both kinds mask the gradients, also of a compiled model."""

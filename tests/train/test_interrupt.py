@@ -96,7 +96,7 @@ def test_an_interrupted_training_raises_after_its_checkpoint(
     make_runner: MakeRunner, tmp_path: Path, number: int, error: type[BaseException], code: int | None
 ) -> None:
     """Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGUSR1 raise SystemExit with 128 plus their number."""
-    events = EventLog()
+    events, handler = EventLog(), signal.getsignal(signal.SIGINT)
     runner = make_runner(custom_hooks=[At(3, lambda run: os.kill(os.getpid(), number)), events])
     with pytest.raises(error) as caught:
         runner.train()
@@ -105,7 +105,7 @@ def test_an_interrupted_training_raises_after_its_checkpoint(
     assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "iter_3"
     assert events.names[-1] == "after_run"
     assert ended(runner) == f"stopped by {signal.Signals(number).name}"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     # The folder is unlocked, and the same runner completes the run.
     runner.train()
     assert runner.interrupted is None
