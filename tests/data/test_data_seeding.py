@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib.util
 import pickle
@@ -14,6 +15,7 @@ from random import gauss as imported_gauss
 from random import random as imported_random
 from types import ModuleType
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -279,11 +281,20 @@ def numpy_seeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The seeds that NumPy's generator receives in this test."""
     seeds: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(seeding, "_lazy_generators", None)
+        patch.setattr(seeding, "_lazy_generators", functools.cache(seeding._lazy_generators.__wrapped__))
         patch.setattr(seeding, "MT19937", CountedMT19937)
         patch.setattr(CountedMT19937, "seeds", seeds)
         yield seeds
     gc.collect()  # The temporary object refers to the methods of Python's generator.
+
+
+def test_a_platform_without_functions_created_at_run_time_seeds_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If NumPy's generator cannot be replaced, the samples are the same."""
+    expected = batches(Drawing("shuffled"), streams="always")
+    monkeypatch.setattr(seeding, "_lazy_generators", functools.cache(seeding._lazy_generators.__wrapped__))
+    monkeypatch.setattr(seeding, "_LazyGenerators", Mock(side_effect=MemoryError))
+    assert batches(Drawing("shuffled")) == expected
+    assert seeding._lazy_generators() is None
 
 
 def test_generators_that_are_not_used_are_not_seeded(numpy_seeds: list[Any]) -> None:

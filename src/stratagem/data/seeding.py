@@ -16,6 +16,7 @@ same as if all generators were seeded for every sample.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import random
 import sys
@@ -163,22 +164,24 @@ class _LazyGenerators(Generators):
             raise error
 
 
-_lazy_generators: _LazyGenerators | None = None
-
-
 def begin_seeding(*, lazy: bool = True) -> Generators:
     """Save the state of the global generators, until ``end`` of the result is called.
 
     With ``lazy``, the generators of NumPy and Python are seeded when they are used. All are seeded for every sample if a batch is
     already being loaded, that is, if a dataset reads from the data loader of another dataset.
     """
-    global _lazy_generators  # noqa: PLW0603 -- Python and NumPy have one global generator each
-    if lazy:
-        if _lazy_generators is None:
-            _lazy_generators = _LazyGenerators()
-        if _lazy_generators.begin():
-            return _lazy_generators
-    return _EagerGenerators()
+    generators = _lazy_generators() if lazy else None
+    return generators if generators is not None and generators.begin() else _EagerGenerators()
+
+
+@functools.cache
+def _lazy_generators() -> _LazyGenerators | None:
+    """Return the generators of this process, since Python and NumPy have one each; None if the platform does not support them."""
+    try:
+        return _LazyGenerators()
+    except (AttributeError, MemoryError, OSError):
+        # Other Python implementations have no C API, and some systems do not allow functions that are created at run time.
+        return None
 
 
 class _BitGenerator(ctypes.Structure):
