@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.distributed.collectives import get_dist_info
 from stratagem.distributed.health.rank_monitor import RankMonitor
+from stratagem.distributed.polling import poll_until
 from stratagem.utils.torch_private import default_store
 
 __all__ = ["EventAgreement"]
@@ -81,7 +82,8 @@ class EventAgreement:
         end = time.monotonic() + default_store().timeout.total_seconds()
         passed: set[int] = set()
         while time.monotonic() < end:
-            if _wait_until_set(events, "outcome", _LOOK_S):
+            # torch prints warnings if store.wait exceeds its timeout.
+            if poll_until(lambda: events.check(["outcome"]), _LOOK_S, longest_pause_s=_LONGEST_PAUSE_S):
                 return True
             passed_before, passed = passed, self._ranks_past_check(events)
             # Twice, because a rank counts a check shortly before it posts the event.
@@ -113,17 +115,6 @@ class EventAgreement:
             # A separate connection, because waiting on the group's connection would block other threads.
             self._store = default_store().clone()
         return self._store
-
-
-def _wait_until_set(store: Store, key: str, seconds: float) -> bool:
-    # torch prints warnings if store.wait exceeds its timeout.
-    end, pause = time.monotonic() + seconds, 0.001
-    while not store.check([key]):
-        if time.monotonic() >= end:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
-    return True
 
 
 def _posted(events: Store, rank: int) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, final
 
@@ -12,14 +11,14 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.distributed.collectives import get_dist_info
+from stratagem.distributed.polling import poll_interval, poll_until
 from stratagem.utils.torch_private import default_store
 
 __all__ = ["StopAgreement", "StopRequest"]
 
-# How often a rank looks for a request of another rank; less often with more ranks, since the store serves all of them.
+# How often a rank looks for a request of another rank.
 _POLL_S: Final = 0.25
-_RANKS_AT_FULL_RATE: Final = 256
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
+_LONGEST_PAUSE_S: Final = 0.05
 _STORE_ERRORS: Final = (RuntimeError, torch_dist.DistError)
 
 
@@ -52,6 +51,7 @@ class StopAgreement:
     def __init__(self) -> None:
         number, StopAgreement._num_created = StopAgreement._num_created, StopAgreement._num_created + 1
         self._rank, self._size = get_dist_info()
+        self._poll_s = poll_interval(_POLL_S, self._size)
         self._prefix = f"stop/{number}"
         self._store = self._connect()
         self._lock = threading.Lock()
@@ -91,10 +91,6 @@ class StopAgreement:
         self._closed.set()
         self._thread.join(2 * self._poll_s)
 
-    @property
-    def _poll_s(self) -> float:
-        return _POLL_S * max(1.0, self._size / _RANKS_AT_FULL_RATE)
-
     def _connect(self) -> Store:
         # A separate connection, because a blocking wait on the group's connection would delay this one.
         return PrefixStore(self._prefix, default_store().clone())
@@ -109,16 +105,13 @@ class StopAgreement:
 
     def _decide(self) -> tuple[int, StopRequest]:
         """Wait for the answers of all ranks; return the last check that any rank has passed, and the combined request."""
-        end, pause = time.monotonic() + default_store().timeout.total_seconds(), _FIRST_PAUSE_S
-        while self._store.add("answers", 0) < self._size:
-            if time.monotonic() > end:
-                missing = [rank for rank in range(self._size) if not self._store.check([f"answer/{rank}"])]
-                raise torch_dist.DistStoreError(
-                    f"The agreement on where to stop timed out, because rank {', '.join(map(str, missing))} did not respond."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
-        answers: list[list[Any]] = [json.loads(self._store.get(f"answer/{rank}")) for rank in range(self._size)]
+        store, timeout_s = self._store, default_store().timeout.total_seconds()
+        if not poll_until(lambda: store.add("answers", 0) == self._size, timeout_s, longest_pause_s=_LONGEST_PAUSE_S):
+            missing = [rank for rank in range(self._size) if not store.check([f"answer/{rank}"])]
+            raise torch_dist.DistStoreError(
+                f"The agreement on where to stop timed out, because rank {', '.join(map(str, missing))} did not respond."
+            )
+        answers: list[list[Any]] = [json.loads(store.get(f"answer/{rank}")) for rank in range(self._size)]
         signals = max(answer[1] for answer in answers)
         return max(answer[0] for answer in answers), StopRequest(signals, any(answer[2] for answer in answers))
 

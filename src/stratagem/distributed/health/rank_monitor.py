@@ -19,13 +19,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from stratagem.distributed.collectives import get_dist_info
 from stratagem.distributed.health.process_identity import ProcessIdentity
 from stratagem.distributed.objects import all_gather_object
+from stratagem.distributed.polling import poll_interval
 from stratagem.utils.torch_private import default_store
 
 __all__ = ["Failure", "RankMonitor"]
 
 _POLL_S = 0.5
-# With more ranks, each rank polls less often, because the store serves about 10,000 requests per second.
-_RANKS_AT_FULL_RATE = 256
 _STORE_TIMEOUT = timedelta(seconds=5)
 # After this number of consecutive failed attempts, the process that serves the store is considered dead.
 _ATTEMPTS = 2
@@ -103,7 +102,7 @@ class RankMonitor:
         # ranks.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._acknowledged = False
-        self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)
+        self._poll_s = poll_interval(_POLL_S, self.size)
         self._failure: Failure | None = None
         self._unresponsive = False
         self._paused_s = 0.0
