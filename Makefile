@@ -14,7 +14,7 @@ ONLY ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-wheel faults matrix bits check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,6 +88,19 @@ $(FOREIGN)/.installed: pyproject.toml constraints.txt tests/foreign/requirements
 	$(FOREIGN)/bin/python $(PIP_INSTALL) --editable . --requirement tests/foreign/requirements.txt
 	$(FOREIGN)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/foreign/requirements-no-deps.txt
 	@touch $@
+
+# With PYTHON on the command line, as in `make test-gpu PYTHON=/opt/python PYTHONPATH=src`, the GPU targets use that
+# interpreter and the packages that it finds: they install nothing and create no .venv. Otherwise, they use .venv.
+ifeq ($(origin PYTHON),command line)
+GPU_SETUP :=
+GPU_PYTHON := PYTHONPATH="$(CURDIR)/src:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+else
+GPU_SETUP := setup
+GPU_PYTHON := $(BIN)/python
+endif
+
+test-gpu: $(GPU_SETUP) ## Test on one or two GPUs; tests that this machine cannot run are skipped with their reason.
+	$(GPU_PYTHON) -m pytest -m gpu -rs --no-fold-skipped tests/gpu
 
 # Set WHEEL_PYTHONS to try several, as in WHEEL_PYTHONS="python3.11 python3.13".
 WHEEL_PYTHONS ?= $(PYTHON)

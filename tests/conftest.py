@@ -16,12 +16,20 @@ hypothesis.settings.register_profile("full", derandomize=True, deadline=None, da
 hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("full"), max_examples=5)
 hypothesis.settings.load_profile("full")
 torch.set_num_threads(1)
-# Collected only if selected by marker: real launchers, and engines that need separate environments.
-ELSEWHERE = ("launchers", "deepspeed", "colossalai", "foreign")
+# Collected only if selected by marker: real launchers, engines that need separate environments, and tests that need a GPU.
+ELSEWHERE = ("launchers", "deepspeed", "colossalai", "foreign", "gpu")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Accept the setting ``timeout`` without pytest-timeout: ``make test-gpu`` runs with the packages that it finds."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "ignored, because pytest-timeout is not installed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Generate fewer examples if slow tests are deselected (``make test-fast``)."""
+    if not config.pluginmanager.has_plugin("timeout"):
+        config.addinivalue_line("markers", "timeout: ignored, because pytest-timeout is not installed")
     if "not slow" in config.option.markexpr:
         hypothesis.settings.load_profile("fast")
 
