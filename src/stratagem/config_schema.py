@@ -263,7 +263,9 @@ SECTIONS: Mapping[str, Rule] = {
     "log_level": Section(validate=parse_level),
     "env_cfg": Section(
         keys={
-            **dict.fromkeys(("cudnn_benchmark", "resource_limit"), _FREE),
+            **dict.fromkeys(
+                ("cudnn_benchmark", "cudnn_allow_tf32", "float32_matmul_precision", "resource_limit"), _FREE
+            ),
             "mp_cfg": _keys("mp_start_method", "opencv_num_threads"),
             "dist_cfg": Section(target="stratagem.distributed:init_dist"),
         }

@@ -142,7 +142,8 @@ class Runner:
         new_parameters: regular expressions; parameters and buffers whose full names match one of them may be missing from
             the checkpoint that is resumed. They keep their initial values.
         launcher: the launcher that started the processes; detected by default.
-        env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
+        env_cfg: ``cudnn_benchmark``, ``cudnn_allow_tf32``, ``float32_matmul_precision``, ``mp_cfg``, ``dist_cfg``,
+            ``resource_limit``.
         log_level: the logging level.
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.

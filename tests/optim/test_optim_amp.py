@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +13,7 @@ from torch.optim import SGD
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim import AmpOptimWrapper
+from tests.support.small_runs import make
 
 
 def wrapped(**options: object) -> tuple[nn.Linear, AmpOptimWrapper]:
@@ -34,6 +39,33 @@ def test_bfloat16_is_the_default_on_the_cpu() -> None:
     assert wrapper.loss_scaler is None
     # The loss is the mean over 2 outputs, so the gradient of each bias is 0.5.
     torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
+
+
+def test_autocast_uses_the_device_that_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If the parameters are in CPU memory, as with FSDP's ``cpu_offload``, autocast has the device of the strategy."""
+    devices: list[str] = []
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: [devices.append(device), nullcontext()][1])
+    model, wrapper = wrapped(dtype="bfloat16")
+    strategy = make("single", tmp_path)
+    strategy.prepare(model)
+    world = replace(strategy.world, device=torch.device("cuda", 0))
+    monkeypatch.setattr(type(strategy), "world", property(lambda _: world))
+    strategy.prepare(model, optim_wrapper=wrapper)
+    with wrapper.optim_context(model):
+        assert devices == ["cuda"]
+    strategy.close()
+
+
+def test_the_default_dtype_is_that_of_the_device_that_computes() -> None:
+    """Without ``dtype``, a wrapper of parameters in CPU memory uses float16 on CUDA with a loss scaler there, as torch does."""
+    _, wrapper = wrapped(clip_grad=dict(max_norm=1.0, error_if_nonfinite=False))
+    assert (wrapper.dtype, wrapper.nonfinite) == (torch.bfloat16, None)
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        wrapper.use_device(torch.device("cuda"))
+    assert (wrapper.dtype, wrapper.nonfinite) == (torch.float16, "skip")
+    assert wrapper.grad_scaler is not None
+    wrapper.use_device(torch.device("cpu"))
+    assert (wrapper.dtype, wrapper.nonfinite, wrapper.grad_scaler) == (torch.bfloat16, None, None)
 
 
 def test_autocast_ends_with_the_context() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from stratagem.dist import World, is_distributed
+from stratagem.dist import World, init_dist, is_distributed
 from stratagem.errors import (
+    ConfigError,
     ConfigKeyError,
     ConfigTypeError,
     ConfigValueError,
@@ -121,6 +122,46 @@ def test_deterministic_disables_the_autotuner(single: Make) -> None:
     strategy.close()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.deterministic is before
+
+
+def test_deterministic_configures_cublas_before_cuda_is_initialized(
+    single: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``CUBLAS_WORKSPACE_CONFIG`` is set before the process group selects a device, and restored by ``close``."""
+    seen = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(
+        environment,
+        "init_dist",
+        lambda **options: [seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")), init_dist(**options)][1],
+    )
+    strategy = single(env={"randomness": {"seed": 0, "deterministic": True}})
+    assert seen == [":4096:8"]
+    strategy.close()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_the_precision_of_float32_is_set_and_restored(single: Make) -> None:
+    """``float32_matmul_precision`` and ``cudnn_allow_tf32`` are active until the strategy is closed."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    assert before == ("highest", True)
+    strategy = single(env={"float32_matmul_precision": "high", "cudnn_allow_tf32": False})
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", False)
+    strategy.close()
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"float32_matmul_precision": "tf32"}, "unknown float32_matmul_precision='tf32'"),
+        ({"cudnn_allow_tf32": "yes"}, "cudnn_allow_tf32 must be True, False or None, got 'yes'"),
+    ],
+)
+def test_unknown_float32_precisions_are_rejected(single: Make, env: dict[str, Any], message: str) -> None:
+    """Any other value of the two options raises an error that shows it."""
+    with pytest.raises(ConfigError, match=message):
+        single(env=env)
 
 
 def test_the_start_method_is_set_and_restored(single: Make) -> None:

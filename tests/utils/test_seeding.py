@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -32,7 +33,11 @@ def determinism_as_before() -> Iterator[None]:
     """Restore the determinism settings after the test."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    variable = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     yield
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    if variable is not None:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = variable
     cudnn.benchmark, cudnn.deterministic = before[:2]
     torch.use_deterministic_algorithms(before[2])
 
@@ -135,6 +140,35 @@ def test_deterministic_does_not_warn_without_the_autotuner() -> None:
     torch.backends.cudnn.benchmark = False
     set_random_seed(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("determinism_as_before")
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8"), (":4096:8", ":4096:8")])
+def test_deterministic_makes_cublas_deterministic(given: str | None, expected: str) -> None:
+    """``deterministic=True`` sets ``CUBLAS_WORKSPACE_CONFIG`` unless it already makes cuBLAS deterministic."""
+    if given is not None:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = given
+    set_random_seed(0, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+
+
+@pytest.mark.usefixtures("determinism_as_before")
+def test_a_setting_with_which_cublas_is_not_deterministic_is_replaced() -> None:
+    """Another value of ``CUBLAS_WORKSPACE_CONFIG`` would fail in a matrix multiplication; it is replaced with a warning."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2"
+    with pytest.warns(UserWarning, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:2 is replaced by :4096:8"):
+        set_random_seed(0, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("determinism_as_before")
+def test_deterministic_warns_if_cuda_is_already_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuBLAS may have read the variable already, so the warning names the variable and the value to start the process with."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.warns(
+        UserWarning, match=r"after CUDA was initialized.*Start the process with CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    ):
+        set_random_seed(0, deterministic=True)
 
 
 def test_restored_generators_continue_exactly() -> None:

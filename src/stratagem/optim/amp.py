@@ -77,8 +77,24 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
             nonfinite=nonfinite,
             prepared=prepared,
         )
-        self.device_type = _device_type(optimizer)
-        self.dtype = _parse_dtype(dtype, self.device_type)
+        self._requested = dtype, loss_scale, self.nonfinite
+        self._configure(_device_type(optimizer))
+
+    def use_device(self, device: torch.device) -> None:
+        if device.type != self.device_type:
+            self._configure(device.type)
+
+    def _configure(self, device_type: str) -> None:
+        """Set the dtype of autocast on a type of device, and the loss scaler.
+
+        The default dtype depends on the device, and the scaler belongs to the device of the loss.
+        """
+        dtype, loss_scale, self.nonfinite = self._requested
+        self.device_type = device_type
+        self.dtype = _parse_dtype(dtype, device_type)
+        self.grad_scaler, self.fixed_scale = None, None
+        self.inspects_grads = self.clipping is not None or self.nonfinite is not None
+        self.needs_grad_norm = self.nonfinite is not None or (self.clipping is not None and self.clipping.by_norm)
         if self.dtype == torch.float16:
             if self.nonfinite == "error":
                 raise ConfigValueError(
@@ -86,7 +102,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
                     'loss scale is adjusted. Omit nonfinite, or use dtype="bfloat16".'
                 )
             self.fixed_scale, options = _parse_loss_scale(loss_scale)
-            self.grad_scaler = GradScaler(self.device_type, **options)
+            self.grad_scaler = GradScaler(device_type, **options)
             # The scaler lowers its scale after an update with non-finite gradients, which must not be applied.
             self.nonfinite = "skip"
             self.inspects_grads = self.needs_grad_norm = True

@@ -57,6 +57,12 @@ class BaseOptimWrapper(ABC):
         self._training_weights: list[Tensor] | None = None
         self.train()
 
+    def use_device(self, device: torch.device) -> None:  # noqa: B027 -- most wrappers do not depend on the device
+        """Adapt to the device that computes, which differs from that of the parameters if these are offloaded or not moved yet.
+
+        The strategy calls this method when it places the model.
+        """
+
     def each(self) -> Mapping[str, BaseOptimWrapper]:
         """Return ``{"": self}``; an ``OptimWrapperDict`` returns a mapping from names to wrappers."""
         return {"": self}

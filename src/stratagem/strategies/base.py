@@ -62,8 +62,8 @@ class BaseStrategy(ABC):
     Args:
         work_dir: the folder of the run, created if it does not exist.
         experiment_name: the name of the run; the timestamp is appended to it.
-        env_kwargs: ``launcher``, ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit`` and ``randomness``
-            (``seed``, ``diff_rank_seed``, ``deterministic``).
+        env_kwargs: ``launcher``, ``cudnn_benchmark``, ``cudnn_allow_tf32``, ``float32_matmul_precision``, ``mp_cfg``,
+            ``dist_cfg``, ``resource_limit`` and ``randomness`` (``seed``, ``diff_rank_seed``, ``deterministic``).
         log_kwargs: arguments of :meth:`build_logger`.
         auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
             actual batch size to ``base_batch_size`` (``"linear"``, the default) or by the square root of this ratio

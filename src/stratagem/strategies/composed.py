@@ -152,6 +152,7 @@ class ComposedStrategy(BaseStrategy):
         model = self.unwrap_model()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, wrapper in wrappers.items():
+            wrapper.use_device(self.world.device)
             if getattr(type(model), "train_step", None) is BaseModel.train_step:
                 require_step_without_closure(wrapper.optimizer)
             require_equal_sharded_updates(wrapper.optimizer, names, name)

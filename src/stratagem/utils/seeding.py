@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,9 +17,20 @@ from torch import Tensor
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 
-__all__ = ["check_seed", "generator_state", "restore_generator_state", "set_random_seed"]
+__all__ = [
+    "CUBLAS_VARIABLE",
+    "check_seed",
+    "generator_state",
+    "make_cublas_deterministic",
+    "restore_generator_state",
+    "set_random_seed",
+]
 
 _SEED_LIMIT = 2**32  # The range that numpy.random.seed accepts.
+# The size and number of the workspaces of cuBLAS. cuBLAS reads it when it is first used; with other values than these two, torch
+# raises an error in matrix multiplications if deterministic algorithms are required.
+CUBLAS_VARIABLE: Final = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")
 
 
 def set_random_seed(
@@ -28,8 +40,8 @@ def set_random_seed(
 
     Args:
         seed: An integer from 0 to 2**32 - 1. If None, the seed is drawn from the operating system.
-        deterministic: Make PyTorch raise an error for operations without a deterministic implementation, and disable the
-            cuDNN autotuner. On CUDA, PyTorch then requires the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``.
+        deterministic: Make PyTorch raise an error for operations without a deterministic implementation, disable the
+            cuDNN autotuner, and make cuBLAS deterministic; see :func:`make_cublas_deterministic`.
         diff_rank_seed: Add the global rank to the seed, so that each process draws different numbers.
         rank: The global rank. None reads it from ``torch.distributed``; it is 0 without a process group.
 
@@ -120,7 +132,33 @@ def _global_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def make_cublas_deterministic() -> None:
+    """Set the environment variable ``CUBLAS_WORKSPACE_CONFIG``, which deterministic algorithms require on CUDA.
+
+    A value that makes cuBLAS deterministic is kept. If CUDA is already initialized, setting the variable may have no effect, and
+    a warning is issued.
+    """
+    given = os.environ.get(CUBLAS_VARIABLE)
+    if given in _DETERMINISTIC_CUBLAS:
+        return
+    if given is not None:
+        warnings.warn(
+            f"deterministic=True: {CUBLAS_VARIABLE}={given} is replaced by {_DETERMINISTIC_CUBLAS[0]}, because cuBLAS is not "
+            f"deterministic with it. Set it to {' or '.join(_DETERMINISTIC_CUBLAS)}, or unset it.",
+            stacklevel=4,
+        )
+    if torch.cuda.is_initialized():
+        warnings.warn(
+            f"deterministic=True was requested after CUDA was initialized, so matrix multiplications may not be deterministic: "
+            f"cuBLAS reads {CUBLAS_VARIABLE} when it is first used. Start the process with {CUBLAS_VARIABLE}="
+            f"{_DETERMINISTIC_CUBLAS[0]}, or build the runner before anything uses CUDA.",
+            stacklevel=4,
+        )
+    os.environ[CUBLAS_VARIABLE] = _DETERMINISTIC_CUBLAS[0]
+
+
 def _be_deterministic() -> None:
+    make_cublas_deterministic()
     if torch.backends.cudnn.benchmark:
         warnings.warn(
             "The cuDNN autotuner (torch.backends.cudnn.benchmark) is disabled because deterministic=True.",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
@@ -29,7 +30,8 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
 from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.multiprocess import check_multi_processing
-from stratagem.utils.seeding import check_seed
+from stratagem.utils.names import did_you_mean
+from stratagem.utils.seeding import CUBLAS_VARIABLE, check_seed, make_cublas_deterministic
 
 try:
     import resource
@@ -40,7 +42,17 @@ else:
 
 __all__ = ["Environment", "check_environment", "set_up_environment"]
 
-_KEYS = ("launcher", "cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit", "randomness")
+_KEYS = (
+    "launcher",
+    "cudnn_benchmark",
+    "cudnn_allow_tf32",
+    "float32_matmul_precision",
+    "mp_cfg",
+    "dist_cfg",
+    "resource_limit",
+    "randomness",
+)
+_MATMUL_PRECISIONS: Final = ("highest", "high", "medium")
 _RANDOMNESS_KEYS = ("seed", "diff_rank_seed", "deterministic")
 _OPEN_FILES = 4096
 _MP_KEYS = ("mp_start_method", "opencv_num_threads")
@@ -86,8 +98,12 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         settings = set_multi_processing(**mp_cfg, distributed=launcher != "none")
         undo.callback(settings.close)
         _keep_determinism(undo)
+        if randomness.get("deterministic", False):
+            # Before the process group is created, because that initializes CUDA.
+            make_cublas_deterministic()
         if env_kwargs.get("cudnn_benchmark", False):
             torch.backends.cudnn.benchmark = True
+        _set_float32_precision(env_kwargs, undo)
         made_group = launcher != "none" and not is_distributed()
         launch = init_dist(**{**dist_cfg, "launcher": launcher})
         if made_group:
@@ -134,6 +150,7 @@ def check_environment(env_kwargs: Mapping[str, Any]) -> None:
     if env_kwargs.get("launcher"):
         check_launcher(env_kwargs["launcher"])
     check_multi_processing(**_mapping(env_kwargs, "mp_cfg", known=_MP_KEYS))
+    _check_float32_precision(env_kwargs)
     refuse_data_arguments(init_dist, dist_cfg, "dist_cfg: ")
     check_dist_arguments(**{key: value for key, value in dist_cfg.items() if key not in ("launcher", "init_method")})
     _check_resource_limit(env_kwargs.get("resource_limit", _OPEN_FILES))
@@ -155,6 +172,7 @@ def _mapping(env_kwargs: Mapping[str, Any], key: str, *, known: tuple[str, ...] 
 
 def _keep_determinism(undo: ExitStack) -> None:
     """Register callbacks on ``undo`` that restore the settings changed by ``cudnn_benchmark`` and ``deterministic``."""
+    undo.callback(_restore_variable, CUBLAS_VARIABLE, os.environ.get(CUBLAS_VARIABLE))
     cudnn = torch.backends.cudnn
     undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
     undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
@@ -163,6 +181,34 @@ def _keep_determinism(undo: ExitStack) -> None:
         torch.are_deterministic_algorithms_enabled(),
         warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+
+
+def _restore_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _check_float32_precision(env_kwargs: Mapping[str, Any]) -> None:
+    precision, allow = env_kwargs.get("float32_matmul_precision"), env_kwargs.get("cudnn_allow_tf32")
+    if precision is not None and precision not in _MATMUL_PRECISIONS:
+        raise ConfigValueError(
+            f"env_kwargs: unknown float32_matmul_precision={precision!r}. {did_you_mean(str(precision), _MATMUL_PRECISIONS)}"
+        )
+    if allow is not None and not isinstance(allow, bool):
+        raise ConfigTypeError(f"env_kwargs: cudnn_allow_tf32 must be True, False or None, got {allow!r}.")
+
+
+def _set_float32_precision(env_kwargs: Mapping[str, Any], undo: ExitStack) -> None:
+    """Set how float32 matrix multiplications and convolutions are computed, and register callbacks that restore it."""
+    precision, allow = env_kwargs.get("float32_matmul_precision"), env_kwargs.get("cudnn_allow_tf32")
+    if precision is not None:
+        undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision(precision)
+    if allow is not None:
+        undo.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = allow
 
 
 def _check_resource_limit(limit: Any) -> None:

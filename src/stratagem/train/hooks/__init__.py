@@ -3,6 +3,7 @@
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
 from stratagem.train.hooks.early_stopping import EarlyStoppingHook
+from stratagem.train.hooks.garbage_collection import GarbageCollectionHook
 from stratagem.train.hooks.iter_timer import IterTimerHook
 from stratagem.train.hooks.logger import LoggerHook
 from stratagem.train.hooks.nonfinite import NonFiniteHook
@@ -16,6 +17,7 @@ __all__ = [
     "DistSamplerSeedHook",
     "EMAHook",
     "EarlyStoppingHook",
+    "GarbageCollectionHook",
     "IterTimerHook",
     "LoggerHook",
     "NonFiniteHook",

@@ -89,6 +89,7 @@ class Run:
         checkpoint_writer: saves the checkpoints of the run.
         save_counter: numbers the checkpoints, so that their order does not depend on clocks.
         before_saving: functions that are called on every rank before each save; they may raise to prevent it.
+        at_close: functions that are called when the run is closed, also if it failed.
     """
 
     def __init__(self, strategy: BaseStrategy, events: HookEvents, *, config_text: str | None = None) -> None:
@@ -106,6 +107,7 @@ class Run:
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.synchronizes_evaluation = False
         self.before_saving: list[Callable[[], None]] = []
+        self.at_close: list[Callable[[], None]] = []
         self.saved_autocast: str | None = None
         self.history = RunHistory()
         self.id = secrets.token_hex(8)
@@ -336,6 +338,8 @@ class Run:
 
     def close(self) -> None:
         """Close the files of the run and remove its progress bar from the terminal. Idempotent."""
+        while self.at_close:
+            self.at_close.pop()()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
