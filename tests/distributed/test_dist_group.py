@@ -56,6 +56,20 @@ def test_an_existing_group_is_reused(alone: pytest.MonkeyPatch) -> None:
     assert torch_dist.group.WORLD is group
 
 
+def test_the_device_is_selected_although_a_group_exists(alone: pytest.MonkeyPatch) -> None:
+    """If the program has created the process group itself, the device of this rank is still selected."""
+    init_dist("pytorch")
+    selected: list[torch.device] = []
+    alone.setattr(torch.accelerator, "is_available", lambda: True)
+    alone.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    alone.setattr(torch.accelerator, "device_count", lambda: 4)
+    alone.setattr(torch.accelerator, "set_device_index", selected.append)
+    alone.setenv("LOCAL_RANK", "2")
+    alone.setenv("LOCAL_WORLD_SIZE", "4")
+    init_dist("pytorch")
+    assert selected == [torch.device("cuda", 2)]
+
+
 def test_launcher_none_creates_no_group() -> None:
     """Without a launcher, no process group is created."""
     assert init_dist("none").size == 1

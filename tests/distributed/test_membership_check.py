@@ -10,18 +10,21 @@ import pytest
 from torch.distributed import HashStore
 
 from stratagem.dist import Launch
-from stratagem.distributed.rendezvous.membership_check import check_membership
+from stratagem.distributed.rendezvous.membership_check import OwnDevice, check_membership
 from stratagem.errors import LaunchError
 
 
-def call(ranks: Sequence[tuple[int, int]], seconds: float = 20.0) -> list[str | None]:
-    """Run the check in one thread for each (rank, size); return the error message of each."""
+def call(
+    ranks: Sequence[tuple[int, int]], seconds: float = 20.0, devices: Sequence[str] = ("", "", "", "")
+) -> list[str | None]:
+    """Run the check in one thread for each (rank, size), with the device of that rank; return the error message of each."""
     store = HashStore()
 
     def answer(rank: int, size: int) -> str | None:
         launch = Launch(launcher="pytorch", rank=rank, size=size, local_size=size)
         try:
-            check_membership(store, launch, timedelta(seconds=seconds))
+            device = OwnDevice(devices[rank], f"cuda:{rank} on node")
+            check_membership(store, launch, timedelta(seconds=seconds), device)
         except LaunchError as error:
             return str(error)
         return None
@@ -44,6 +47,18 @@ def test_different_world_sizes(sizes: tuple[int, int]) -> None:
         outcomes[0] or ""
     )
     assert "--nnodes" in (outcomes[0] or "")
+
+
+def test_two_ranks_on_one_device() -> None:
+    """If two ranks use the device with the same UUID, all ranks get an error that names both ranks and the device."""
+    outcomes = call([(0, 3), (1, 3), (2, 3)], devices=["GPU-a", "GPU-b", "GPU-b"])
+    text = "Two ranks share a device: rank 1 uses cuda:1 on node and rank 2 uses cuda:2 on node"
+    assert all(text in (outcome or "") and "UUID GPU-b" in (outcome or "") for outcome in outcomes)
+
+
+def test_ranks_on_different_devices() -> None:
+    """Ranks with different devices pass the check."""
+    assert call([(0, 2), (1, 2)], devices=["GPU-a", "GPU-b"]) == [None] * 2
 
 
 def test_two_processes_with_the_same_rank() -> None:

@@ -241,34 +241,65 @@ def test_an_unsupported_numpy_generator_is_rejected(monkeypatch: pytest.MonkeyPa
         generator_state()
 
 
-class TwoDevices:
-    """A fake accelerator with two devices, whose generator states are single numbers."""
+def philox(seed: int, offset: int) -> torch.Tensor:
+    """Return the state of a CUDA generator: 8 bytes for the seed and 8 bytes for the offset."""
+    return torch.tensor([seed, offset], dtype=torch.int64).view(torch.uint8)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.states = [torch.tensor([1]), torch.tensor([2])]
+
+class Devices:
+    """Four fake devices with CUDA's generators, which were seeded equally."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+        self.states = [philox(11, 0) for _ in range(4)]
+        self.current = current
         module = SimpleNamespace(
             get_rng_state=lambda index: self.states[index].clone(),
             set_rng_state=lambda state, index: self.states.__setitem__(index, state),
         )
-        device = SimpleNamespace(type="gpu")
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: SimpleNamespace(type="cuda"))
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: len(self.states))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
         monkeypatch.setattr(torch, "get_device_module", lambda _: module)
 
+    def offsets(self) -> list[int]:
+        """Return how far each generator has advanced."""
+        return [int(state.view(torch.int64)[1]) for state in self.states]
 
-def test_every_device_of_the_accelerator_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state of each device is restored."""
-    devices = TwoDevices(monkeypatch)
+
+def test_a_rank_that_moves_to_another_device_keeps_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that saved on cuda:3 and resumes on cuda:0 continues with the numbers of cuda:3."""
+    devices = Devices(monkeypatch, current=3)
+    devices.states[3] = philox(11, 40)
     state = generator_state()
-    assert list(state["accelerator"]) == ["gpu:0", "gpu:1"]
-    devices.states = [torch.tensor([0]), torch.tensor([0])]
+    assert list(state["accelerator"]) == ["cuda"]
+    devices.states, devices.current = [philox(5, 0) for _ in range(4)], 0
     assert restore_generator_state(state) == []
-    assert [int(value) for value in devices.states] == [1, 2]
+    assert devices.offsets() == [40, 0, 0, 0]
+    assert torch.equal(devices.states[1], philox(5, 0))
 
 
-def test_unmatched_devices_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices that exist only in the state or only on this machine are returned; all others are restored."""
-    TwoDevices(monkeypatch)
-    state = generator_state()
-    state["accelerator"]["gpu:7"] = state["accelerator"].pop("gpu:1")
-    assert restore_generator_state(state) == ["gpu:7", "gpu:1"]
+@pytest.mark.parametrize("current", [0, 2, 3])
+def test_an_old_checkpoint_restores_the_device_that_the_rank_used(
+    monkeypatch: pytest.MonkeyPatch, current: int
+) -> None:
+    """Of the states of all devices in a checkpoint of an earlier version, the one that has advanced is restored."""
+    devices = Devices(monkeypatch, current)
+    old = {f"cuda:{index}": philox(11, 40 if index == 2 else 0) for index in range(4)}
+    assert restore_generator_state({**generator_state(), "accelerator": old}) == []
+    assert devices.offsets() == [40 if index == current else 0 for index in range(4)]
+
+
+def test_equally_advanced_generators_of_an_old_checkpoint_keep_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If several generators in a checkpoint of an earlier version have advanced equally, the device of the same index counts."""
+    devices = Devices(monkeypatch, current=1)
+    old = {f"cuda:{index}": philox(20 + index, 8) for index in range(4)}
+    restore_generator_state({**generator_state(), "accelerator": old})
+    assert torch.equal(devices.states[1], philox(21, 8))
+
+
+def test_unmatched_types_of_accelerators_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types of devices that exist only in the state or only on this machine are returned, and nothing is restored."""
+    devices = Devices(monkeypatch, current=0)
+    state = {**generator_state(), "accelerator": {"xpu": torch.tensor([1])}}
+    assert restore_generator_state(state) == ["xpu", "cuda"]
+    assert devices.offsets() == [0] * 4

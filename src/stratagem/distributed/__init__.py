@@ -40,7 +40,7 @@ from stratagem.distributed.rendezvous.launch import (
 )
 from stratagem.distributed.rendezvous.process_group import check_dist_arguments, close_dist, init_dist
 from stratagem.distributed.stop_agreement import StopAgreement, StopRequest
-from stratagem.distributed.world import World, pick_device
+from stratagem.distributed.world import World, current_device, pick_device
 
 __all__ = [
     "SINGLE_PROCESS",
@@ -80,6 +80,7 @@ __all__ = [
     "is_main_process",
     "master_only",
     "mean_by_name",
+    "current_device",
     "pick_device",
     "read_launch",
     "start_sum",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
 
@@ -80,7 +81,7 @@ def check_seed(seed: int) -> None:
 
 
 def generator_state() -> dict[str, Any]:
-    """Return the states of the global generators: Python, NumPy, and torch on the CPU and on every accelerator device.
+    """Return the states of the global generators: Python, NumPy, and torch on the CPU and on this process's accelerator.
 
     The state consists of tensors, lists, numbers and strings, so it can be stored without pickle.
 
@@ -92,16 +93,18 @@ def generator_state() -> dict[str, Any]:
         "python": [version, list(internal), next_gauss],
         "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
-        "accelerator": {name: module.get_rng_state(index) for name, module, index in _accelerator_generators()},
+        "accelerator": _accelerator_state(),
     }
 
 
 def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
     """Restore the states of the global generators that ``generator_state`` returned.
 
+    The state of an accelerator is restored on the device that this process uses, whatever its index was when it was saved.
+
     Returns:
-        The accelerator devices, such as ``cuda:1``, that exist only in the state or only on this machine, and whose
-        generators are therefore not changed.
+        The types of accelerators, such as ``cuda``, that exist only in the state or only on this machine, and whose generators
+        are therefore not changed.
 
     Raises:
         CheckpointMismatchError: if ``generator_state`` did not create the state.
@@ -111,7 +114,7 @@ def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
         random.setstate((version, tuple(internal), next_gauss))
         _restore_numpy(state["numpy"])
         torch.set_rng_state(state["torch"].cpu())
-        return _restore_accelerators(state["accelerator"])
+        return _restore_accelerator(state["accelerator"])
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise CheckpointMismatchError(
             f"The state of the random number generators cannot be restored ({type(error).__name__}: {error}). It was "
@@ -189,22 +192,53 @@ def _restore_numpy(state: Mapping[str, Any]) -> None:
     np.random.set_state(("MT19937", key, state["position"], state["has_gauss"], state["gauss"]))
 
 
-def _restore_accelerators(states: Mapping[str, Tensor]) -> list[str]:
-    skipped = dict.fromkeys(states)
-    for name, module, index in _accelerator_generators():
-        if name in states:
-            module.set_rng_state(states[name].cpu(), index)
-            del skipped[name]
-        else:
-            skipped[name] = None
-    return list(skipped)
+def _restore_accelerator(states: Mapping[str, Tensor]) -> list[str]:
+    own = _own_accelerator()
+    if own is None:
+        return list(states)
+    kind, index, module = own
+    state = _select_state(states, kind, index)
+    if state is None:
+        return [*states, kind]
+    module.set_rng_state(state.cpu(), index)
+    return [name for name in states if name.partition(":")[0] != kind]
 
 
-def _accelerator_generators() -> Iterator[tuple[str, ModuleType, int]]:
-    """Yield the name, the torch device module and the index of every accelerator device."""
+def _select_state(states: Mapping[str, Tensor], kind: str, index: int) -> Tensor | None:
+    """Return the state of the device that a rank used; None if the states are those of another type of device.
+
+    Earlier versions saved the states of all devices that a rank saw, as ``cuda:0``, ``cuda:1``, and so on. All of them were
+    seeded equally, but the rank drew random numbers only on its own device, so that one has the largest offset.
+    """
+    if kind in states:
+        return states[kind]
+    indexed = {name: each for name, each in states.items() if name.partition(":")[0] == kind}
+    if not indexed:
+        return None
+    offsets = {name: _philox_offset(each) for name, each in indexed.items()}
+    used = [name for name in indexed if offsets[name] == max(offsets.values())]
+    here = f"{kind}:{index}"
+    return indexed[here if here in used else used[0]]
+
+
+def _philox_offset(state: Tensor) -> int:
+    """Return how far a CUDA generator has advanced; 0 for generators of other types. The state is a seed and an offset."""
+    data = state.cpu().contiguous().view(torch.uint8)
+    return int.from_bytes(bytes(data[8:].tolist()), sys.byteorder) if data.numel() == 16 else 0
+
+
+def _own_accelerator() -> tuple[str, int, ModuleType] | None:
+    """Return the type and the index of this process's accelerator, and torch's module for it; None without one."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
-        return
-    module = torch.get_device_module(device)
-    for index in range(torch.accelerator.device_count()):
-        yield f"{device.type}:{index}", module, index
+        return None
+    return device.type, torch.accelerator.current_device_index(), torch.get_device_module(device)
+
+
+def _accelerator_state() -> dict[str, Tensor]:
+    """Return the generator state of this process's accelerator, without its index, which may differ when the run resumes."""
+    own = _own_accelerator()
+    if own is None:
+        return {}
+    kind, index, module = own
+    return {kind: module.get_rng_state(index)}

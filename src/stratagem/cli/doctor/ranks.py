@@ -66,7 +66,9 @@ def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
     """
     launch = init_dist(timeout=_TIMEOUT_S)
     try:
-        all_reduce_finding = _time_all_reduce(launch.rank, launch.size, pick_device(launch.local_rank))
+        all_reduce_finding = _time_all_reduce(
+            launch.rank, launch.size, pick_device(launch.local_rank, launch.local_size)
+        )
         barrier()
         versions = (f"stratagem {__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}")
         own = RankFacts(rank=launch.rank, host=socket.gethostname(), versions=versions, clock=time.time())

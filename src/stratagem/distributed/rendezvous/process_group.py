@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 
 from stratagem.distributed.rendezvous.launch import Launch, infer_launcher, read_launch
 from stratagem.distributed.rendezvous.rendezvous import choose_network_interface, rendezvous
-from stratagem.distributed.world import pick_device
+from stratagem.distributed.world import pick_device, select_device
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
@@ -33,7 +33,7 @@ def init_dist(
 ) -> Launch:
     """Create the process group from the launcher's environment, and select this rank's device.
 
-    Collective. Does nothing if a process group exists or the launcher is ``"none"``.
+    Collective. If a process group exists, only selects the device. Does nothing if the launcher is ``"none"``.
 
     Args:
         launcher: one of :data:`~stratagem.distributed.LAUNCHERS`; inferred from the environment by default.
@@ -43,7 +43,7 @@ def init_dist(
         kwargs: ``group_name``, ``pg_options`` and ``device_id`` of ``torch.distributed.init_process_group``.
 
     Raises:
-        LaunchError: if the launcher did not start this process, or the ranks cannot connect.
+        LaunchError: if the launcher did not start this process, the ranks cannot connect, or ranks would share a device.
         ConfigTypeError: if ``timeout`` is neither a number nor a ``timedelta``.
         ConfigValueError: if ``timeout`` is not positive and finite, or the backend is unknown.
         ConfigKeyError: if an argument is unknown.
@@ -52,11 +52,13 @@ def init_dist(
     if launcher is None:
         launcher = infer_launcher()
     launch = read_launch(launcher)
-    if launcher == "none" or torch_dist.is_initialized():
+    if launcher == "none":
         return launch
-    device = pick_device(launch.local_rank)
+    device = pick_device(launch.local_rank, launch.local_size)
+    select_device(device)
+    if torch_dist.is_initialized():
+        return launch
     if device.type != "cpu":
-        torch.accelerator.set_device_index(device)
         kwargs.setdefault("device_id", device)
     connection: dict[str, Any] = {"rank": launch.rank, "world_size": launch.size}
     try:
@@ -64,7 +66,7 @@ def init_dist(
             connection["init_method"] = init_method
         else:
             choose_network_interface(launch)
-            connection["store"] = rendezvous(launch, limit)
+            connection["store"] = rendezvous(launch, limit, device)
         torch_dist.init_process_group(backend or _default_backend(device), timeout=limit, **connection, **kwargs)
     except (torch_dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise LaunchError(

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.distributed.rendezvous.interfaces import address_towards, interface_of, is_loopback, is_own, resolve
 from stratagem.distributed.rendezvous.launch import Launch
-from stratagem.distributed.rendezvous.membership_check import check_membership
+from stratagem.distributed.rendezvous.membership_check import OwnDevice, check_membership
 from stratagem.distributed.rendezvous.port_discovery import PortAnnouncer, discover_port
+from stratagem.distributed.world import describe_device, device_identity
 from stratagem.errors import LaunchError
 
 __all__ = ["choose_network_interface", "rendezvous"]
@@ -40,11 +42,17 @@ def choose_network_interface(launch: Launch) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def rendezvous(launch: Launch, limit: timedelta) -> Store:
+def rendezvous(launch: Launch, limit: timedelta, device: torch.device) -> Store:
     """Return the store that connects the ranks, once all of them have joined. Collective.
 
+    Args:
+        launch: the rank of this process and the address of rank 0.
+        limit: the time limit for each rank to join.
+        device: the device of this rank.
+
     Raises:
-        LaunchError: if the ranks cannot connect, or were started with different world sizes or duplicate ranks.
+        LaunchError: if the ranks cannot connect, were started with different world sizes or duplicate ranks, or share a
+            device.
     """
     with ExitStack() as until_joined:
         if launch not in _stores:
@@ -53,7 +61,8 @@ def rendezvous(launch: Launch, limit: timedelta) -> Store:
         store.set_timeout(limit)
         # A restarted process, or a second group in this process, must not read the keys of an earlier group.
         group_store = PrefixStore(f"stratagem/{_start_id(launch)}/{next(_groups)}", store)
-        check_membership(PrefixStore("membership", group_store), launch, limit)
+        own_device = OwnDevice(device_identity(device), describe_device(device))
+        check_membership(PrefixStore("membership", group_store), launch, limit, own_device)
     return group_store
 
 

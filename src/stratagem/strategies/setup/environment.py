@@ -18,12 +18,12 @@ from stratagem.distributed import (
     check_dist_arguments,
     check_launcher,
     close_dist,
+    current_device,
     describe_incomplete_launch_env,
     get_dist_info,
     infer_launcher,
     init_dist,
     is_distributed,
-    pick_device,
     sync_random_seed,
 )
 from stratagem.errors import ConfigTypeError, ConfigValueError
@@ -125,7 +125,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
                 rank=rank,
                 local_rank=launch.local_rank,
                 size=size,
-                device=pick_device(launch.local_rank),
+                device=current_device(),
                 timestamp=timestamp,
                 seed=seed,
             ),
