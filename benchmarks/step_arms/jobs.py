@@ -84,11 +84,11 @@ class Job:
 
     @property
     def sgd_options(self) -> dict[str, Any]:
-        """The options of the optimizer. Stratagem selects the fused implementation by default, so all engines use it.
+        """The options of the optimizer. All engines use the implementation that Stratagem selects by default.
 
-        It does not support the tensors of FSDP.
+        That is the fused one, except for the tensors of FSDP, which it does not support.
         """
-        return {"lr": 0.05, "momentum": 0.9, "fused": not self.shards}
+        return {"lr": 0.05, "momentum": 0.9, "foreach" if self.shards else "fused": True}
 
 
 JOBS: Final[dict[str, Job]] = {

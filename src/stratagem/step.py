@@ -69,7 +69,7 @@ def update_params(
         step_kwargs: passed to ``step``.
         zero_kwargs: passed to ``zero_grad``.
     """
-    optim.backward(optim.scale_loss(loss) if weight is None else optim.weigh_loss(loss, weight))
+    optim.accumulate(loss, weight)  # backward(scale_loss(loss)), or backward(weigh_loss(loss, weight))
     if optim.should_update():
         optim.step(**(step_kwargs or _NO_OPTIONS))  # apply_gradients
         optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # Clear the gradients even if the guard prevented the update.
@@ -136,14 +136,8 @@ class AccumulatingOptim(Protocol):
     def update_params(self, loss: Tensor, *, weight: float | Tensor | None = None) -> None:
         """Compute the gradients of one micro-batch and, at the end of an accumulation window, update."""
 
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss divided by the length of its accumulation window."""
-
-    def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
-        """Return the loss multiplied by its weight, and record the weight."""
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Accumulate the gradients of a loss."""
+    def accumulate(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
+        """Add the gradients of a loss that is divided by the length of its window, or multiplied by its weight."""
 
     def should_update(self) -> bool:
         """Return whether the last micro-batch completed its accumulation window."""

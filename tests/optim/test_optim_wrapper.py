@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
@@ -446,3 +446,77 @@ def test_sparse_gradients_are_clipped_like_dense_ones(clip_grad: dict[str, Any])
         for rows, weight in (([0, 1, 1], 3), ([1, 4], 2)):
             wrapper.update_params(model(torch.tensor(rows)).square().mean(), weight=weight)
     torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+class Separate(OptimWrapper):
+    """A wrapper that overrides a stage, so that the loss is multiplied by its factor in an operation of its own."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return super().scale_loss(loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (None, None, None),
+        (3, 5, 7),
+        (0.1, 0.2, 0.3),
+        tuple(map(torch.tensor, (3, 5, 7))),
+        tuple(map(torch.tensor, (0.1, 0.7, 3e9))),
+    ],
+    ids=["unweighted", "integers", "floats", "integer tensors", "float tensors"],
+)
+def test_starting_the_backward_pass_with_a_factor_equals_multiplying_the_loss(
+    dtype: torch.dtype, weights: tuple[Any, ...]
+) -> None:
+    """After four windows of three micro-batches, the weights equal those of a wrapper that multiplies each loss, to the bit."""
+    results = []
+    for kind in (OptimWrapper, Separate):
+        weight = nn.Parameter(torch.linspace(0.1, 1.7, 9, dtype=dtype))
+        optim = kind(SGD([weight], 0.1, momentum=0.9), accumulative_counts=3)
+        for index in range(12):
+            loss = (weight * weight * (index + 0.3)).sum()
+            optim.update_params(loss, weight=weights[index % 3])
+        results.append(weight.tolist())
+    assert results[0] == results[1]
+
+
+def test_a_loss_hook_sees_the_factor_and_cannot_change_later_ones() -> None:
+    """A hook that changes the gradient of a loss in place does not affect the next micro-batch."""
+    weight = nn.Parameter(torch.ones(()))
+    optim = OptimWrapper(SGD([weight], 0.0), accumulative_counts=4)
+    seen = []
+
+    def spoil(gradient: Tensor) -> None:
+        seen.append(gradient.item())
+        gradient.mul_(100)
+
+    for _ in range(3):
+        loss = weight * 1.0
+        loss.register_hook(spoil)
+        optim.update_params(loss)
+    assert seen == [0.25] * 3
+
+
+def test_a_weight_that_requires_a_gradient_is_part_of_the_graph() -> None:
+    """A weight that the model computes receives a gradient, as if the loss were multiplied by it."""
+    weight = nn.Parameter(torch.tensor(2.0))
+    optim = OptimWrapper(SGD([weight], 0.0), accumulative_counts=2)
+    optim.update_params(weight * 3.0, weight=weight * 1.0)
+    assert weight.grad is not None
+    assert weight.grad.item() == 12.0  # the derivative of 3 w * w
+
+
+@pytest.mark.parametrize("name", ["backward", "scale_loss", "weigh_loss"])
+def test_a_replaced_stage_of_one_object_is_called(name: str) -> None:
+    """A stage that the user assigns to the object is called, also after earlier steps."""
+    weight = nn.Parameter(torch.ones(()))
+    optim = OptimWrapper(SGD([weight], 0.1), accumulative_counts=2)
+    given = 1.0 if name == "weigh_loss" else None
+    optim.update_params(weight * 1.0, weight=given)
+    called = []
+    original = getattr(optim, name)
+    setattr(optim, name, lambda *args: (called.append(name), original(*args))[1])
+    optim.update_params(weight * 1.0, weight=given)
+    assert called == [name]

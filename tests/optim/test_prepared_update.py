@@ -23,6 +23,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD, momentum": lambda groups: SGD(groups, 0.1, momentum=0.9, weight_decay=0.01, fused=True),
     "SGD, Nesterov": lambda groups: SGD(groups, 0.1, momentum=0.9, nesterov=True, fused=True),
     "SGD, dampening": lambda groups: SGD(groups, 0.1, momentum=0.9, dampening=0.3, fused=True),
+    "SGD, foreach": lambda groups: SGD(groups, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01, foreach=True),
+    "SGD, foreach, no momentum": lambda groups: SGD(groups, 0.1, foreach=True),
     "Adam": lambda groups: Adam(groups, 0.1, weight_decay=0.01, fused=True),
     "AdamW": lambda groups: AdamW(groups, 0.1, betas=(0.8, 0.95), fused=True),
     "Adagrad": lambda groups: Adagrad(groups, 0.1, lr_decay=0.1, weight_decay=0.01, fused=True),

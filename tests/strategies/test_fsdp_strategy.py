@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from stratagem.dist import get_rank
 from stratagem.errors import LaunchError, StratagemError
@@ -481,3 +482,24 @@ def test_an_evaluation_uses_the_current_weights(ranks: Ranks, tmp_path: Path) ->
     for own, nothing, restored in ranks.run(averaged, str(tmp_path)):
         assert own == restored > 0
         assert nothing == 0.0
+
+
+def gathers(folder: str) -> list[int]:
+    """Return the number of all-gathers in a training step, for three values of ``reshard_after_forward``."""
+    found = []
+    for reshard in (None, True, {"layers.2": True}):
+        strategy = make(folder, wrap_policy="Linear", reshard_after_forward=reshard)
+        model, optim = strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}})
+        step = model.train_step
+        step(batch(), optim)
+        with profile() as recorded:
+            step(batch(), optim)
+        found.append(sum(event.count for event in recorded.key_averages() if event.key == "c10d::_allgather_base_"))
+        strategy.close()
+    return found
+
+
+def test_the_last_wrapped_module_is_gathered_once_per_step(ranks: Ranks, tmp_path: Path) -> None:
+    """The backward pass begins with the last module, so its parameters are kept; with an explicit True, they are freed."""
+    for found in ranks.run(gathers, str(tmp_path)):
+        assert found == [3, 4, 4]

@@ -404,6 +404,30 @@ def test_backward_from_scalar_computes_the_gradients_of_backward() -> None:
     assert "backward" in OwnTensor.calls
 
 
+def test_backward_from_scalar_starts_with_a_gradient() -> None:
+    """A gradient of the same dtype multiplies the result; one of another dtype or shape is left to torch, which rejects it."""
+    weight = nn.Parameter(torch.tensor(3.0))
+    torch_private.backward_from_scalar(weight * weight, torch.tensor(0.5))
+    assert weight.grad is not None
+    assert weight.grad.item() == 3.0
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        torch_private.backward_from_scalar(weight * weight, torch.ones(2))
+
+
+def test_only_real_scalars_of_the_class_tensor_are_plain_scalars() -> None:
+    """Parameters, subclasses, vectors, integers and complex numbers are not."""
+    assert torch_private.is_plain_scalar(torch.ones(()))
+    assert torch_private.is_plain_scalar(torch.ones((), dtype=torch.bfloat16))
+    others = [
+        torch.ones(1),
+        torch.tensor(1),
+        torch.tensor(1j),
+        nn.Parameter(torch.ones(())),
+        torch.ones(()).as_subclass(OwnTensor),
+    ]
+    assert not any(map(torch_private.is_plain_scalar, others))
+
+
 def test_set_grad_enabled_switches_autograd() -> None:
     """It switches autograd until the next call."""
     torch_private.set_grad_enabled(False)

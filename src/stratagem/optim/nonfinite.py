@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
-from stratagem.tensors.dtensor import is_plain, to_local
+from stratagem.tensors.dtensor import is_plain, is_sharded, to_local
 from stratagem.utils.torch_private import fused_step_reads_found_inf, mark_nonfinite, stored_values
 
 __all__ = ["DeferredNonFiniteCheck", "NonFiniteGuard", "SyncNonFiniteCheck", "all_finite", "propagate_nonfinite"]
@@ -74,8 +74,13 @@ class SyncNonFiniteCheck:
         return options
 
     def allows_step(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
-        self._flag.check(gradients, norm)
-        if not self._flag.found.item():
+        if norm is None:
+            self._flag.check(gradients, None)
+            finite = not self._flag.found.item()
+        else:
+            # If the loss was not finite, either the flag is set or the norm is not finite.
+            finite = math.isfinite(norm.item()) and not (self._reads_loss and self._flag.found.item())
+        if finite:
             return True
         self._flag.found.zero_()
         self.nonfinite_params = tuple(
@@ -178,8 +183,11 @@ class _Flag:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         # Inspect the parameters once, because inspecting the gradients in each update would be slow. Each gradient is
         # assumed to have the device, dtype and layout of its parameter.
-        kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
+        kinds = {
+            (is_plain(each) or is_sharded(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters
+        }
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
+        self._sharded = not all(map(is_plain, parameters))
 
     def check(self, gradients: list[Tensor], norm: Tensor | None) -> None:
         """Set the flag if a value is NaN or Inf, without synchronizing. Collective for sharded gradients.
@@ -189,22 +197,21 @@ class _Flag:
         if norm is not None:
             self._set((~norm.isfinite()).to(self.found))
             return
-        if self._alike and self._check_in_one_pass(gradients):
-            return
-        parts = list(map(_values, gradients))
-        for device, dtype in {(part.device, part.dtype) for part in parts}:
-            flag = torch.zeros((), dtype=torch.float32, device=device)
-            alike = [part for part in parts if (part.device, part.dtype) == (device, dtype)]
-            mark_nonfinite(alike, flag, torch.ones_like(flag))
-            self._set(flag)
-        if not all(map(is_plain, gradients)):
+        if not self._alike or not self._check_in_one_pass(gradients):
+            parts = list(map(_values, gradients))
+            for device, dtype in {(part.device, part.dtype) for part in parts}:
+                flag = torch.zeros((), dtype=torch.float32, device=device)
+                alike = [part for part in parts if (part.device, part.dtype) == (device, dtype)]
+                mark_nonfinite(alike, flag, torch.ones_like(flag))
+                self._set(flag)
+        if self._sharded or not (self._alike or all(map(is_plain, gradients))):
             all_reduce(self.found, "max")
 
     def _check_in_one_pass(self, gradients: list[Tensor]) -> bool:
         """Check all gradients with one kernel; return whether that was possible."""
         try:
             # Multiplying by 1 does not change any bits.
-            mark_nonfinite(gradients, self.found, self._one)
+            mark_nonfinite(list(map(to_local, gradients)) if self._sharded else gradients, self.found, self._one)
         except RuntimeError:
             # Either the gradients are sparse, which the parameters do not show, or a group on another device was added
             # later.
@@ -217,7 +224,7 @@ class _Flag:
 
 def _values(tensor: Tensor) -> Tensor:
     """Return the real values of a tensor on this rank: its local shard, stored values if sparse, both parts if complex."""
-    part = to_local(tensor.detach())
+    part = to_local(tensor).detach()  # detaching a DTensor would take ten times as long
     if part.is_sparse:
         part = stored_values(part)
     return torch.view_as_real(part) if part.is_complex() else part

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast, final
+from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,17 @@ from stratagem.optim.gradients import (
 )
 from stratagem.optim.prepared import PreparedUpdate
 from stratagem.step import apply_gradients, update_params
-from stratagem.utils.torch_private import backward_from_scalar, stored_values
+from stratagem.tensors.dtensor import is_plain
+from stratagem.utils.torch_private import backward_from_scalar, is_plain_scalar, stored_values
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
 logger = logging.getLogger(__name__)
+
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
+_ONLY_GRADIENT: Final = frozenset({"gradient"})
+# The methods that ``accumulate`` replaces unless they are overridden.
+_STAGES: Final = ("backward", "scale_loss", "weigh_loss")
 
 
 class AccumulatingOptimWrapper(BaseOptimWrapper):
@@ -106,19 +112,79 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         # The number of pending micro-batches in the loaded state; None if the state does not contain this number.
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
+        self._is_overridden = any(
+            getattr(type(self), name) is not getattr(AccumulatingOptimWrapper, name) for name in _STAGES
+        )
+        # The length of an accumulation window, and the factor of its losses.
+        self._kept_factor: tuple[int, Tensor] | None = None
 
     update_params = update_params  # the function from stratagem.step, bound as a method
 
+    def accumulate(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
+        """Add the gradients of a micro-batch to those of its accumulation window.
+
+        This is ``backward(scale_loss(loss))``, or ``backward(weigh_loss(loss, weight))`` with a weight. Unless one of these
+        methods is overridden, the backward pass starts with the factor instead of 1. This has the same result with fewer
+        operations.
+
+        Args:
+            loss: a scalar, the mean over the micro-batch.
+            weight: as in ``update_params``.
+        """
+        if not self._can_start_with_factor(loss, weight):
+            self.backward(self.scale_loss(loss) if weight is None else self.weigh_loss(loss, weight))
+        elif weight is None:
+            self._backward(loss, self._inverse_length(loss), _NO_OPTIONS)
+        elif self._add_weight(weight, loss.device):
+            factor = weight.to(loss.dtype) if isinstance(weight, Tensor) else torch.full_like(loss, weight)
+            self._backward(loss, factor, _NO_OPTIONS)
+        else:
+            self._backward(loss, None, _NO_OPTIONS)
+
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self._backward(loss, None, kwargs)
+
+    def _backward(self, loss: Tensor, factor: Tensor | None, options: Mapping[str, Any]) -> None:
+        """Compute the gradients of a loss, multiplied by a factor, and count the micro-batch."""
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         guard = self.gradient_policy.guard
-        options = kwargs if guard is None else guard.begin(loss, kwargs)
-        if options:
+        if guard is not None:
+            options = guard.begin(loss, options)
+        if factor is not None:
+            options = {"gradient": options["gradient"] * factor if "gradient" in options else factor}
+        if options and options.keys() != _ONLY_GRADIENT:
             loss.backward(**options)
         else:
-            backward_from_scalar(loss)
+            backward_from_scalar(loss, options.get("gradient"))
         self.inner_count += 1
+
+    def _can_start_with_factor(self, loss: Tensor, weight: float | Tensor | None) -> bool:
+        """Return whether the backward pass may start with a factor, instead of multiplying the loss by it."""
+        if self._is_overridden or self.grad_scaler is not None or not is_plain_scalar(loss):
+            return False
+        replaced = self.__dict__
+        if "backward" in replaced or "scale_loss" in replaced or "weigh_loss" in replaced:
+            return False
+        if isinstance(weight, Tensor):
+            return is_plain(weight) and not weight.ndim and not weight.requires_grad and weight.device == loss.device
+        return True
+
+    def _inverse_length(self, loss: Tensor) -> Tensor | None:
+        """Return the factor that ``scale_loss`` applies to a loss; None if it is 1."""
+        if self.accumulative_counts == 1:
+            return None
+        length, kept = self._window_length(), self._kept_factor
+        # A hook of the loss may have changed the kept tensor.
+        if (
+            kept is None
+            or kept[0] != length
+            or kept[1].dtype is not loss.dtype
+            or kept[1].device != loss.device
+            or kept[1]._version
+        ):
+            self._kept_factor = kept = length, torch.ones_like(loss) / length
+        return kept[1]
 
     step = apply_gradients  # the function from stratagem.step, bound as a method
 
@@ -151,16 +217,22 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
         """Return the loss multiplied by its weight, and add the weight to the total weight of the accumulation window."""
-        if self.accumulative_counts == 1 and get_world_size() == 1:
+        if not self._add_weight(weight, loss.device):
             return loss  # loss * weight / weight
+        return loss * weight if self._weight_unit == 1.0 else loss * (weight / self._weight_unit)
+
+    def _add_weight(self, weight: float | Tensor, device: torch.device) -> bool:
+        """Add a weight to the total weight of the window; return False if the window has only this micro-batch."""
+        if self.accumulative_counts == 1 and get_world_size() == 1:
+            return False
         exact = exact_scalar(weight)
         if not self._weight_unit:
-            self._weight_unit = 1.0 if not self.has_loss_scale else _power_of_two_above(exact, loss.device)
+            self._weight_unit = 1.0 if not self.has_loss_scale else _power_of_two_above(exact, device)
         self.weight = exact if self.weight is None else self.weight + exact
         self._num_weighted += 1
         if self.should_sync():
             self._start_sum_of_weights()
-        return loss * weight if self._weight_unit == 1.0 else loss * (weight / self._weight_unit)
+        return True
 
     @property
     def has_loss_scale(self) -> bool:

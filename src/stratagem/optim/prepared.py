@@ -2,7 +2,8 @@
 
 In each step, torch collects parameters and state tensors, groups them by device and dtype, opens a record for the profiler and
 looks for hooks. For small models, this takes several times as long as the kernel, and torch starts a kernel for every parameter
-group. :class:`PreparedUpdate` keeps the lists of tensors, checks that they are still those of the optimizer, and calls the same
+group. For sharded parameters, it also determines the sharding of every result. :class:`PreparedUpdate` keeps the lists of
+tensors, for sharded parameters those of the local shards, checks that they are still those of the optimizer, and calls the same
 kernels. Parameter groups with equal options share one call. Because the kernels are elementwise, no bit changes.
 """
 
@@ -15,8 +16,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.sgd import sgd
 
-from stratagem.tensors.dtensor import is_plain
+from stratagem.tensors.dtensor import is_plain, is_sharded, to_local
 from stratagem.utils.torch_private import (
     fused_adagrad,
     fused_adam,
@@ -34,6 +36,8 @@ __all__ = ["PreparedUpdate"]
 class PreparedUpdate:
     """The update of an ``SGD``, ``Adam``, ``AdamW`` or ``Adagrad`` optimizer with ``fused=True``.
 
+    For ``SGD``, groups with ``foreach=True`` are supported as well, since torch has no fused ``SGD`` for sharded parameters.
+
     :meth:`apply` returns False, without effect, if torch's own step is required:
 
     - a step hook, also a global one, or an active profiler,
@@ -41,7 +45,7 @@ class PreparedUpdate:
     - missing gradients, or gradients that are sparse or have another dtype than their parameter,
     - tensors as options, ``amsgrad``, ``maximize``, ``capturable`` or ``differentiable``,
     - ``grad_scale``, which torch's ``GradScaler`` sets, or a CUDA graph that is being captured,
-    - subclasses of tensors, such as ``DTensor``, and complex parameters,
+    - subclasses of tensors other than ``DTensor``, gradients that are sharded unlike their parameter, and complex parameters,
     - a parameter without state, as before the first step.
 
     If parameters or state tensors are replaced, such as by ``load_state_dict``, the lists are collected again.
@@ -57,16 +61,22 @@ class PreparedUpdate:
         self._parts: list[_Part] = []
         self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._states: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]] = []
+        # The local shards in these lists, with the tensors that they belong to.
+        self._shards: list[tuple[Tensor, Tensor]] = []
         self._steps: dict[torch.device, list[Tensor]] = {}
         self._is_on_cuda = False
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> PreparedUpdate | None:
-        """Return the prepared update of an optimizer; None if it is not fused, or its class has none or a replaced ``step``."""
+        """Return the prepared update of an optimizer.
+
+        The result is None if the class has none or a replaced ``step``, or if no group uses a supported implementation.
+        """
         kernel = _KERNELS.get(type(optimizer))
         if kernel is None or step_function(type(optimizer)) is not kernel.step:
             return None
-        return cls(optimizer) if any(group["fused"] for group in optimizer.param_groups) else None
+        is_supported = any(group[name] for group in optimizer.param_groups for name in kernel.implementations)
+        return cls(optimizer) if is_supported else None
 
     def apply(self, optimizer: Optimizer) -> bool:
         """Update the parameters and their state; return whether this was possible.
@@ -81,15 +91,17 @@ class PreparedUpdate:
             return False
         if "grad_scale" in attributes and attributes["grad_scale"] is not None:
             return False
-        if not self._is_current(optimizer):
-            self._prepare(optimizer)
-        launches = self._collect()
-        if not launches or (self._is_on_cuda and torch.cuda.is_current_stream_capturing()):
-            return False
         found_inf = attributes.get("found_inf")
         was_enabled = torch.is_grad_enabled()
         set_grad_enabled(False)
         try:
+            if not self._is_current(optimizer):
+                self._prepare(optimizer)
+            launches = self._collect()
+            if not launches or (self._is_on_cuda and torch.cuda.is_current_stream_capturing()):
+                return False
+            if found_inf is not None and not all(group["fused"] for group in optimizer.param_groups):
+                return False  # Only fused kernels read the flag.
             flags = {device: None if found_inf is None else found_inf.to(device) for device in self._steps}
             # Counting the steps of all groups together takes one call instead of one for each group.
             for steps in self._steps.values():
@@ -117,6 +129,9 @@ class PreparedUpdate:
                 for name, tensor in tensors:
                     if state[name] is not tensor:
                         return False
+            for tensor, shard in self._shards:
+                if to_local(tensor) is not shard:
+                    return False
         except (KeyError, ValueError):  # an entry was removed, or the numbers differ
             return False
         return True
@@ -124,7 +139,8 @@ class PreparedUpdate:
     def _prepare(self, optimizer: Any) -> None:
         """Collect the lists of tensors; no part if one of the tensors is not supported."""
         parts: list[_Part] = []
-        self._parts = []
+        shards: list[tuple[Tensor, Tensor]] = []
+        self._parts, self._shards = [], []
         self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
         names = self._kernel.state_names
         self._states = [
@@ -141,13 +157,16 @@ class PreparedUpdate:
                 tensors: dict[str, Any] = {name: state.get(name) for name in options[0]}
                 if not _is_supported(parameter, tensors):
                     return
-                kind = parameter.device, parameter.dtype
-                part = own.setdefault(kind, _Part(group, options[0], kind, [], [[] for _ in tensors]))
+                local = to_local(parameter)
+                kind = local.device, local.dtype
+                part = own.setdefault(kind, _Part(group, options[0], kind, [], [], [[] for _ in tensors]))
                 part.parameters.append(parameter)
-                for values, tensor in zip(part.states, tensors.values(), strict=True):
+                part.local.append(local)
+                for values, tensor in zip(part.states, map(to_local, tensors.values()), strict=True):
                     values.append(tensor)
+                shards += [(each, to_local(each)) for each in (parameter, *tensors.values()) if not is_plain(each)]
             parts += own.values()
-        self._parts = parts
+        self._parts, self._shards = parts, shards
         self._steps = {}
         for part in parts:
             counts = self._steps.setdefault(part.kind[0], [])
@@ -166,10 +185,12 @@ class PreparedUpdate:
                 return None
             dtype = part.kind[1]
             gradients: Any = [parameter.grad for parameter in part.parameters]
+            if self._shards:
+                gradients = _local_gradients(part.parameters, gradients)
             for gradient in gradients:
                 if gradient is None or gradient.dtype is not dtype or gradient.layout is not torch.strided:
                     return None
-            tensors = part.parameters, gradients, *part.states
+            tensors = part.local, gradients, *part.states
             key = options, part.kind
             if key not in launches:
                 launches[key] = tensors if len(parts) == 1 else [[*values] for values in tensors]
@@ -194,27 +215,55 @@ class _Part:
         names: the names of the state tensors.
         kind: the device and the dtype.
         parameters: the parameters.
-        states: for each name, the state tensors of all parameters.
+        local: the local shards of sharded parameters, and the other parameters.
+        states: for each name, the state tensors of all parameters, or their local shards.
     """
 
     group: dict[str, Any]
     names: tuple[str, ...]
     kind: _Kind
     parameters: list[Tensor]
+    local: list[Tensor]
     states: list[list[Tensor]]
 
 
 def _is_supported(parameter: Tensor, states: Mapping[str, Any]) -> bool:
-    """Return whether a kernel accepts a parameter and its state tensors."""
-    if not is_plain(parameter) or not parameter.is_floating_point() or parameter.layout is not torch.strided:
+    """Return whether a kernel accepts the values of a parameter and its state tensors on this rank."""
+    local = to_local(parameter)
+    if not is_plain(local) or not local.is_floating_point() or local.layout is not torch.strided:
         return False
     for name, state in states.items():
-        if not isinstance(state, Tensor) or not is_plain(state) or state.device != parameter.device:
+        if not isinstance(state, Tensor):
             return False
-        expected = ((), torch.float32) if name == "step" else (parameter.shape, parameter.dtype)
-        if (state.shape, state.dtype) != expected or state.layout is not torch.strided:
+        if name == "step":
+            expected: tuple[Any, torch.dtype] = (), torch.float32
+            is_alike = is_plain(state)
+        else:
+            expected = local.shape, local.dtype
+            is_alike = _are_sharded_alike(parameter, state)
+        values = to_local(state)
+        if not is_alike or not is_plain(values) or values.device != local.device:
+            return False
+        if (values.shape, values.dtype) != expected or values.layout is not torch.strided:
             return False
     return True
+
+
+def _are_sharded_alike(parameter: Any, other: Any) -> bool:
+    """Return whether two tensors are plain, or ``DTensor`` with the same placements on the same mesh."""
+    if is_plain(parameter) or is_plain(other):
+        return is_plain(parameter) and is_plain(other)
+    return is_sharded(other) and bool(
+        parameter.placements == other.placements and parameter.device_mesh == other.device_mesh
+    )
+
+
+def _local_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the local shards of gradients; None for those that are missing or sharded unlike their parameter."""
+    return [
+        to_local(gradient) if gradient is not None and _are_sharded_alike(parameter, gradient) else None
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
 
 
 def _are_numbers(*values: Any) -> bool:
@@ -233,16 +282,32 @@ _ADAGRAD: Final = ("sum", "step")
 
 
 def _sgd_options(group: Mapping[str, Any]) -> _Options | None:
-    if not group["fused"] or group["maximize"] or group["differentiable"]:
+    fused = bool(group["fused"])
+    if not (fused or group["foreach"]) or group["maximize"] or group["differentiable"]:
         return None
     lr, momentum, dampening, decay = group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
     if not _are_numbers(lr, momentum, dampening, decay):
         return None
-    return (_MOMENTUM if momentum else _WITHOUT_STATE, lr, momentum, dampening, decay, group["nesterov"])
+    return (_MOMENTUM if momentum else _WITHOUT_STATE, lr, momentum, dampening, decay, group["nesterov"], fused)
 
 
 def _launch_sgd(options: _Options, tensors: Sequence[list[Tensor]], found_inf: Tensor | None) -> None:
-    names, lr, momentum, dampening, decay, nesterov = options
+    names, lr, momentum, dampening, decay, nesterov, fused = options
+    if not fused:
+        sgd(
+            tensors[0],
+            tensors[1],
+            list(tensors[2]) if names else [None] * len(tensors[0]),
+            foreach=True,
+            fused=False,
+            weight_decay=decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=False,
+        )
+        return
     fused_sgd(
         tensors[0],
         tensors[1],
@@ -330,24 +395,27 @@ def _revert_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """How to update with the fused kernel of an optimizer class.
+    """How to update with the kernels of an optimizer class.
 
     Attributes:
         step: the function ``step`` of the class, which the prepared update replaces.
+        implementations: the supported implementations: the options of a parameter group that select them.
         state_names: the names of all state tensors that the kernel may use.
         options: returns the options of a parameter group; None if torch's own step is required.
         launch: updates the parameters, given the options and the lists of parameters, gradients and state tensors.
     """
 
     step: Callable[..., Any]
+    implementations: tuple[str, ...]
     state_names: tuple[str, ...]
     options: Callable[[Mapping[str, Any]], _Options | None]
     launch: Callable[[_Options, Sequence[list[Tensor]], Tensor | None], None]
 
 
+_FUSED: Final = ("fused",)
 _KERNELS: Final[dict[type[Optimizer], _Kernel]] = {
-    SGD: _Kernel(step_function(SGD), _MOMENTUM, _sgd_options, _launch_sgd),
-    Adam: _Kernel(step_function(Adam), _ADAM, _adam_options, _launch_adam),
-    AdamW: _Kernel(step_function(AdamW), _ADAM, _adam_options, _launch_adam),
-    Adagrad: _Kernel(step_function(Adagrad), _ADAGRAD, _adagrad_options, _launch_adagrad),
+    SGD: _Kernel(step_function(SGD), ("fused", "foreach"), _MOMENTUM, _sgd_options, _launch_sgd),
+    Adam: _Kernel(step_function(Adam), _FUSED, _ADAM, _adam_options, _launch_adam),
+    AdamW: _Kernel(step_function(AdamW), _FUSED, _ADAM, _adam_options, _launch_adam),
+    Adagrad: _Kernel(step_function(Adagrad), _FUSED, _ADAGRAD, _adagrad_options, _launch_adagrad),
 }

@@ -31,8 +31,8 @@ class FSDPStrategy(ComposedStrategy):
             ``dict(modules=["layers.*"])`` or ``dict(min_params=1_000_000)``; or a function ``(name, module) -> bool``.
         reshard_after_forward: whether gathered parameters are freed after the forward pass. True saves memory; False
             saves an all-gather in the backward pass; a number reshards them to groups of that many ranks; None means True
-            for wrapped modules and False for all other parameters. A mapping from module name patterns to such values sets
-            each wrapped module separately.
+            for wrapped modules except the last one, with which the backward pass begins, and False for all other parameters.
+            A mapping from module name patterns to such values sets each wrapped module separately.
         mixed_precision: a dtype to compute in, such as ``"bfloat16"``, or a mapping with ``param_dtype``,
             ``reduce_dtype``, ``output_dtype``, ``buffer_dtype`` and ``cast_forward_inputs``.
         replicate: the number of replicas of the sharded model (HSDP).

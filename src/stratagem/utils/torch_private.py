@@ -43,6 +43,7 @@ __all__ = [
     "fused_sgd",
     "fused_step_reads_found_inf",
     "initialize_fsdp_root",
+    "is_plain_scalar",
     "is_profiling",
     "is_step_observed",
     "inner_wrappers",
@@ -104,16 +105,32 @@ fused_adagrad: Callable[..., None] = torch._fused_adagrad_
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
-def backward_from_scalar(loss: Tensor) -> None:
-    """Call ``loss.backward()`` for a scalar, without most of the checks of its arguments.
+def is_plain_scalar(tensor: Tensor) -> bool:
+    """Return whether a tensor is a real floating-point scalar of the class ``Tensor``, whose operations nothing overrides."""
+    return (
+        type(tensor) is Tensor
+        and not tensor.ndim
+        and tensor.dtype.is_floating_point
+        and not has_torch_function_unary(tensor)
+    )
+
+
+def backward_from_scalar(loss: Tensor, gradient: Tensor | None = None) -> None:
+    """Call ``loss.backward(gradient)`` for a scalar, without most of the checks of its arguments.
 
     Private: ``torch.autograd.graph._engine_run_backward``, which ``torch.autograd.backward`` calls.
     """
-    if type(loss) is not Tensor or loss.ndim or not loss.dtype.is_floating_point or has_torch_function_unary(loss):
-        loss.backward()
-    else:
+    if gradient is None and is_plain_scalar(loss):
         gradient = torch.ones_like(loss, memory_format=torch.preserve_format)
-        _run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    elif (
+        gradient is None
+        or not is_plain_scalar(gradient)
+        or gradient.dtype is not loss.dtype
+        or not is_plain_scalar(loss)
+    ):
+        loss.backward(gradient)
+        return
+    _run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 _GLOBAL_HOOKS: Final = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)

@@ -208,11 +208,13 @@ class FSDPPlacement(Placement):
             else OffloadPolicy(),
             "ignored_params": set(ignored.values()),
         }
+        last = next(reversed(blocks), None)
         # Innermost first: the parameters of a nested block belong to the nested block, not to the block around it.
         for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
-            fully_shard(
-                block, reshard_after_forward=_reshard(options.reshard_of(name), self._layout.shard), **arguments
-            )
+            reshard = _reshard(options.reshard_of(name), self._layout.shard)
+            if reshard is None and name == last:
+                reshard = False  # The backward pass begins with this block and would gather its parameters again.
+            fully_shard(block, reshard_after_forward=reshard, **arguments)
         fully_shard(model, reshard_after_forward=_reshard(options.reshard_of(""), self._layout.shard), **arguments)
         self._prefetch(list(blocks.values()))
         self._logger.info(
