@@ -27,7 +27,7 @@ __all__ = ["BaseOptimWrapper", "momentum_of"]
 _COUNTS: Final = {"inner_count": "inner_count", "attempts": "num_steps_attempted", "updates": "num_steps_applied"}
 # The key under which the training weights of a schedule-free optimizer are saved; the model's state contains the evaluation
 # weights.
-_TRAINING_WEIGHT: Final = "training_weight"
+TRAINING_WEIGHT: Final = "training_weight"
 
 
 class BaseOptimWrapper(ABC):
@@ -183,7 +183,7 @@ class BaseOptimWrapper(ABC):
         state = self.optimizer.state_dict()
         if self._training_weights is not None:
             weights = self._training_weights
-            slots = {index: {**own, _TRAINING_WEIGHT: weights[index]} for index, own in state["state"].items()}
+            slots = {index: {**own, TRAINING_WEIGHT: weights[index]} for index, own in state["state"].items()}
             state = {**state, "state": slots}
         return {
             **state,
@@ -211,7 +211,7 @@ class BaseOptimWrapper(ABC):
                 f"{len(self.param_groups)}. Build the same groups, or resume without the optimizer."
             )
         slots = {
-            index: {key: value for key, value in saved.items() if key != _TRAINING_WEIGHT}
+            index: {key: value for key, value in saved.items() if key != TRAINING_WEIGHT}
             for index, saved in state_dict["state"].items()
         }
         try:
@@ -224,11 +224,7 @@ class BaseOptimWrapper(ABC):
         self.load_counts(state_dict)
         self.train()
         self._restore(
-            {
-                index: saved[_TRAINING_WEIGHT]
-                for index, saved in state_dict["state"].items()
-                if _TRAINING_WEIGHT in saved
-            }
+            {index: saved[TRAINING_WEIGHT] for index, saved in state_dict["state"].items() if TRAINING_WEIGHT in saved}
         )
 
     def load_counts(self, state_dict: Mapping[str, Any]) -> None:

@@ -446,9 +446,8 @@ class ComposedStrategy(BaseStrategy):
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        # A sharded model only reads its shards, which are copied from the memory-mapped file.
-        own = torch.device("cpu") if self._placement.sharded else self.world.device
-        device = own if map_location == "default" else map_location
+        # Tensors are copied one at a time from the memory-mapped file to the device, which need not hold the checkpoint too.
+        device = "cpu" if map_location == "default" else map_location
         rank_group = RankGroup.of()
         checkpoint = CheckpointLoader.load_checkpoint(filename, device, rank_group=rank_group)
         if callback is not None:

@@ -16,7 +16,7 @@ from stratagem.checkpoint.tree.key_prefix_hint import suggest_prefix
 from stratagem.checkpoint.tree.names import matches_any, possible_names, revise_names, unwrapped_name
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
-from stratagem.tensors.dtensor import shard_like
+from stratagem.tensors.dtensor import is_sharded, shard_like
 from stratagem.utils import canonical_names, with_canonical_keys
 from stratagem.utils.printable import printable_name
 from stratagem.utils.torch_private import load_hook_modules
@@ -212,7 +212,7 @@ def _load_or_restore(
     allow_missing: Sequence[str],
 ) -> LoadReport:
     """Load into a model whose modules rename keys while loading. Restore its state if the result is rejected."""
-    before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
+    before = {key: _backup(value) for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     before = with_versions(before, module_versions(own))
     mismatched = {name for name, _, _ in shape_mismatches}
     try:
@@ -232,6 +232,11 @@ def _load_or_restore(
             raise
         raise CheckpointMismatchError(f"The checkpoint does not match the model: {error}") from error
     return report
+
+
+def _backup(value: Tensor) -> Tensor:
+    """Return a copy in CPU memory, since the device may not have memory for a second model; of a shard, a copy on its device."""
+    return value.clone() if is_sharded(value) else value.detach().to("cpu", copy=True)
 
 
 def _check_report(report: LoadReport, *, strict: bool, allow_missing: Sequence[str]) -> None:

@@ -225,7 +225,8 @@ def _write_slots(
             flat_slots[key] = None
             continue
         if not all(_is_elementwise(key, value, full_shape(each)) for each, value in values.items()):
-            flat_slots[key] = _require_equal(key, {saved[each][0]: value for each, value in values.items()})
+            value = _require_equal(key, {saved[each][0]: value for each, value in values.items()})
+            flat_slots[key] = value.to(flat.device) if isinstance(value, Tensor) else value
             continue
         dtype = next(iter(values.values())).dtype
         if not isinstance(flat_slots.get(key), Tensor):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
+from stratagem.optim.base import TRAINING_WEIGHT
 from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
 from stratagem.parallel import AnyOptim
-from stratagem.tensors.dtensor import is_sharded, shard_like
+from stratagem.tensors.dtensor import copy_into, is_sharded, shard_like, to_local
 
 __all__ = ["read_optim", "require_one_optimizer", "require_same_class", "write_optim"]
 
 logger = logging.getLogger(__name__)
+_STEP: Final = "step"
 
 
 def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
@@ -55,11 +59,12 @@ def write_optim(
     names_here = parameter_names(optim.optimizer, model)
     by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, allow_missing=allow_missing)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
-    own = {
-        index: {key: _own(value, parameters[index]) for key, value in slots.items()}
-        for index, slots in by_index["state"].items()
+    casts = type(optim.optimizer).load_state_dict is Optimizer.load_state_dict
+    slots = {
+        index: _placed_slots(saved, parameters[index], optim.optimizer.state.get(parameters[index], {}), casts=casts)
+        for index, saved in by_index["state"].items()
     }
-    optim.load_state_dict({**by_index, "state": own})
+    optim.load_state_dict({**by_index, "state": slots})
 
 
 def require_same_class(optim: AnyOptim, state: Mapping[str, Any]) -> None:
@@ -107,13 +112,46 @@ def require_one_optimizer(state: Mapping[str, Any]) -> None:
         )
 
 
-def _own(value: Any, parameter: Tensor) -> Any:
-    """Return a copy of a value, since the tensors of a checkpoint are memory-mapped and the optimizer keeps the value.
+def _placed_slots(
+    saved: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any], *, casts: bool
+) -> dict[str, Any]:
+    return {key: _placed(value, parameter, key, own.get(key), casts=casts) for key, value in saved.items()}
 
-    A moment is sharded like its parameter, and each rank reads only its shard.
+
+@torch.no_grad()
+def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, *, casts: bool) -> Any:
+    """Return a copy of a value where the optimizer keeps it, without further copies when the optimizer loads it.
+
+    The tensors of a checkpoint are memory-mapped. A moment is created on the device of its parameter, or copied into the tensor
+    that the optimizer already has. A sharded moment is sharded like its parameter, and each rank reads only its shard.
+
+    Args:
+        value: the saved value.
+        parameter: the parameter that it belongs to.
+        key: its key in the state of the parameter.
+        own: the optimizer's current value; None if it has none.
+        casts: whether the optimizer converts state to the dtype of floating-point parameters, as torch's do.
     """
     if not isinstance(value, Tensor):
         return value
-    if is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value):
+    if key in (_STEP, TRAINING_WEIGHT):
+        # The optimizer determines the device of its step count; training weights are copied into the parameters.
+        return value.clone()
+    sharded = is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value)
+    dtype = parameter.dtype if casts and parameter.is_floating_point() else value.dtype
+    if _can_hold(own, value, parameter.device, dtype) and is_sharded(own) == (sharded or is_sharded(value)):
+        copy_into(own, value)
+        return own
+    if sharded:
         return shard_like(value, parameter, copy=True)
-    return value.clone()
+    return value.to(device=parameter.device, dtype=dtype, copy=True) if casts else value.clone()
+
+
+def _can_hold(own: Any, value: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a value can be copied into a state tensor, which must not share its memory with other tensors."""
+    if not isinstance(own, Tensor) or own.layout is not torch.strided or own.requires_grad:
+        return False
+    if (own.shape, own.dtype, own.device, value.layout) != (value.shape, dtype, device, torch.strided):
+        return False
+    local = to_local(own)
+    return local.untyped_storage().nbytes() == local.numel() * local.element_size()

@@ -1,0 +1,82 @@
+"""Resuming, random states and asynchronous saves on GPUs, and the initial weights of two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stratagem.strategies import SingleDeviceStrategy
+from stratagem.utils import generator_state, restore_generator_state
+
+WIDTH, LAYERS = 1024, 16
+
+
+def large_model() -> nn.Module:
+    """Return a model of 64 MiB with equally large layers."""
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+
+
+def adamw_strategy(folder: Path) -> SingleDeviceStrategy:
+    """Return a strategy that is prepared with the large model and AdamW."""
+    made = SingleDeviceStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"})
+    made.prepare(large_model(), optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-3, "fused": True}})
+    return made
+
+
+def update(made: Any) -> None:
+    """Make one update."""
+    made.optim_wrapper.update_params(made.model(torch.ones(2, WIDTH, device=made.world.device)).square().sum())
+
+
+def test_resuming_needs_the_memory_of_training(cuda: torch.device, tmp_path: Path) -> None:
+    """Resuming AdamW holds at most three models (weights and moments) and one more tensor on the GPU."""
+    made = adamw_strategy(tmp_path)
+    update(made)
+    made.save_checkpoint(tmp_path / "saved")
+    expected = [each.detach().cpu() for each in made.model.parameters()]
+    made.close()
+    del made
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(cuda)
+    made = adamw_strategy(tmp_path)
+    torch.cuda.reset_peak_memory_stats(cuda)
+    made.resume(tmp_path / "saved")
+    weights = sum(each.nbytes for each in made.model.parameters())
+    peak = torch.cuda.max_memory_allocated(cuda) - before
+    assert peak <= 3 * weights + 2 * weights / LAYERS
+    for parameter, value in zip(made.model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.cpu(), value)
+    made.close()
+
+
+def test_random_numbers_of_a_gpu_continue(cuda: torch.device) -> None:
+    """The saved state has no index, and restoring it repeats the random numbers of the GPU."""
+    torch.rand(3, device=cuda)
+    state = generator_state()
+    assert list(state["accelerator"]) == ["cuda"]
+    expected = torch.rand(5, device=cuda)
+    assert restore_generator_state(state) == []
+    assert torch.equal(torch.rand(5, device=cuda), expected)
+
+
+def test_the_advanced_generator_of_an_old_checkpoint_is_restored(cuda: torch.device) -> None:
+    """Of the states of all GPUs in a checkpoint of an earlier version, the one that has advanced is restored."""
+    torch.cuda.manual_seed_all(11)
+    unused = torch.cuda.get_rng_state(cuda)
+    torch.rand(3, device=cuda)
+    state, used = generator_state(), torch.cuda.get_rng_state(cuda)
+    expected = torch.rand(5, device=cuda)
+    old = {**state, "accelerator": {"cuda:0": unused, "cuda:1": unused, "cuda:2": used, "cuda:3": unused}}
+    assert restore_generator_state(old) == []
+    assert torch.equal(torch.rand(5, device=cuda), expected)
+
+
+@pytest.fixture(autouse=True)
+def _generators_as_before() -> Any:
+    state = generator_state()
+    yield
+    restore_generator_state(state)
