@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -30,12 +30,15 @@ class Steps:
         init_local: initializes the weights on this rank only.
         compile: compiles the model if requested.
         make_optim: builds the optimizers of the model; None if there are none.
+        compile_options: ``target`` and the arguments of ``torch.compile`` that ``compile`` uses; None if nothing is compiled. A
+            placement that compiles the parts of a model separately uses them instead of calling ``compile``.
     """
 
     init_and_sync: Callable[[nn.Module], nn.Module]
     init_local: Callable[[nn.Module], nn.Module]
     compile: Callable[[nn.Module], nn.Module]
     make_optim: Callable[[nn.Module], AnyOptim] | None = None
+    compile_options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,10 +35,11 @@ from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import require_equal_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
+from stratagem.parallel.cuda_graphs import keep_outputs_of_replays, may_replay_cuda_graphs
 from stratagem.parallel.gradient_hooks import hooks_of_parameters, log_gradient_hooks
 from stratagem.parallel.trainable import TrainableParameters
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
-from stratagem.strategies.setup.building import require_optimizer
+from stratagem.strategies.setup.building import parse_compile, require_optimizer
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
@@ -61,6 +62,8 @@ class ComposedStrategy(BaseStrategy):
             undo.callback(self.close)
             self._placement = self._make_placement()
             self._trainable: TrainableParameters | None = None
+            # Whether compiled parts of the model may use CUDA graphs.
+            self._replays_graphs = False
             self._access = self._make_access()
             undo.pop_all()
 
@@ -133,12 +136,19 @@ class ComposedStrategy(BaseStrategy):
             make_optim=None
             if optim_wrapper is None
             else lambda module: self.build_optim_wrapper(optim_wrapper, module),
+            compile_options=parse_compile(compile),
         )
         hooked = list(hooks_of_parameters(built))
         placed = self._placement.place(built, steps, self.world)
         if optim_wrapper is not None and self.dp_size > 1 and not self._placement.reports_gradient_hooks:
             log_gradient_hooks(hooked, self.logger)
         self.model = placed.model
+        self._replays_graphs = may_replay_cuda_graphs(placed.model, parse_compile(compile), self.world.device)
+        if self._replays_graphs:
+            keep_outputs_of_replays(placed.model)
+            self.logger.info(
+                "CUDA graphs may be used: losses and predictions are copied before the next iteration overwrites them."
+            )
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
 
@@ -158,6 +168,12 @@ class ComposedStrategy(BaseStrategy):
             require_equal_sharded_updates(wrapper.optimizer, names, name)
         if isinstance(model, BaseModel):
             model.needs_loss_weight = accumulates or self.world.size > 1
+        if accumulates and self._replays_graphs and not self._placement.has_gradients:
+            raise PlacementError(
+                "CUDA graphs overwrite the gradients of compiled modules in each micro-batch, and with accumulative_counts > 1, "
+                f"{type(self).__name__} keeps references to them. Compile with mode='default' or "
+                "'max-autotune-no-cudagraphs', or do not accumulate gradients."
+            )
         for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if run_length.max_iters is None:

@@ -126,12 +126,13 @@ class FSDPPlacement(Placement):
                 some_names(converted),
             )
         self._meshes = Meshes.make(self._layout, world)
-        self._shard(model, world)
+        compiled = self._shard(model, world, steps.compile_options)
         self._allocate(model, world)
         self._materialize(model, metas)
         self._register_parameters(parameters_before, model)
         keep_gradient_hooks(parameters_before, model, self._logger)
-        model = steps.compile(model)
+        if not compiled:
+            model = steps.compile(model)
         self._guard(model)
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
 
@@ -190,8 +191,11 @@ class FSDPPlacement(Placement):
                 str(precision.param_dtype).removeprefix("torch."),
             )
 
-    def _shard(self, model: nn.Module, world: World) -> None:
-        """Shard a model on the meta device: layers of the tensor-parallel plan, then each block, then the rest."""
+    def _shard(self, model: nn.Module, world: World, compile_options: Mapping[str, Any] | None) -> bool:
+        """Shard a model on the meta device: layers of the tensor-parallel plan, then each block, then the rest.
+
+        Return whether the blocks were compiled as the option ``compile`` requests.
+        """
         options, meshes = self._options, cast("Meshes", self._meshes)
         blocks = self._blocks(model)
         ignored = options.ignored_parameters(model)
@@ -199,6 +203,7 @@ class FSDPPlacement(Placement):
             apply_plan(model, options.tp_plan, meshes.tp)
         checkpointed = checkpoint_activations(model, options.activation_checkpointing, options.wrap_policy)
         self._compile(blocks)
+        compiled = self._compile_blocks_instead(blocks, compile_options)
         arguments: dict[str, Any] = {
             "mesh": meshes.shard,
             "mp_policy": _precision(options.precision),
@@ -223,6 +228,7 @@ class FSDPPlacement(Placement):
             unsharded_class(model).__name__, self._layout.shard, self._layout.replicate, self._layout.tp, len(blocks),
             f" ({_some(list(blocks))})" if blocks else "", len(ignored), len(checkpointed),
         )  # fmt: skip
+        return compiled
 
     def _blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         options = self._options
@@ -246,6 +252,30 @@ class FSDPPlacement(Placement):
             raise ConfigValueError("compile_blocks compiles the modules that wrap_policy selects, but it selects none.")
         for block in blocks.values():
             block.compile(**({} if options is True else options))
+
+    def _compile_blocks_instead(self, blocks: Mapping[str, nn.Module], options: Mapping[str, Any] | None) -> bool:
+        """Compile each block if ``compile`` requests to compile the model; return whether that was possible.
+
+        FSDP gathers the parameters of a block in hooks, which the compiler cannot trace. A compiled model would be split at each
+        block, and ``fullgraph=True`` would fail.
+        """
+        if options is None or not blocks:
+            return False
+        arguments = {name: value for name, value in options.items() if name != "target"}
+        if self._options.compile_blocks or options.get("target", "forward") != "forward":
+            self._logger.warning(
+                "compile: the compiler cannot trace how FSDP gathers parameters, so the model is split at each of the %d modules "
+                "that wrap_policy selects. To compile only these modules, set compile_blocks=%s in the strategy, and omit "
+                "compile.", len(blocks), arguments or True,
+            )  # fmt: skip
+            return False
+        self._logger.info(
+            "Compiling each of the %d modules that wrap_policy selects with torch.compile, because the compiler cannot trace how "
+            "FSDP gathers their parameters: the first iterations are slow. The rest of the model is not compiled.", len(blocks),
+        )  # fmt: skip
+        for block in blocks.values():
+            block.compile(**arguments)
+        return True
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         """Make each block prefetch the parameters of the next blocks while it computes."""
