@@ -122,7 +122,7 @@ format: setup ## Format the code.
 	$(BIN)/ruff format .
 
 bench: setup ## Run the benchmarks (training step, import time and others).
-	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py benchmarks/checkpoint_arm.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 matrix: setup ## Resume checkpoints of every placement under every other, and write docs/matrix.md.
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md

@@ -92,10 +92,10 @@ def test_a_rollback_restores_the_tensors_of_the_optimizer_in_place(saved: Path) 
     made.close()
 
 
-def test_state_in_shared_memory_is_not_overwritten() -> None:
+def test_state_in_shared_memory_is_not_overwritten(tmp_path: Path) -> None:
     """State tensors that are parts of a larger tensor are replaced instead of being written to."""
     layer = nn.Linear(4, 4, bias=False)
-    made = strategy(Path(), layer)
+    made = strategy(tmp_path, layer)
     layer(torch.ones(2, 4)).sum().backward()
     made.optim_wrapper.optimizer.step()
     saved_state = {

@@ -447,8 +447,9 @@ class BaseStrategy(ABC):
         The checkpoint may lack parameters and buffers whose full names match one of the regular expressions in
         ``new_parameters``. Any other difference is an error.
 
-        The checkpoint is memory-mapped, and its tensors are copied one at a time to the device. ``map_location`` reads the whole
-        checkpoint to another device first.
+        The checkpoint is memory-mapped, and its tensors are copied one at a time to the device. If one process resumes on the
+        CPU, weights and optimizer state are read to memory instead, and the optimizer keeps its tensors. ``map_location`` reads
+        the whole checkpoint to another device first.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
@@ -297,10 +297,10 @@ class ComposedStrategy(BaseStrategy):
         new_parameters: Sequence[str] = (),
     ) -> StateTree:
         self.logger.info("Resuming from %s", mask_text(os.fspath(filename)))
-        checkpoint = self._read(filename, map_location, callback)
         used = {"state_dict", "buffers", "generators", "window"}
         if resume_optimizer and self.optim_wrapper_or_none is not None:
             used.add("optimizer")
+        checkpoint = self._read(filename, map_location, callback, in_memory=self._parts_in_memory(used))
         if resume_param_scheduler and self.param_schedulers_or_none is not None:
             used.add("param_schedulers")
         # Check for missing parts before changing anything.
@@ -460,15 +460,37 @@ class ComposedStrategy(BaseStrategy):
         }
 
     def _read(
-        self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
+        self,
+        filename: str | os.PathLike[str],
+        map_location: torch.device | str,
+        callback: CheckpointCallback | None,
+        *,
+        in_memory: Collection[str] = (),
     ) -> StateTree:
         # Tensors are copied one at a time from the memory-mapped file to the device, which need not hold the checkpoint too.
         device = "cpu" if map_location == "default" else map_location
         rank_group = RankGroup.of()
-        checkpoint = CheckpointLoader.load_checkpoint(filename, device, rank_group=rank_group)
+        checkpoint = CheckpointLoader.load_checkpoint(filename, device, rank_group=rank_group, in_memory=in_memory)
         if callback is not None:
             rank_group.run_checked(lambda: callback(checkpoint))
         return checkpoint
+
+    def _parts_in_memory(self, restored: Collection[str]) -> Collection[str]:
+        """Return the parts of a checkpoint to read to memory instead of mapping them, given those that are restored.
+
+        A single process on the CPU reads its files only once, and the optimizer keeps the memory. The weights are copied to the
+        parameters, so until then, they need the memory that the gradients need later. Several ranks map the files, because each
+        of them verifies only a part, and so do accelerators, and an optimizer that already has a state.
+        """
+        if (
+            "optimizer" not in restored
+            or self.world_size > 1
+            or self.world.device.type != "cpu"
+            or self._placement.sharded
+        ):
+            return ()
+        has_state = any(wrapper.optimizer.state for wrapper in self.optim_wrapper.each().values())
+        return () if has_state else {"state_dict", "optimizer"}
 
     def _compare_runs(self, meta: Mapping[str, Any]) -> None:
         """Log the differences between this run and the saved run, and their consequences."""

@@ -1,9 +1,8 @@
-"""Write boxes of tensors to a safetensors file and verify them."""
+"""Write boxes of tensors to a safetensors file."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,17 @@ from torch import Tensor
 from stratagem.checkpoint.directory.integrity import Digest
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
 from stratagem.checkpoint.tree.boxes import TensorBox
-from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import (
     begin_writeback,
     closing_descriptor,
-    open_for_reading,
     operations,
-    read_at,
     write_fully,
 )
 
-__all__ = ["WrittenBox", "verify_boxes", "create_file", "digest_of_tensor", "write_boxes"]
+__all__ = ["WrittenBox", "create_file", "digest_of_tensor", "write_boxes"]
 
 # Below this size, passing the data to another thread costs more than computing its digest.
 _WORTH_A_THREAD = 1 << 20
-_READ_AT_ONCE = 4 << 20
 _WRITE_AT_ONCE = 32 << 20
 
 
@@ -82,48 +77,9 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
     return written
 
 
-def verify_boxes(file: Path, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
-    """Compare boxes in a file with their digests.
-
-    Raises:
-        CheckpointDamagedError: if a digest differs or the file cannot be read; the message names the tensor.
-    """
-    try:
-        descriptor = open_for_reading(file)
-        try:
-            _compare(file, descriptor, layout, boxes)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-
-
 def digest_of_tensor(tensor: Tensor) -> str:
     """Return the digest of a tensor's bytes as they are stored in a file."""
     return _digest(_as_memoryview(tensor))
-
-
-def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
-    # Read in file order, which is fastest for disks and benefits from readahead.
-    ordered = sorted(boxes, key=lambda written_box: (layout.starts[written_box.name], written_box.box))
-    # While one thread reads, the other computes a digest.
-    with ThreadPoolExecutor(2, "checkpoint check") as pool:
-        digests = pool.map(lambda written_box: _digest_in_file(descriptor, layout, written_box), ordered)
-        for written_box, digest in zip(ordered, digests, strict=True):
-            if digest != written_box.digest:
-                raise CheckpointDamagedError(
-                    f"{file}: the tensor {written_box.name!r} is corrupted: its digest does not match the manifest."
-                )
-
-
-def _digest_in_file(descriptor: int, layout: FileLayout, written_box: WrittenBox) -> str:
-    digest = Digest()
-    buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[written_box.name].nbytes))))
-    for offset, length in layout.chunks(written_box.name, written_box.box.runs(layout.specs[written_box.name].shape)):
-        for begin, size in _split_range(offset, length, len(buffer)):
-            count = read_at(descriptor, buffer[:size], begin)
-            digest.update(buffer[:count])
-    return digest.text()
 
 
 def _split_range(offset: int, length: int, max_length: int) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,7 @@ from stratagem.checkpoint.directory.manifest import (
     read_manifest,
 )
 from stratagem.checkpoint.directory.snapshot import Snapshot, file_of, take_snapshot
-from stratagem.checkpoint.directory.verify import verify_checkpoint
+from stratagem.checkpoint.directory.verify import read_verified, verify_checkpoint
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree, unflatten_tree
@@ -94,6 +94,7 @@ class DirectoryFormat:
         parts: Collection[str] | None = None,
         verify: bool = True,
         rank_group: RankGroup = SINGLE_PROCESS,
+        in_memory: Collection[str] = (),
     ) -> StateTree:
         """Read the state tree, or only some of its top-level parts.
 
@@ -106,15 +107,17 @@ class DirectoryFormat:
             parts: the names of the parts to read; all by default.
             verify: whether to compare every byte with its digest.
             rank_group: the ranks that load the same checkpoint.
+            in_memory: with ``verify``, the parts that each rank reads to memory while it verifies them, instead of mapping
+                them. Each tensor has separate memory, which the caller may keep and modify.
 
         Raises:
             CheckpointNotFoundError: if the directory does not exist.
             CheckpointError: if the directory is not a Stratagem checkpoint.
             CheckpointDamagedError: if a file or tensor is missing or corrupted.
         """
-        if verify:
-            verify_checkpoint(path, rank_group)
-        return rank_group.run_checked(lambda: _read_tree(path, map_location, parts))
+        wanted = set(in_memory) if parts is None else set(in_memory) & set(parts)
+        read = read_verified(path, wanted, rank_group) if verify else {}
+        return rank_group.run_checked(lambda: _read_tree(path, map_location, parts, read))
 
     def verify(self, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
         """Compare every byte with its digest; see :func:`~stratagem.checkpoint.directory.verify.verify_checkpoint`."""
@@ -152,13 +155,19 @@ def write_snapshot(
         raise save_error(path, error) from error
 
 
-def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
+def _read_tree(
+    path: Path, device: torch.device | str, parts: Collection[str] | None, read: Mapping[str, dict[str, Tensor]]
+) -> StateTree:
+    """Read the tree; ``read`` holds the tensors of parts that have been read already."""
     manifest = read_manifest(path)
     tree = {}
     for name, skeleton in _read_skeletons(path, manifest).items():
         if parts is not None and name not in parts:
             continue
-        tensors = _map_tensors(path / file_of(name), device) if name in manifest["tensors"] else {}
+        if name in read:
+            tensors = {key: tensor.to(device) for key, tensor in read[name].items()}
+        else:
+            tensors = _map_tensors(path / file_of(name), device) if name in manifest["tensors"] else {}
         try:
             tree[name] = unflatten_tree(tensors, skeleton)
         except CheckpointDamagedError as error:

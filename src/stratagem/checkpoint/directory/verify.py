@@ -1,21 +1,27 @@
-"""Verify a checkpoint directory against its manifest."""
+"""Verify a checkpoint directory against its manifest, and read tensors while verifying them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.directory.box_io import WrittenBox, verify_boxes
+from torch import Tensor
+
+from stratagem.checkpoint.directory.box_io import WrittenBox
 from stratagem.checkpoint.directory.extra_files import verify_extra_files
 from stratagem.checkpoint.directory.integrity import digest_of
 from stratagem.checkpoint.directory.manifest import MANIFEST, MAX_JSON_BYTES, STATE, read_manifest, written_boxes
 from stratagem.checkpoint.directory.snapshot import file_of
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
+from stratagem.checkpoint.directory.verified_read import read_tensors, verify_boxes
 from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointDamagedError
 
-__all__ = ["verify_checkpoint"]
+__all__ = ["read_verified", "verify_checkpoint"]
+
+# A mapping from parts to the tensors in their file.
+_Parts = dict[str, dict[str, Tensor]]
 
 
 def verify_checkpoint(path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
@@ -28,23 +34,36 @@ def verify_checkpoint(path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int
         CheckpointError: if the directory is not a Stratagem checkpoint.
         CheckpointDamagedError: if a file is missing, truncated or modified; the message names the file and the tensor.
     """
-    return rank_group.run_all(lambda: _verify_share(path, rank_group))[0]
+    return rank_group.run_all(lambda: _verify_share(path, rank_group, ())[0])[0]
 
 
-def _verify_share(path: Path, rank_group: RankGroup) -> int:
+def read_verified(path: Path, parts: Collection[str], rank_group: RankGroup = SINGLE_PROCESS) -> _Parts:
+    """Verify a checkpoint as in :func:`verify_checkpoint`; return the tensors of ``parts``, which are read to new memory.
+
+    Each rank reads and verifies all tensors of ``parts``. Parts without tensors are omitted. Collective over ``rank_group``.
+    """
+    return rank_group.run_checked(lambda: _verify_share(path, rank_group, parts)[1])
+
+
+def _verify_share(path: Path, rank_group: RankGroup, in_memory: Collection[str]) -> tuple[int, _Parts]:
+    """Verify this rank's share; return the number of bytes of the checkpoint, and the tensors of the parts ``in_memory``."""
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         _check_size(path / name, entry["bytes"])
     _check_digest(path / STATE, manifest["files"][STATE])
+    tensors = {}
     for part, described in manifest["tensors"].items():
         file = path / file_of(part)
         layout, boxes = _read_layout(file, manifest, described)
+        if part in in_memory:
+            tensors[part] = read_tensors(file, layout, boxes)
+            continue
         # Assign the largest boxes first, so that all ranks read about the same number of bytes.
         boxes.sort(key=lambda written_box: (-written_box.box.numel, written_box.name, written_box.box))
         verify_boxes(file, layout, boxes[rank_group.rank :: rank_group.size])
     extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(rank_group.rank, None, rank_group.size))
     known_bytes: int = sum(entry["bytes"] for entry in manifest["files"].values())
-    return extra_bytes + known_bytes
+    return extra_bytes + known_bytes, tensors
 
 
 def _read_layout(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from stratagem.checkpoint.directory.directory import DirectoryFormat
 from stratagem.checkpoint.directory.manifest import MANIFEST
 from stratagem.checkpoint.foreign import (
     ENGINE_PART,
@@ -97,9 +98,14 @@ class CheckpointLoader:
         map_location: torch.device | str = "cpu",
         *,
         rank_group: RankGroup = SINGLE_PROCESS,
+        in_memory: Collection[str] = (),
     ) -> StateTree:
-        """Load a checkpoint from a path or URL, without executing code from it. Collective over ``rank_group``."""
-        return read_any(rank_group.run_checked(lambda: cls.fetch(filename)), map_location, rank_group=rank_group)
+        """Load a checkpoint from a path or URL, without executing code from it. Collective over ``rank_group``.
+
+        See :func:`read_any` for ``in_memory``.
+        """
+        path = rank_group.run_checked(lambda: cls.fetch(filename))
+        return read_any(path, map_location, rank_group=rank_group, in_memory=in_memory)
 
 
 def read_any(
@@ -108,8 +114,17 @@ def read_any(
     *,
     parts: Collection[str] | None = None,
     rank_group: RankGroup = SINGLE_PROCESS,
+    in_memory: Collection[str] = (),
 ) -> StateTree:
     """Load a local checkpoint in any supported format, without executing code from it. Collective over ``rank_group``.
+
+    Args:
+        path: the checkpoint.
+        map_location: the device of the tensors.
+        parts: the names of the parts to read; all by default.
+        rank_group: the ranks that load the same checkpoint.
+        in_memory: the parts of a checkpoint directory that each rank reads to memory instead of mapping them; see
+            :meth:`~stratagem.checkpoint.DirectoryFormat.load`. Tensors of other formats are read as usual.
 
     Raises:
         CheckpointError: (or a subclass) if it cannot be read.
@@ -122,7 +137,12 @@ def read_any(
     if not has_manifest and HuggingFaceFormat.can_read(path):
         return rank_group.run_checked(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
     if not ColossalAIFolder.can_read(path):
-        return format_for(path).load(path, map_location=map_location, parts=parts, rank_group=rank_group)
+        file_format = format_for(path)
+        if isinstance(file_format, DirectoryFormat):
+            return file_format.load(
+                path, map_location=map_location, parts=parts, rank_group=rank_group, in_memory=in_memory
+            )
+        return file_format.load(path, map_location=map_location, parts=parts, rank_group=rank_group)
     wanted_parts = None if parts is None else {*parts, ENGINE_PART}
     stratagem_parts = (
         format_for(path).load(path, map_location=map_location, parts=wanted_parts, rank_group=rank_group)

@@ -16,7 +16,7 @@ from stratagem.optim import OptimWrapperDict
 from stratagem.optim.base import TRAINING_WEIGHT
 from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
 from stratagem.parallel import AnyOptim
-from stratagem.tensors.dtensor import copy_into, is_sharded, shard_like, to_local
+from stratagem.tensors.dtensor import copy_into, is_plain, is_sharded, shard_like, to_local
 
 __all__ = ["read_optim", "require_one_optimizer", "require_same_class", "write_optim"]
 
@@ -60,8 +60,11 @@ def write_optim(
     by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, allow_missing=allow_missing)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
     casts = type(optim.optimizer).load_state_dict is Optimizer.load_state_dict
+    kept: set[int] = set()
     slots = {
-        index: _placed_slots(saved, parameters[index], optim.optimizer.state.get(parameters[index], {}), casts=casts)
+        index: _placed_slots(
+            saved, parameters[index], optim.optimizer.state.get(parameters[index], {}), kept, casts=casts
+        )
         for index, saved in by_index["state"].items()
     }
     optim.load_state_dict({**by_index, "state": slots})
@@ -113,23 +116,25 @@ def require_one_optimizer(state: Mapping[str, Any]) -> None:
 
 
 def _placed_slots(
-    saved: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any], *, casts: bool
+    saved: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any], kept: set[int], *, casts: bool
 ) -> dict[str, Any]:
-    return {key: _placed(value, parameter, key, own.get(key), casts=casts) for key, value in saved.items()}
+    return {key: _placed(value, parameter, key, own.get(key), kept, casts=casts) for key, value in saved.items()}
 
 
 @torch.no_grad()
-def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, *, casts: bool) -> Any:
-    """Return a copy of a value where the optimizer keeps it, without further copies when the optimizer loads it.
+def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, kept: set[int], *, casts: bool) -> Any:
+    """Return a value where the optimizer keeps it, without further copies when the optimizer loads it.
 
-    The tensors of a checkpoint are memory-mapped. A moment is created on the device of its parameter, or copied into the tensor
-    that the optimizer already has. A sharded moment is sharded like its parameter, and each rank reads only its shard.
+    A moment is copied into the tensor that the optimizer already has, or to new memory on the device of its parameter; if the
+    checkpoint was read to memory instead of being mapped, the optimizer keeps its tensor. A sharded moment is sharded like its
+    parameter, and each rank reads only its shard.
 
     Args:
         value: the saved value.
         parameter: the parameter that it belongs to.
         key: its key in the state of the parameter.
         own: the optimizer's current value; None if it has none.
+        kept: the addresses of the tensors of the checkpoint that the optimizer keeps; extended here.
         casts: whether the optimizer converts state to the dtype of floating-point parameters, as torch's do.
     """
     if not isinstance(value, Tensor):
@@ -144,7 +149,21 @@ def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, *, casts: b
         return own
     if sharded:
         return shard_like(value, parameter, copy=True)
-    return value.to(device=parameter.device, dtype=dtype, copy=True) if casts else value.clone()
+    keep = _has_separate_memory(value) and value.data_ptr() not in kept
+    if keep:
+        kept.add(value.data_ptr())
+    if casts:
+        return value.to(device=parameter.device, dtype=dtype, copy=not keep)
+    return value if keep else value.clone()
+
+
+def _has_separate_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is neither memory-mapped nor a view of a part of another tensor."""
+    if not is_plain(tensor) or tensor.layout != torch.strided or not tensor.numel():
+        return False
+    storage = tensor.untyped_storage()
+    # The storage of a mapped file cannot be resized.
+    return storage.resizable() and storage.nbytes() == tensor.nbytes
 
 
 def _can_hold(own: Any, value: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
