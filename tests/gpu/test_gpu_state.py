@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as torch_dist
 from torch import nn
 
-from stratagem.strategies import SingleDeviceStrategy
+from stratagem.dist import get_rank
+from stratagem.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from stratagem.tensors.dtensor import full_tensor
 from stratagem.utils import generator_state, restore_generator_state
+from tests.gpu.devices import ON_CPU
+from tests.support.ranks import Ranks
 
 WIDTH, LAYERS = 1024, 16
 
@@ -80,3 +85,34 @@ def _generators_as_before() -> Any:
     state = generator_state()
     yield
     restore_generator_state(state)
+
+
+def _initial_weights(kind: str) -> tuple[list[str], list[float]]:
+    """Prepare a model whose weights differ between ranks; return the devices of all broadcasts, and the sums of the weights."""
+    used: list[str] = []
+    original = torch_dist.broadcast
+
+    def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() >= 4 * WIDTH:
+            used.append(tensor.device.type)
+        return original(tensor, *args, **kwargs)
+
+    torch_dist.broadcast = recorded
+    try:
+        made = {"ddp": DDPStrategy, "fsdp": FSDPStrategy}[kind](log_kwargs={"log_level": "ERROR"})
+        torch.manual_seed(get_rank())
+        made.prepare(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(2))))
+        sums = [full_tensor(each).sum().item() for each in made.model.parameters()]
+        made.close()
+    finally:
+        torch_dist.broadcast = original
+    return used, sums
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_initial_weights_are_broadcast_by_nccl(two_gpus: Ranks, kind: str) -> None:
+    """The weights of rank 0 reach the other GPU without passing through CPU memory."""
+    (used, sums), (_, sums_of_other) = two_gpus.run(_initial_weights, kind)
+    assert sums == sums_of_other
+    assert used
+    assert set(used) == {"cpu" if ON_CPU else "cuda"}

@@ -17,7 +17,7 @@ _BUCKET_BYTES = 32 * 2**20
 def broadcast_weights(model: nn.Module) -> None:
     """Overwrite the parameters and buffers on every rank with the values from rank 0.
 
-    Collective; the models must have the same structure. Tensors are broadcast in buckets.
+    Collective; the models must have the same structure. Tensors are broadcast in buckets, on the device that they are on.
     """
     if get_world_size() == 1:
         return
@@ -39,6 +39,7 @@ def broadcast_weights(model: nn.Module) -> None:
 
 def _broadcast_bucket(bucket: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    broadcast(flat)
+    # As bytes, because NCCL does not support all dtypes.
+    broadcast(flat.view(torch.uint8))
     for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(values.view_as(tensor))

@@ -26,7 +26,7 @@ class Steps:
     """The steps of preparing a model. A placement calls each step once, in the order that it requires.
 
     Attributes:
-        init_and_sync: initializes the weights and broadcasts them from rank 0. Collective.
+        init_and_sync: initializes the weights, moves the model to the device and broadcasts the weights from rank 0. Collective.
         init_local: initializes the weights on this rank only.
         compile: compiles the model if requested.
         make_optim: builds the optimizers of the model; None if there are none.

@@ -287,8 +287,9 @@ class BaseStrategy(ABC):
         return model
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
-        """Call the model's ``init_weights`` if it has one, and broadcast the weights from rank 0. Collective."""
-        self._init_local_model_weights(model)
+        """Call the model's ``init_weights`` if it has one, move it to the device, and broadcast the weights. Collective."""
+        model = self._init_local_model_weights(model).to(self.world.device)
+        # On an accelerator, the weights are sent by its backend, which is much faster than one for CPU tensors.
         broadcast_weights(model)
         return model
 
