@@ -11,10 +11,12 @@ FOREIGN := .venv-foreign
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
 BASE ?= HEAD
 ONLY ?=
+# For `make bench-gpu`.
+OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench bench-gpu clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -122,7 +124,10 @@ format: setup ## Format the code.
 	$(BIN)/ruff format .
 
 bench: setup ## Run the benchmarks (training step, import time and others).
-	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py benchmarks/checkpoint_arm.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py benchmarks/checkpoint_arm.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-gpu: $(GPU_SETUP) ## Compare training on a GPU with hand-written loops (OPTIONS="--jobs ResNet-50 --rounds 20").
+	$(GPU_PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 matrix: setup ## Resume checkpoints of every placement under every other, and write docs/matrix.md.
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md

@@ -36,3 +36,10 @@ def require_package(name: str) -> None:
     """Skip the test if a package is not installed."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"requires the package {name}, which is not installed")
+
+
+def require_torch(*version: int) -> None:
+    """Skip the test with an older torch."""
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < version:
+        pytest.skip(f"requires torch {'.'.join(map(str, version))} or later: this is torch {torch.__version__}")

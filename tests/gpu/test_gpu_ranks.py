@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stratagem.dist import all_gather_object, all_reduce, get_rank
 from stratagem.distributed.world import pick_device
-from tests.gpu.devices import ON_CPU, require_gpus
+from tests.gpu.devices import ON_CPU, require_gpus, require_torch
 from tests.support.ranks import Ranks
 from tests.support.sharded_runs import resumed, stopped, trained
 
@@ -81,6 +81,8 @@ def largest_difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor])
 @pytest.mark.parametrize("placement", ["DDP x2", "FSDP x2", "TP x2"])
 def test_two_gpus_train_like_one(two_gpus: Ranks, alone: dict[str, Any], tmp_path: Path, placement: str) -> None:
     """Initial weights have the same bits; losses, norms, weights and moments after twelve iterations are nearly equal."""
+    if placement != "DDP x2":
+        require_torch(2, 13)
     both = two_gpus.run_within(180, lenient, trained, placement, str(tmp_path))
     means = [sum(losses) / 2 for losses in zip(both[0]["losses"], both[1]["losses"], strict=True)]
     for rank in both:
@@ -102,6 +104,7 @@ def test_a_checkpoint_of_two_gpus_resumes(
     two_gpus: Ranks, alone: dict[str, Any], tmp_path: Path, first: str, second: str
 ) -> None:
     """A run that is resumed in the middle, also with another placement, ends with the weights of one GPU."""
+    require_torch(2, 13)
     both = two_gpus.run_within(180, lenient, in_two_parts, first, str(tmp_path), second)
     for rank in both:
         assert largest_difference(rank["last"], alone["last"]) < TOLERANCE

@@ -1,0 +1,1 @@
+"""The models, data and training loops of ``benchmarks/gpu.py``."""
