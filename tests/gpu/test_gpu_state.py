@@ -10,6 +10,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
+from stratagem.checkpoint.staging import Staging
 from stratagem.dist import get_rank
 from stratagem.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from stratagem.tensors.dtensor import full_tensor
@@ -116,3 +117,21 @@ def test_initial_weights_are_broadcast_by_nccl(two_gpus: Ranks, kind: str) -> No
     assert sums == sums_of_other
     assert used
     assert set(used) == {"cpu" if ON_CPU else "cuda"}
+
+
+def test_asynchronous_saves_page_lock_exactly_what_they_need(cuda: torch.device) -> None:
+    """The buffer of asynchronous saves is page-locked with its exact size, and freed with its last copy."""
+    tensors = [torch.full((3 * 2**20,), 7.0, device=cuda), torch.ones(5, dtype=torch.int8, device=cuda)]
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    staging = Staging()
+    copies = staging.copy(tensors)
+    assert staging.nbytes == 12 * 2**20 + 64
+    assert all(each.is_pinned() for each in copies)
+    assert torch.equal(copies[0], tensors[0].cpu())
+    # None of it comes from torch's allocator, which would take 16 MiB and keep them.
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == before
+    address = copies[0].data_ptr()
+    assert next(each.data_ptr() for each in staging.copy(tensors)) == address
+    del copies
+    staging.copy([torch.ones(2**23, device=cuda)])
+    assert staging.nbytes == 4 * 2**23

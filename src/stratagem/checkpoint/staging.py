@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from stratagem.checkpoint.host_memory import allocate_host_memory
 from stratagem.distributed import RankGroup
 
 __all__ = ["StagedState", "Staging"]
@@ -37,11 +38,13 @@ class StagedState:
 class Staging:
     """A reusable CPU buffer for copies of tensors.
 
-    If any tensor is on an accelerator, the buffer is pinned, so that the copies are asynchronous.
+    If any tensor is on an accelerator, the buffer is page-locked, so that the copies are asynchronous.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        # The accelerator for which the buffer was allocated.
+        self._accelerator: str | None = None
         self._shapes: list[tuple[torch.dtype, torch.Size]] = []
         self._copies: list[Tensor] = []
 
@@ -58,24 +61,25 @@ class Staging:
             # buffer.
             dense = iter(self.copy([tensor for tensor in tensors if tensor.layout == torch.strided]))
             return [next(dense) if tensor.layout == torch.strided else tensor.detach().clone() for tensor in tensors]
-        on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)
+        accelerator = _accelerator_of(tensors)
         shapes = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        if shapes != self._shapes or (on_accelerator and not self._memory.is_pinned()):
-            self._allocate(shapes, pinned=on_accelerator)
+        if shapes != self._shapes or accelerator not in (None, self._accelerator):
+            self._allocate(shapes, accelerator)
         for copy, tensor in zip(self._copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=on_accelerator)
-        if on_accelerator:
+            copy.copy_(tensor, non_blocking=accelerator is not None)
+        if accelerator is not None:
             torch.accelerator.current_stream().synchronize()
         return self._copies
 
-    def _allocate(self, shapes: list[tuple[torch.dtype, torch.Size]], *, pinned: bool) -> None:
+    def _allocate(self, shapes: list[tuple[torch.dtype, torch.Size]], accelerator: str | None) -> None:
         sizes = [shape.numel() * dtype.itemsize for dtype, shape in shapes]
         offsets = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
         # Release the old buffer first, so that two buffers never exist at the same time.
         self._copies = []
-        if offsets[-1] > self.nbytes or (pinned and not self._memory.is_pinned()):
+        if offsets[-1] > self.nbytes or accelerator not in (None, self._accelerator):
             self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=pinned)
+            self._memory = allocate_host_memory(offsets[-1], accelerator)
+            self._accelerator = accelerator
         memory = self._memory.numpy()
         self._copies = [
             # Slice through NumPy, so that each slice has a separate storage; for a view, torch.save would write the
@@ -84,3 +88,8 @@ class Staging:
             for (dtype, shape), offset, size in zip(shapes, offsets, sizes, strict=False)
         ]
         self._shapes = shapes
+
+
+def _accelerator_of(tensors: Sequence[Tensor]) -> str | None:
+    """Return the type of the accelerator that tensors are on; None if all of them are on the CPU."""
+    return next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), None)
