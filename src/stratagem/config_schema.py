@@ -161,6 +161,7 @@ _PARTS_OF_LOADER = Section(
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
         "streams": _FREE,
+        "device_prefetch": _FREE,
     },
 )
 

@@ -412,8 +412,10 @@ class Runner:
             rank=self.strategy.dp_rank,
             world_size=self.strategy.dp_size,
             training=mode == "train",
+            device=self.strategy.world.device,
         )
-        description = f"{_DATA_NAMES[mode]} data: {loader.describe()}."
+        copies = loader.describe_copies(self.strategy.world.device)
+        description = f"{_DATA_NAMES[mode]} data: {loader.describe()}{copies}."
         if self._described.get(mode) != description:
             self.strategy.logger.info("%s", description)
             self._described[mode] = description

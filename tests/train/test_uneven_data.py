@@ -62,6 +62,8 @@ def data(kind: str, rank: int) -> Any:
         return DataLoader(Part(rank), batch_size=2)
     if kind == "stream with workers":
         return {"dataset": Part(rank), "batch_size": 2, "num_workers": 1}
+    if kind == "stream on request":
+        return {"dataset": Part(rank), "batch_size": 2, "device_prefetch": True}
     if kind == "sized stream":
         return DataLoader(SizedPart(rank), batch_size=2)
     samples = [torch.tensor([number + 100.0 * rank]) for number in range(max(SIZES))]

@@ -3,6 +3,7 @@
 from stratagem.data.batches import ConsumedSamples, PositionedBatches
 from stratagem.data.building import build_dataloader, check_dataloader
 from stratagem.data.collate import pseudo_collate
+from stratagem.data.copy_ahead import AcceleratorCopyStream, CopyStream, copy_ahead, supports_pinned_memory
 from stratagem.data.grouped import GroupedBatchSampler
 from stratagem.data.loader import EpochLoader
 from stratagem.data.samplers import DefaultSampler, InfiniteSampler, PositionedSampler, epoch_order
@@ -11,6 +12,8 @@ from stratagem.data.weighted import WeightedSampler
 from stratagem.data.workers import report_dead_workers
 
 __all__ = [
+    "AcceleratorCopyStream",
+    "CopyStream",
     "DefaultSampler",
     "BatchRequest",
     "EpochLoader",
@@ -22,8 +25,10 @@ __all__ = [
     "WeightedSampler",
     "build_dataloader",
     "check_dataloader",
+    "copy_ahead",
     "epoch_order",
     "report_dead_workers",
     "pseudo_collate",
     "stream_seed",
+    "supports_pinned_memory",
 ]

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatches, RankBatches
+from stratagem.data.copy_ahead import supports_pinned_memory
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import follows_epoch, shares_epoch
 from stratagem.data.loader import EpochLoader, iterates_its_sampler
@@ -49,6 +50,7 @@ def build_dataloader(
     rank: int = 0,
     world_size: int = 1,
     training: bool,
+    device: torch.device | None = None,
 ) -> EpochLoader:
     """Build a data loader from a configuration or a ``DataLoader``, and split its data across the data-parallel ranks.
 
@@ -70,12 +72,19 @@ def build_dataloader(
     ``streams="auto"``, the default, the generators of Python and NumPy are seeded when a sample uses them, and none is seeded for
     datasets of torch that never draw. With ``streams="always"``, all are seeded for every sample; the samples are the same.
 
+    For accelerators, the default is ``pin_memory=True``, and the loops copy the next batch to the device while the model computes
+    on the current one. This requires pinned memory, data workers and a position that is counted in batches. A loader with
+    ``state_dict`` is not read ahead, because its state would include the batch that has not been trained. A dataset in the main
+    process is not read ahead either, because the training could change it between two batches; ``device_prefetch=True`` reads it
+    ahead as well. ``device_prefetch=False`` disables reading ahead.
+
     Args:
         dataloader: a configuration or a ``DataLoader``.
         seed: the seed of the order and the random numbers; the same on every rank.
         rank: the data-parallel rank of this process.
         world_size: the number of data-parallel ranks.
         training: whether the loader is for training rather than evaluation.
+        device: the device of the model; None or the CPU if batches are not copied.
 
     Raises:
         ConfigTypeError: if a part has the wrong type.
@@ -83,11 +92,25 @@ def build_dataloader(
             of ranks.
     """
     share = RankShare(rank, world_size, round_up=training)
+    device = torch.device("cpu") if device is None else device
     if isinstance(dataloader, DataLoader):
         if not _is_plain(dataloader):
-            return _take_loader(dataloader, seed, share)
+            loader = _take_loader(dataloader, seed, share)
+            loader.reads_ahead = _reads_ahead(loader, None, device)
+            return loader
         dataloader = _arguments_of(dataloader)
     cfg = _arguments(dataloader)
+    device_prefetch = _take_device_prefetch(cfg)
+    if supports_pinned_memory(device):
+        cfg.setdefault("pin_memory", True)
+    built = _build_from_arguments(cfg, seed=seed, training=training, share=share)
+    built.reads_ahead = _reads_ahead(built, device_prefetch, device)
+    return built
+
+
+def _build_from_arguments(cfg: dict[str, Any], *, seed: int, training: bool, share: RankShare) -> EpochLoader:
+    """Build a data loader from the arguments of ``DataLoader`` and the option ``streams``, which are removed from ``cfg``."""
+    rank, world_size = share.rank, share.size
     dataset = _build_dataset(cfg.pop("dataset"))
     lazy = _take_streams(cfg, dataset)
     stream_share = (
@@ -125,6 +148,51 @@ def build_dataloader(
         kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
         raise kind(f"Invalid arguments for torch.utils.data.DataLoader: {error}") from error
     return EpochLoader(loader, world_size=world_size, seed=seed, share=stream_share)
+
+
+def _take_device_prefetch(cfg: dict[str, Any]) -> bool | None:
+    """Take the option ``device_prefetch`` out of a configuration.
+
+    Raises:
+        ConfigTypeError: if its value is invalid.
+        ConfigValueError: if it is True and ``pin_memory`` is False.
+    """
+    prefetch = cfg.pop("device_prefetch", None)
+    if not (prefetch is None or isinstance(prefetch, bool)):
+        raise ConfigTypeError(f"dataloader: device_prefetch must be True, False or None, got {prefetch!r}.")
+    if prefetch and cfg.get("pin_memory", True) is False:
+        raise ConfigValueError(
+            "dataloader: device_prefetch=True requires pinned memory, because copies from other memory block, but pin_memory is "
+            "False. Remove one of the two options."
+        )
+    return prefetch
+
+
+def _reads_ahead(loader: EpochLoader, prefetch: bool | None, device: torch.device) -> bool:
+    """Return whether to copy the next batch of a loader to ``device`` before the current one is processed.
+
+    Args:
+        loader: the loader.
+        prefetch: the option ``device_prefetch``. None excludes datasets that are loaded in the main process, which the training
+            could change between two batches.
+        device: the device of the model.
+
+    Raises:
+        ConfigValueError: if reading ahead is requested, but impossible.
+    """
+    if prefetch and loader.is_stateful:
+        kind = type(loader.loader if isinstance(loader.loader, Stateful) else loader.dataset).__name__
+        raise ConfigValueError(
+            f"dataloader: device_prefetch=True reads one batch ahead, but the position in the data is {kind}.state_dict(), which "
+            "would include the batch that has not been trained. A resumed run would skip it. Remove device_prefetch."
+        )
+    if prefetch and device.type == "mps":
+        raise ConfigValueError(
+            "dataloader: device_prefetch=True requires pinned memory, which mps does not have. Remove device_prefetch."
+        )
+    if prefetch is False or loader.is_stateful or not supports_pinned_memory(device):
+        return False
+    return bool(prefetch or (loader.loader.pin_memory and loader.loader.num_workers))
 
 
 def _take_streams(cfg: dict[str, Any], dataset: Any) -> bool:

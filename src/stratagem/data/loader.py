@@ -19,6 +19,7 @@ from stratagem.data.batches import (
     RankBatches,
     advanced,
 )
+from stratagem.data.copy_ahead import supports_pinned_memory
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
 from stratagem.data.in_process import batches_in_process, can_load_in_process
@@ -71,6 +72,9 @@ class EpochLoader:
             every rank.
         share: this rank's share of the batches, if every rank iterates over all of them; None if the loader yields
             only the batches of this rank.
+
+    Attributes:
+        reads_ahead: whether the loops copy the next batch to the device while the model computes on the current one.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class EpochLoader:
     ) -> None:
         self.loader = loader
         self.share = share
+        self.reads_ahead = False
         self._world_size = world_size
         self._seed = seed
         self._leftover: Any = None
@@ -183,6 +188,16 @@ class EpochLoader:
         size = self.batch_size
         batches = "" if size is None else f", batches of {size}"
         return f"{what}{batches}, {self.division}"
+
+    def describe_copies(self, device: torch.device) -> str:
+        """Return the addition to :meth:`describe` about copies to an accelerator; an empty string for other devices."""
+        if not supports_pinned_memory(device):
+            return ""
+        if self.reads_ahead:
+            return f"; each batch is copied to {device} while the previous one is processed"
+        if self.loader.pin_memory:
+            return f"; copied to {device} from pinned memory, but not ahead (see device_prefetch)"
+        return f"; copies to {device} block, because pin_memory is False"
 
     @property
     def leftover(self) -> Any:

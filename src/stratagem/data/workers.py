@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import re
 import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
@@ -12,10 +16,12 @@ from types import FrameType
 from typing import Any, final
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.data.worker_lifetime import ParentPipe
+from stratagem.distributed import get_rank
 from stratagem.errors import StratagemError, TrainingError
 
 __all__ = ["WorkerInit", "report_dead_workers", "start_workers", "workers_of"]
@@ -87,6 +93,7 @@ class _ChainedWorkerInit:
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return ``iter(loader)`` with workers that ignore signals and exit with this process. The loader is not changed."""
+    _warn_if_forked(loader)
     # Persistent workers of an earlier epoch may have died since.
     with report_dead_workers(workers_of(getattr(loader, "_iterator", None))):
         batches = _iterate(loader)
@@ -94,6 +101,28 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         _terminate_with_sigkill(worker)
         _numbers[worker] = number
     return batches
+
+
+def _warn_if_forked(loader: DataLoader[Any]) -> None:
+    """Warn, on rank 0, if workers are forked by default from a process that has initialized an accelerator."""
+    if not loader.num_workers or loader.multiprocessing_context is not None or get_rank() != 0:
+        return
+    used = next((name for name in ("cuda", "xpu") if getattr(torch, name).is_initialized()), None)
+    if used is not None and multiprocessing.get_start_method() == "fork":
+        _warn_of_fork(used.upper())
+
+
+@functools.cache
+def _warn_of_fork(used: str) -> None:
+    """Warn once per process."""
+    warnings.warn(
+        f"The data workers are forked from a process that has initialized {used} and has {threading.active_count()} Python "
+        f"threads. The workers must not use {used}, and a worker that needs a lock which another thread held at the time of the "
+        "fork hangs. To start the workers in clean processes, set multiprocessing_context='forkserver' in the dataloader; this "
+        "requires a dataset and a collate_fn that are picklable, so define them in a module. multiprocessing_context='fork' keeps "
+        "forking without this warning.",
+        stacklevel=4,
+    )
 
 
 def workers_of(batches: object) -> Sequence[BaseProcess]:

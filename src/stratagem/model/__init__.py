@@ -8,7 +8,7 @@ from stratagem.model.averaging import (
 )
 from stratagem.model.base import BaseModel, Trainable
 from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
-from stratagem.model.preprocess import BaseDataPreprocessor, to_device
+from stratagem.model.preprocess import BaseDataPreprocessor, pin_tensors, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
 from stratagem.model.text import TextGenerator, Tokenizer
 from stratagem.model.unwrap import is_model_wrapper, unwrap_model
@@ -30,6 +30,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "is_model_wrapper",
     "parse_losses",
+    "pin_tensors",
     "revert_sync_batchnorm",
     "to_device",
 ]

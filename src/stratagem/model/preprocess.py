@@ -1,4 +1,4 @@
-"""Move batches to the model's device."""
+"""Move batches to the model's device, and to pinned memory."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from torch import Tensor, nn
 
 from stratagem.errors import ConfigTypeError
 
-__all__ = ["BaseDataPreprocessor", "to_device"]
+__all__ = ["BaseDataPreprocessor", "pin_tensors", "to_device"]
 
 _CPU = torch.device("cpu")
 _WITHOUT_TENSORS = (str, bytes, bytearray, memoryview, range, int, float, complex, np.ndarray, np.generic)
 _BUILT_IN = frozenset({dict, list, tuple})
 
 
-def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
+def to_device(data: Any, device: torch.device, *, non_blocking: bool | None = False) -> Any:
     """Move all tensors in ``data`` to ``device``, without changing ``data``.
 
     Containers are mappings, sequences, sets and dataclasses, at any depth. A container with nothing to move is returned as
     is; otherwise, a new container of the same type, with the same other attributes, is returned. Objects with a ``to``
     method, such as packed sequences, are moved by calling it. Anything else is returned unchanged.
+
+    Args:
+        data: a tensor, a container or an object.
+        device: the target device.
+        non_blocking: whether copies may run asynchronously. None selects asynchronous copies of tensors in pinned memory,
+            which is always safe. Objects receive the argument if their ``to`` accepts it.
 
     Raises:
         ConfigTypeError: if the class of a container cannot be created with the moved values.
@@ -40,11 +46,45 @@ def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) ->
         return to_device(value, device, non_blocking=non_blocking)
 
     if isinstance(data, Tensor):
-        return data if data.device == device else data.to(device, non_blocking=non_blocking)
+        if data.device == device:
+            return data
+        return data.to(device, non_blocking=_is_pinned(data) if non_blocking is None else non_blocking)
     if data is None or isinstance(data, _WITHOUT_TENSORS):
         return data
     if type(data) not in _BUILT_IN and callable(getattr(data, "to", None)):
         return _move_by_method(data, device, non_blocking)
+    return _map_parts(data, move)
+
+
+def pin_tensors(data: Any) -> Any:
+    """Copy all CPU tensors in ``data`` that are in pageable memory to pinned memory, without changing ``data``.
+
+    Containers are handled as in :func:`to_device`, including dataclasses and sets, which torch's ``DataLoader`` does not pin.
+    Objects with a ``to`` method are pinned by their method ``pin_memory``, if they have one.
+
+    Raises:
+        ConfigTypeError: if the class of a container cannot be created with the pinned values.
+    """
+    if isinstance(data, Tensor):
+        return data if data.device != _CPU or _is_pinned(data) else data.pin_memory()
+    if data is None or isinstance(data, _WITHOUT_TENSORS):
+        return data
+    if type(data) not in _BUILT_IN and callable(getattr(data, "to", None)):
+        is_pinned, pin_memory = getattr(data, "is_pinned", None), getattr(data, "pin_memory", None)
+        # Torch's DataLoader has already called pin_memory(); without is_pinned(), do not copy the object again.
+        return pin_memory() if callable(is_pinned) and callable(pin_memory) and not is_pinned() else data
+    return _map_parts(data, pin_tensors)
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    try:
+        return tensor.device.type == "cpu" and tensor.is_pinned()
+    except (NotImplementedError, RuntimeError):  # some layouts and subclasses
+        return False
+
+
+def _map_parts(data: Any, move: Callable[[Any], Any]) -> Any:
+    """Return a container with ``move`` applied to its values; anything else is returned unchanged."""
     if isinstance(data, Mapping):
         return _with_items(data, move)
     if isinstance(data, Sequence | AbstractSet | deque):
@@ -55,12 +95,19 @@ def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) ->
     return data
 
 
-def _move_by_method(data: Any, device: torch.device, non_blocking: bool) -> Any:
+def _move_by_method(data: Any, device: torch.device, non_blocking: bool | None) -> Any:
     """Return ``data.to(device)``. Not every ``to`` accepts ``non_blocking``, and some move in place and return None."""
     kind: Any = type(data)
-    options = {"non_blocking": True} if non_blocking and _accepts_non_blocking(kind) else {}
+    asynchronous = _may_be_pinned(data, device) if non_blocking is None else non_blocking
+    options = {"non_blocking": True} if asynchronous and _accepts_non_blocking(kind) else {}
     moved = data.to(device, **options)
     return data if moved is None else moved
+
+
+def _may_be_pinned(data: Any, device: torch.device) -> bool:
+    """Return whether an object may be in pinned memory; for CUDA, asynchronous copies from other memory are safe as well."""
+    is_pinned = getattr(data, "is_pinned", None)
+    return bool(is_pinned()) if callable(is_pinned) else device.type == "cuda"
 
 
 @functools.cache
@@ -140,12 +187,12 @@ class BaseDataPreprocessor(nn.Module):
     The preprocessor is a submodule of the model, so it is moved to the same device.
 
     Args:
-        non_blocking: whether copies from pinned memory may overlap with computation.
+        non_blocking: whether copies may run asynchronously; by default, those of tensors in pinned memory do.
     """
 
     device: torch.device
 
-    def __init__(self, *, non_blocking: bool = False) -> None:
+    def __init__(self, *, non_blocking: bool | None = None) -> None:
         super().__init__()
         self.device = _CPU
         self.non_blocking = non_blocking

@@ -61,12 +61,17 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
             timer.waiting_since = perf_counter()
     except Exception as error:
         error.add_note(
-            f"In iteration {progress.iter + 1}, epoch {progress.epoch + 1}; the batch: {describe_batch(batch)}"
+            f"In iteration {progress.iter + 1}, epoch {progress.epoch + 1}; the batch: {describe_batch(batch)}{_copied(run)}"
         )
         raise
     finally:
         progress.in_iteration = False
     return progress.iter - first
+
+
+def _copied(run: Run) -> str:
+    ahead = run.train_data is not None and run.train_data.reads_ahead
+    return f", copied to {run.world.device} before the iteration (see device_prefetch)" if ahead else ""
 
 
 class _TrainLoop:
@@ -362,11 +367,12 @@ class _EvaluationLoop:
             self._precision_logged = True
         step = in_precision(run, step, dtype)
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
-        for index, batch in enumerate(pad_forward_passes(run, self.dataloader, step)):
+        for index, (loaded, batch) in enumerate(pad_forward_passes(run, self.dataloader, step)):
             for call in before:
                 call(run, index, batch)
             outputs = step(batch)
-            self.evaluator.process(batch, outputs)
+            # Metrics read the batch on the host.
+            self.evaluator.process(loaded, outputs)
             for call in after:
                 call(run, index, batch, outputs)
             if stoppable and run.interrupt.due() and run.is_ending:

@@ -10,14 +10,22 @@ import torch
 from stratagem.data import EpochLoader
 from stratagem.distributed import all_gather_object, all_reduce, broadcast_object
 from stratagem.train.run.context import Run
+from stratagem.train.run.device_batches import with_device_batches
 
 __all__ = ["pad_forward_passes"]
 
 _END = object()
 
 
-def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
+# A batch as the loader yielded it, and the same batch for the model, which may be on the device already.
+_Batch = tuple[Any, Any]
+
+
+def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[_Batch]:
     """Yield the evaluation batches of this rank. Run a forward pass on each before requesting the next.
+
+    Each is a pair: the batch as the loader yielded it, and the batch for the model, which is on the device if the loader reads
+    ahead.
 
     If the forward pass is collective, a rank that runs out of batches continues to run forward passes on an earlier batch
     until all ranks have finished, and discards the results. In that case, this function is collective as well.
@@ -27,7 +35,7 @@ def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]
         loader: the evaluation data.
         step: runs a forward pass on a batch.
     """
-    batches = loader.batches(0)
+    batches = with_device_batches(run, loader, loader.batches(0))
     if not run.strategy.collective_forward:
         yield from batches
     elif loader.share is not None:
@@ -41,14 +49,14 @@ def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]
         yield from _counted(batches, loader, step)
 
 
-def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
+def _counted(batches: Iterator[_Batch], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[_Batch]:
     """Yield the batches of a loader of known length, then pad to the number of batches of the longest loader."""
     max_num_batches = torch.tensor(loader.length)
     all_reduce(max_num_batches, "max")
     num_batches = 0
     last: Any = None
     for batch in batches:
-        num_batches, last = num_batches + 1, batch
+        num_batches, last = num_batches + 1, batch[1]
         yield batch
     missing = int(max_num_batches.item()) - num_batches
     if missing > 0 and num_batches == 0:
@@ -58,21 +66,21 @@ def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], 
         step(last)
 
 
-def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Iterator[Any]:
+def _asking_each_time(batches: Iterator[_Batch], step: Callable[[Any], Any]) -> Iterator[_Batch]:
     """Yield the batches of a loader of unknown length, then run padding passes until all ranks have run out of batches."""
     last: Any = _END
     while True:
-        batch = next(batches, _END)
-        ranks = all_gather_object((batch is not _END, last is not _END))
+        batch = next(batches, None)
+        ranks = all_gather_object((batch is not None, last is not _END))
         having = [rank for rank, (has_batch, _) in enumerate(ranks) if has_batch]
         if not having:
             return
         if not all(map(any, ranks)):
             # Some ranks have had no batch: send them a batch from another rank.
-            borrowed = broadcast_object(batch if batch is not _END else None, having[0])
+            borrowed = broadcast_object(None if batch is None else batch[0], having[0])
             last = borrowed if last is _END else last
-        if batch is _END:
+        if batch is None:
             step(last)
         else:
-            last = batch
+            last = batch[1]
             yield batch

@@ -25,6 +25,7 @@ from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.integers import require_integer
 from stratagem.train.run.context import Run
+from stratagem.train.run.device_batches import device_batches
 from stratagem.utils import canonical_names
 
 __all__ = ["EMAHook", "require_one_average"]
@@ -275,15 +276,15 @@ class EMAHook(Hook):
 
     def _update_statistics(self, run: Run) -> None:
         """Recompute the BatchNorm statistics of the average, unless it has not changed since. Collective."""
-        average = self.average
-        if not average.steps or average.statistics or run.train_data is None:
+        average, data = self.average, run.train_data
+        if not average.steps or average.statistics or data is None:
             return
         with (
-            closing(cast("Any", run.train_data.second_pass(run.epoch))) as epoch,
+            closing(cast("Any", data.second_pass(run.epoch))) as epoch,
             self._applied(run, synchronized=True),
         ):
-            count = min(run.train_data.length or 0, self._update_bn_batches or run.train_data.length or 0)
-            statistics = recompute_statistics(run, islice(epoch, count))
+            count = min(data.length or 0, self._update_bn_batches or data.length or 0)
+            statistics = recompute_statistics(run, device_batches(run, data, islice(epoch, count)))
         average.statistics = statistics
 
     def _check_update_bn(self, run: Run) -> None:

@@ -9,6 +9,7 @@ from stratagem.data import EpochLoader
 from stratagem.distributed import AsyncMaxReduce, all_gather_object, get_rank, get_world_size
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train.run.context import Run
+from stratagem.train.run.device_batches import device_batches
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["TrainBatches", "UnevenData", "require_uneven_data"]
@@ -73,12 +74,12 @@ class TrainBatches:
             self._agree_on_length()
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Any]:
-        """Iterate over an epoch, starting after its first ``done`` batches.
+        """Iterate over an epoch, starting after its first ``done`` batches, on the device if the loader reads ahead.
 
         Raises:
             TrainingError: if a rank runs out of batches before the others, and ``uneven_data="error"``.
         """
-        batches = self.loader.batches(epoch, done)
+        batches = device_batches(self._run, self.loader, self.loader.batches(epoch, done))
         return self._checked(batches, epoch, done) if self.checks else batches
 
     def _checked(self, batches: Iterator[Any], epoch: int, num_batches: int) -> Iterator[Any]:
