@@ -118,9 +118,9 @@ def _warn_of_fork(used: str) -> None:
     warnings.warn(
         f"The data workers are forked from a process that has initialized {used} and has {threading.active_count()} Python "
         f"threads. The workers must not use {used}, and a worker that needs a lock which another thread held at the time of the "
-        "fork hangs. To start the workers in clean processes, set multiprocessing_context='forkserver' in the dataloader; this "
-        "requires a dataset and a collate_fn that are picklable, so define them in a module. multiprocessing_context='fork' keeps "
-        "forking without this warning.",
+        "fork hangs. To start the workers in clean processes, set multiprocessing_context='forkserver' in the dataloader; the "
+        "dataset and collate_fn are then pickled, so define them in a module. multiprocessing_context='fork' keeps forking "
+        "without this warning.",
         stacklevel=4,
     )
 
