@@ -1,6 +1,6 @@
 """One training step, from a batch on the host to updated parameters, in execution order.
 
-    to device -> forward -> backward -> synchronize the rest -> unscale -> guard -> clip -> optimizer -> zero
+    to device -> forward -> backward -> synchronize the rest -> guard -> unscale and clip -> optimizer -> zero
 
 These three functions are the reference: other implementations of a step must produce the same bits. There are three functions
 because each is an entry point. :func:`train_step` is the method of ``BaseModel`` that a model may override.
@@ -91,18 +91,22 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     micro_batches = optim.inner_count - optim.window_start
     optim.window_start = optim.inner_count
     optim.num_steps_attempted += 1
-    if scaler is not None:
-        scaler.unscale_(optim.optimizer)
+    # If this returns a factor, the gradients are not multiplied by it until they are clipped.
+    factor = None if scaler is None else optim.unscale()
     allowed = True
     # inspects_grads is True if clipping or the option nonfinite is set.
     if optim.inspects_grads or optim.weight is not None or policy.guard is not None:
         grads = optim.collect_grads(micro_batches)
-        norm = optim.compute_grad_norm(grads) if optim.needs_grad_norm else None
+        norm = optim.compute_grad_norm(grads, factor) if optim.needs_grad_norm else None
         # The guard comes first because its report names the parameters.
-        allowed = policy.guard is None or policy.guard.allows_step(grads, norm)
-        allowed = allowed and (norm is None or optim.allows_norm(norm))
+        guard = policy.guard
+        allowed = guard is None or guard.allows_step(grads, norm)
+        if allowed and norm is not None and (guard is None or not guard.waits):
+            allowed = optim.allows_norm(norm)
         if allowed and clipping is not None:
-            clipping.apply(grads, norm)
+            clipping.apply(grads, norm, factor)
+        elif allowed and factor is not None:
+            optim.scale_grads(grads, factor)
     if allowed:
         prepared = optim.prepared
         # Do not call scaler.step(), because the gradients are already unscaled and checked.
@@ -151,8 +155,14 @@ class AccumulatingOptim(Protocol):
     def collect_grads(self, micro_batches: int) -> list[Tensor]:
         """Return the gradients, divided by the sum of the weights if micro-batches have weights."""
 
-    def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
-        """Return the norm of all gradients."""
+    def unscale(self) -> Tensor | None:
+        """Divide the gradients by the loss scale, or return the factor by which they are to be multiplied instead."""
+
+    def compute_grad_norm(self, grads: list[Tensor], factor: Tensor | None = None) -> Tensor:
+        """Return the norm of all gradients multiplied by ``factor``."""
+
+    def scale_grads(self, grads: list[Tensor], factor: Tensor) -> None:
+        """Multiply the gradients by a factor."""
 
     def allows_norm(self, norm: Tensor) -> bool:
         """Return whether gradients with this norm may update the parameters."""

@@ -125,6 +125,23 @@ def test_group_by_device_and_dtype_returns_the_same_tensors() -> None:
     assert list(map(id, groups[cpu, torch.float64][0][0])) == [id(tensors[1])]
 
 
+def test_a_recorded_overflow_has_the_effect_of_unscaling() -> None:
+    """After ``record_found_inf``, ``update`` of the scaler halves its scale for an overflow, and keeps it otherwise."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert not torch_private.is_scaled(scaler, optimizer)
+    for overflow, expected in ((0.0, 8.0), (1.0, 4.0), (0.0, 4.0)):
+        scaler.scale(torch.zeros(()))
+        assert torch_private.is_scaled(scaler, optimizer)
+        assert torch_private.inverse_scale(scaler).item() == 1 / scaler.get_scale()
+        torch_private.record_found_inf(scaler, optimizer, torch.tensor(overflow))
+        scaler.update()
+        assert scaler.get_scale() == expected
+    parameter.grad = torch.ones(2)
+    scaler.unscale_(optimizer)
+    assert not torch_private.is_scaled(scaler, optimizer)
+
+
 def test_stored_values_do_not_coalesce() -> None:
     """For a repeated index, both stored values are returned instead of their sum."""
     sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True)

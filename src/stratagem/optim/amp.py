@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Final, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from stratagem.optim.gradients import NonFinite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.utils.names import did_you_mean
+from stratagem.utils.torch_private import inverse_scale, is_scaled, record_found_inf
 
 __all__ = ["HALF_DTYPES", "AmpOptimWrapper", "autocast_dtype"]
 
@@ -29,6 +31,9 @@ HALF_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+# The norms for which multiplying all values by a power of two multiplies the computed norm by it, without other rounding.
+_HOMOGENEOUS_NORMS: Final = frozenset({1.0, 2.0, math.inf})
+_FLOATS: Final = frozenset({torch.float32, torch.float64})
 _SCALER_OPTIONS: Final = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
 
 
@@ -78,6 +83,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
             prepared=prepared,
         )
         self._requested = dtype, loss_scale, self.nonfinite
+        # Whether dividing by the loss scale, which is a power of two, does not round.
+        self._scales_exactly = False
         self._configure(_device_type(optimizer))
 
     def use_device(self, device: torch.device) -> None:
@@ -106,6 +113,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
             # The scaler lowers its scale after an update with non-finite gradients, which must not be applied.
             self.nonfinite = "skip"
             self.inspects_grads = self.needs_grad_norm = True
+            self._scales_exactly = _has_powers_of_two(self.grad_scaler.state_dict(), self.fixed_scale)
         elif loss_scale != "dynamic":
             raise ConfigValueError(
                 f"loss_scale={loss_scale!r} only applies to float16, but dtype is {self.dtype}. Omit it."
@@ -125,6 +133,25 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
     def loss_scale(self) -> float | None:
         return None if self.grad_scaler is None else self.grad_scaler.get_scale()
 
+    def unscale(self) -> Tensor | None:
+        """Return the factor that divides the gradients by the loss scale if this is exact; otherwise, divide them.
+
+        If all scales are powers of two, ``norm(gradients) * factor`` has the same bits as ``norm(gradients * factor)``, and
+        unscaling and clipping can share one pass over the gradients.
+        """
+        scaler = self.grad_scaler
+        if scaler is None or not self._scales_exactly or not is_scaled(scaler, self.optimizer):
+            return super().unscale()
+        if self.norm_type not in _HOMOGENEOUS_NORMS or not _are_dense_floats(self.optimizer):
+            return super().unscale()
+        return inverse_scale(scaler)
+
+    def compute_grad_norm(self, grads: list[Tensor], factor: Tensor | None = None) -> Tensor:
+        norm = super().compute_grad_norm(grads, factor)
+        if factor is not None and self.grad_scaler is not None:
+            record_found_inf(self.grad_scaler, self.optimizer, (~norm.isfinite()).float())
+        return norm
+
     def state_dict(self) -> dict[str, Any]:
         scaler = {} if self.grad_scaler is None else {"loss_scaler": self.grad_scaler.state_dict()}
         return {**super().state_dict(), **scaler}
@@ -134,6 +161,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         # A state without a scaler was saved in a different precision. Keep the configured loss scale.
         if self.grad_scaler is not None and "loss_scaler" in state_dict:
             self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
+            self._scales_exactly = _has_powers_of_two(state_dict["loss_scaler"], self.fixed_scale)
 
 
 def autocast_dtype(optim: BaseOptimWrapper | OptimWrapperDict) -> torch.dtype | None:
@@ -170,6 +198,26 @@ def _device_type(optimizer: Optimizer) -> str:
     # Parameters on the meta device will be moved to the accelerator of this machine, if there is one.
     accelerator = torch.accelerator.current_accelerator()
     return "cpu" if accelerator is None else accelerator.type
+
+
+def _has_powers_of_two(scaler_state: Mapping[str, Any], fixed_scale: float | None) -> bool:
+    """Return whether the loss scale, and every value that it may change to, is a power of two."""
+    values = [scaler_state.get(name) for name in ("scale", "growth_factor", "backoff_factor")]
+    values.append(1.0 if fixed_scale is None else fixed_scale)
+    return all(isinstance(value, int | float) and value > 0 and math.frexp(value)[0] == 0.5 for value in values)
+
+
+def _are_dense_floats(optimizer: Optimizer) -> bool:
+    """Return whether all gradients of an optimizer are dense and have at least float32, and there is one."""
+    found = False
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is not None:
+                if grad.dtype not in _FLOATS or grad.layout is not torch.strided:
+                    return False
+                found = True
+    return found
 
 
 def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dtype:

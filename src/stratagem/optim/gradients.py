@@ -51,11 +51,17 @@ class Clipping:
     norm_type: float = 2.0
     error_if_nonfinite: bool = False
 
-    def apply(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
-        """Clip gradients in place; ``norm`` is the norm of all gradients, which clipping by norm requires."""
+    def apply(self, gradients: Sequence[Tensor], norm: Tensor | None, factor: Tensor | None = None) -> None:
+        """Multiply gradients in place by ``factor``, by default 1, and clip the products.
+
+        ``norm`` is the norm of all products, which clipping by norm requires; the gradients are then multiplied once.
+        """
         if self.by_norm and norm is not None:
-            scale(gradients, torch.clamp(self.limit / (norm + _EPSILON), max=1.0))
+            coefficient = torch.clamp(self.limit / (norm + _EPSILON), max=1.0)
+            scale(gradients, coefficient if factor is None else coefficient * factor.to(coefficient.device))
         elif gradients:
+            if factor is not None:
+                scale(gradients, factor)
             parts = [to_local(gradient) for gradient in gradients]
             torch._foreach_clamp_min_(parts, -self.limit)
             torch._foreach_clamp_max_(parts, self.limit)

@@ -23,7 +23,13 @@ __all__ = ["DeferredNonFiniteCheck", "NonFiniteGuard", "SyncNonFiniteCheck", "al
 
 
 class NonFiniteGuard(Protocol):
-    """Checks the losses and gradients of each update before it is applied."""
+    """Checks the losses and gradients of each update before it is applied.
+
+    Attributes:
+        waits: whether ``allows_step`` waits for the result of the check, and therefore only allows updates with a finite norm.
+    """
+
+    waits: bool
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the arguments for ``loss.backward``."""
@@ -57,6 +63,8 @@ class SyncNonFiniteCheck:
         nonfinite_params: the parameters whose gradients were NaN or Inf in the last prevented update, in reverse order
             of registration, so that those closest to the loss come first.
     """
+
+    waits = True
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, synchronized: bool = True) -> None:
         self.nonfinite_params: tuple[str, ...] = ()
@@ -106,6 +114,8 @@ class DeferredNonFiniteCheck:
     Attributes:
         protects: whether the weights keep their last good values.
     """
+
+    waits = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer: Any = optimizer
@@ -188,6 +198,8 @@ class _Flag:
         }
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
         self._sharded = not all(map(is_plain, parameters))
+        # On the CPU, the norms take longer than the kernel that writes.
+        self._only_reads = device.type != "cpu"
 
     def check(self, gradients: list[Tensor], norm: Tensor | None) -> None:
         """Set the flag if a value is NaN or Inf, without synchronizing. Collective for sharded gradients.
@@ -209,9 +221,13 @@ class _Flag:
 
     def _check_in_one_pass(self, gradients: list[Tensor]) -> bool:
         """Check all gradients with one kernel; return whether that was possible."""
+        parts = list(map(to_local, gradients)) if self._sharded else gradients
         try:
-            # Multiplying by 1 does not change any bits.
-            mark_nonfinite(list(map(to_local, gradients)) if self._sharded else gradients, self.found, self._one)
+            if self._only_reads:
+                self._set(_any_nonfinite(parts))
+            else:
+                # Multiplying by 1 does not change any bits.
+                mark_nonfinite(parts, self.found, self._one)
         except RuntimeError:
             # Either the gradients are sparse, which the parameters do not show, or a group on another device was added
             # later.
@@ -220,6 +236,17 @@ class _Flag:
 
     def _set(self, flag: Tensor) -> None:
         self.found.copy_(torch.maximum(self.found, flag.to(self.found)))
+
+
+def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
+    """Return whether a value of tensors with the same device and dtype is NaN or Inf, as a scalar on the device.
+
+    This reads all values once and writes none. The maximum, unlike other norms, cannot overflow.
+    """
+    filled = [tensor for tensor in tensors if tensor.numel()]  # an empty tensor, such as a shard, has no maximum
+    if not filled:
+        return torch.zeros((), dtype=torch.bool)
+    return ~torch.stack(torch._foreach_norm(filled, math.inf)).isfinite().all()
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -350,10 +350,26 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         total = exact_scalar(torch.as_tensor(0.0 if self.weight is None else self.weight).to(device)).clone()
         self._total_weight = total, start_sum(total)
 
-    def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
-        """Compute, record and return the norm of all gradients. Collective for sharded gradients."""
-        self.grad_norm = norm = global_norm(grads, 2.0 if self.clipping is None else self.clipping.norm_type)
+    def unscale(self) -> Tensor | None:
+        """Divide the gradients by the loss scale, or return the factor by which they are to be multiplied instead."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        return None
+
+    def compute_grad_norm(self, grads: list[Tensor], factor: Tensor | None = None) -> Tensor:
+        """Compute, record and return the norm of all gradients multiplied by ``factor``. Collective for sharded gradients."""
+        norm = global_norm(grads, self.norm_type)
+        self.grad_norm = norm = norm if factor is None else norm * factor.to(norm.device)
         return norm
+
+    @property
+    def norm_type(self) -> float:
+        """The type of the gradient norm, the p of the p-norm."""
+        return 2.0 if self.clipping is None else self.clipping.norm_type
+
+    def scale_grads(self, grads: list[Tensor], factor: Tensor) -> None:
+        """Multiply the gradients in place by a factor, without synchronizing with the device."""
+        scale(grads, factor)
 
     def allows_norm(self, norm: Tensor) -> bool:
         """Return whether gradients with this norm may update the parameters; log a skipped update.

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.autograd import profiler as _profiler
 from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.nn.parallel import distributed as _ddp
@@ -43,6 +44,9 @@ __all__ = [
     "fused_sgd",
     "fused_step_reads_found_inf",
     "initialize_fsdp_root",
+    "inverse_scale",
+    "is_scaled",
+    "record_found_inf",
     "is_plain_scalar",
     "is_profiling",
     "is_step_observed",
@@ -188,6 +192,29 @@ def without_global_step_hooks() -> Iterator[None]:
     finally:
         for each, hooks in zip(registries, registered, strict=True):
             each.update(hooks)
+
+
+def is_scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Return whether the gradients of an optimizer are scaled and ``scaler.unscale_`` was not called since the last update.
+
+    Private: ``GradScaler._scale`` and ``_per_optimizer_states``.
+    """
+    state: Any = scaler._per_optimizer_states[id(optimizer)]
+    return scaler._scale is not None and state["stage"] is OptState.READY
+
+
+def inverse_scale(scaler: GradScaler) -> Tensor:
+    """Return ``1 / scale`` as a float32 scalar on the device. Private: ``GradScaler._scale``; the public method synchronizes."""
+    return cast("Tensor", scaler._scale).double().reciprocal().float()
+
+
+def record_found_inf(scaler: GradScaler, optimizer: Optimizer, found: Tensor) -> None:
+    """Record whether gradients contain NaN or Inf (1, otherwise 0), as ``scaler.unscale_`` does, for ``scaler.update``.
+
+    Private: ``GradScaler._per_optimizer_states``. ``unscale_`` always multiplies all gradients in a pass of its own.
+    """
+    state: Any = scaler._per_optimizer_states[id(optimizer)]
+    state["found_inf_per_device"] = {found.device: found}
 
 
 def stored_values(tensor: Tensor) -> Tensor:
