@@ -16,7 +16,7 @@ from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.staging import Staging
 from stratagem.checkpoint.tree.flatten import StateTree
-from stratagem.distributed import RankGroup
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.distributed.async_reduce import AsyncMaxReduce
 from stratagem.errors import CheckpointError
 
@@ -114,8 +114,10 @@ class BackgroundSaver:
         return None if task is None else task.exception()
 
     def close(self) -> None:
-        """Wait for the writer thread and stop it. Idempotent."""
+        """Wait for the writer thread, stop it, and destroy the group of the writers. Idempotent."""
         self._thread.shutdown()
+        rank_group, self._rank_group = self._rank_group, SINGLE_PROCESS
+        rank_group.close()
 
 
 def _write(

@@ -7,7 +7,8 @@ from typing import final
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.distributed.collectives import Group, served_devices
+from stratagem.distributed.collectives import Group
+from stratagem.distributed.cpu_groups import shared_cpu_group
 
 __all__ = ["AsyncMaxReduce"]
 
@@ -40,9 +41,8 @@ class AsyncMaxReduce:
         Collective; ``wait`` returns once all ranks have called ``start``.
         """
         if not self._connected:
-            # If the default group supports only accelerators, use a CPU group: waiting for a result on a device would
-            # synchronize with it.
-            self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
+            # If the default group supports only accelerators, waiting for a result on a device would synchronize with it.
+            self._group = shared_cpu_group()
             self._connected = True
         self._numbers[:] = torch.tensor(numbers, dtype=torch.int64)
         self._work = torch_dist.all_reduce(self._numbers, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)

@@ -9,6 +9,7 @@ from typing import TypeVar, cast, final
 import torch.distributed as torch_dist
 
 from stratagem.distributed.collectives import Group, get_rank, get_world_size
+from stratagem.distributed.cpu_groups import destroy_group, new_cpu_group
 from stratagem.distributed.objects import all_gather_object
 from stratagem.errors import StratagemError, TrainingError
 
@@ -44,11 +45,19 @@ class RankGroup:
         return cls(get_rank(group), get_world_size(group), group)
 
     def dedicated_group(self) -> RankGroup:
-        """Return the same ranks with a new process group, for use in another thread. Collective over all ranks."""
+        """Return the same ranks with a new process group, for use in another thread. Collective over all ranks.
+
+        Call :meth:`close` on the result when it is no longer used.
+        """
         if self.size == 1:
-            return self
+            return SINGLE_PROCESS
         ranks = torch_dist.get_process_group_ranks(self.group)
-        return RankGroup(self.rank, self.size, torch_dist.new_group(ranks, backend="gloo"))
+        return RankGroup(self.rank, self.size, new_cpu_group(ranks))
+
+    def close(self) -> None:
+        """Destroy the process group that :meth:`dedicated_group` created. Not collective."""
+        if self.group is not None:
+            destroy_group(self.group)
 
     @property
     def is_rank0(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from stratagem.distributed.cpu_groups import forget_shared_cpu_group
 from stratagem.distributed.rendezvous.launch import Launch, infer_launcher, read_launch
 from stratagem.distributed.rendezvous.rendezvous import choose_network_interface, rendezvous
 from stratagem.distributed.world import pick_device, select_device
@@ -95,6 +96,7 @@ def close_dist() -> None:
     """Destroy the process group if there is one. Idempotent."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        forget_shared_cpu_group()
 
 
 def _check_backend(backend: str | None) -> None:
