@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def batches(model: Classifier, count: int = 3) -> list[Any]:
 
 def start_measuring(device: torch.device) -> None:
     """Reset the peak."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -55,6 +57,7 @@ def peak(device: torch.device) -> int:
 
 def allocated(device: torch.device) -> int:
     """Return the current memory of tensors in bytes; 0 on the CPU."""
+    gc.collect()
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 

@@ -24,7 +24,7 @@ from tests.support.ranks import Ranks
 from tests.support.sharded_runs import resumed, stopped, trained
 
 # Twelve iterations in float32, with sums in another order; see tests/strategies/test_fsdp_equality.py for the CPU.
-TOLERANCE = 1e-4
+TOLERANCE = 3e-4
 HALF = 6
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ _WITH_DROPOUT = {
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),
         nn.ReLU(),
-        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
         nn.Dropout(0.2),
         nn.Flatten(),
         nn.Linear(16 * 8 * 8, 5),
