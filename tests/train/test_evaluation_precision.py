@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem import Runner
+from stratagem.checkpoint import CheckpointLoader
 from stratagem.errors import ConfigTypeError
 from stratagem.model import BaseModel
 from stratagem.train import BaseMetric
@@ -90,6 +91,33 @@ def test_validation_has_the_precision_of_the_training(
     )
     assert alone.val() == metrics
     alone.close()
+
+
+def test_averaged_weights_and_the_best_checkpoint_are_evaluated_under_autocast(make_runner: MakeRunner, tmp_path: Path):
+    """The score of the best checkpoint is that of the averaged weights under autocast, and ``test`` repeats it bit for bit."""
+    average = {"type": "EMAHook", "momentum": 0.5}
+    best = {"by_epoch": False, "interval": 1, "save_best": "sum", "rule": "greater"}
+    runner = make_runner(
+        model=Linear(),
+        optim_wrapper=AMP,
+        train_cfg={"max_iters": 4, "val_interval": 1},
+        default_hooks={**QUIET_HOOKS, "checkpoint": best},
+        custom_hooks=[average],
+        **validation(),
+    )
+    runner.train()
+    (path,) = (tmp_path / "run").glob("best_*")
+    layer = nn.Linear(4, 3)
+    averages = CheckpointLoader.load_checkpoint(path)["average"]["averages"]
+    layer.load_state_dict({name.removeprefix("layer."): value for name, value in averages.items()})
+    test = {key.replace("val_", "test_"): value for key, value in validation().items()}
+    alone = Runner(
+        Linear(), tmp_path / "alone", load_from=path, log_level="ERROR", custom_hooks=[average], **validation(), **test
+    )
+    scores = [alone.val()["sum"], alone.test()["sum"]]
+    alone.close()
+    assert scores[0] == scores[1] == pytest.approx(expected(layer, autocast=True), abs=1e-6)
+    assert scores[0] != pytest.approx(expected(layer, autocast=False), abs=1e-6)
 
 
 def test_fp16_must_be_a_bool(make_runner: MakeRunner):
