@@ -135,8 +135,10 @@ def test_deterministic_configures_cublas_before_cuda_is_initialized(
         "init_dist",
         lambda **options: [seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")), init_dist(**options)][1],
     )
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     strategy = single(env={"randomness": {"seed": 0, "deterministic": True}})
     assert seen == [":4096:8"]
+    assert "deterministic=True: set CUBLAS_WORKSPACE_CONFIG=:4096:8 until the run ends." in strategy._env.notices
     strategy.close()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 

@@ -98,9 +98,15 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         settings = set_multi_processing(**mp_cfg, distributed=launcher != "none")
         undo.callback(settings.close)
         _keep_determinism(undo)
+        notices = list(settings.notices)
         if randomness.get("deterministic", False):
             # Before the process group is created, because that initializes CUDA.
+            before = os.environ.get(CUBLAS_VARIABLE)
             make_cublas_deterministic()
+            if os.environ[CUBLAS_VARIABLE] != before and torch.backends.cuda.is_built():
+                notices.append(
+                    f"deterministic=True: set {CUBLAS_VARIABLE}={os.environ[CUBLAS_VARIABLE]} until the run ends."
+                )
         if env_kwargs.get("cudnn_benchmark", False):
             torch.backends.cudnn.benchmark = True
         _set_float32_precision(env_kwargs, undo)
@@ -130,7 +136,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
                 seed=seed,
             ),
             randomness=MappingProxyType({**randomness, "seed": seed}),
-            notices=settings.notices if stray is None else (*settings.notices, stray),
+            notices=tuple(notices) if stray is None else (*notices, stray),
             seed_given=given is not None,
             # From here on, close() restores the settings; up to this point, an exception restores them.
             _undo=undo.pop_all(),
