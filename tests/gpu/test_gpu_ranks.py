@@ -146,7 +146,9 @@ def test_a_rank_that_hangs_times_out(tmp_path: Path) -> None:
     # Either the error of a collective, or the watchdog of NCCL, which ends the process (SIGABRT).
     assert status != 0, output
     assert seconds < 180
-    assert "because rank" in output or "rank 1: 6 iterations completed" in output, output
+    assert "timeout of NCCL's watchdog" in output or "rank 1: 6 iterations completed" in output, output
+    stacks = [path.read_text() for path in tmp_path.glob("run/*/stacks_rank1.txt")]
+    assert any("toy_parts.py" in text for text in stacks), output
 
 
 @pytest.mark.usefixtures("_two_devices")

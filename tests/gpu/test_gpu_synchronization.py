@@ -17,6 +17,7 @@ from tests.gpu.runs import ADAMW, settings
 INTERVAL = 50
 # The first iterations create handles of libraries and the state of the optimizer.
 WARM_UP = 4
+LOADER = {"dataset": Samples(SHAPES["mlp"]), "batch_size": 8, "collate_fn": {"type": "default_collate"}}
 
 
 class RefuseSynchronization(Hook):
@@ -66,8 +67,20 @@ def get_mode() -> str:
         {"optim_wrapper": {"optimizer": {"type": "RMSprop", "lr": 1e-3}}},
         {"custom_hooks": [{"type": "EMAHook", "momentum": 0.1}]},
         {"param_scheduler": {"type": "CosineAnnealingLR", "by_epoch": False, "end": 110}},
+        {"train_dataloader": {**LOADER, "num_workers": 1, "persistent_workers": True}},
+        {"train_dataloader": {**LOADER, "device_prefetch": True}},
     ],
-    ids=["plain", "clipping", "bfloat16", "accumulation", "without fused kernel", "averaged weights", "schedule"],
+    ids=[
+        "plain",
+        "clipping",
+        "bfloat16",
+        "accumulation",
+        "without fused kernel",
+        "averaged weights",
+        "schedule",
+        "workers",
+        "read ahead",
+    ],
 )
 def test_the_host_does_not_wait_between_log_lines(
     changes: dict[str, Any], device: torch.device, tmp_path: Path

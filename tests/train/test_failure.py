@@ -44,6 +44,31 @@ def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, reported: s
     assert guard.reason(3) == "ValueError: first\nsecond"
 
 
+class ClosedMonitor:
+    """A monitor of rank 1 whose main thread has raised an error."""
+
+    rank = 1
+
+    def wait_closed(self, seconds: float) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "cpu:gloo"])
+def test_a_rank_that_the_watchdog_of_nccl_killed_leaves_the_stacks_of_the_others(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With NCCL, the rank that waited dies, so the stacks of the others are written, which contain the cause."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    guard = RankGuard(lambda: 5, str(tmp_path))
+    guard._stop(ClosedMonitor(), Failure(rank=0, kind="died", text="process 7 was killed"))
+    reason = guard.reason(1)
+    assert reason.startswith("Stopped after 5 iterations, because rank 0 exited: process 7 was killed")
+    stacks = tmp_path / "stacks_rank1.txt"
+    assert stacks.exists() == ("nccl" in backend)
+    assert ("timeout of NCCL's watchdog" in reason and str(tmp_path) in reason) == ("nccl" in backend)
+
+
 def test_a_failure_survives_the_store():
     """A failure is written to the store as text and read back unchanged."""
     failure = Failure(rank=3, kind="died", text="ö\n'\"")

@@ -96,7 +96,11 @@ class RankGuard:
         if failure.rank == rank:
             return failure.text[:1].upper() + failure.text[1:]
         first_line = failure.text.partition("\n")[0]
-        return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
+        watchdog = self._watchdog_advice(failure.rank) if failure.kind == "died" and _has_watchdog() else ""
+        return (
+            f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: "
+            f"{first_line}{watchdog}"
+        )
 
     def _settle(self, monitor: RankMonitor, error: BaseException) -> Failure:
         """Return the failure that stops the run; if it is an error of this rank, report it to the other ranks."""
@@ -125,7 +129,7 @@ class RankGuard:
     def _stop(self, monitor: RankMonitor, failure: Failure) -> None:
         """Wait for the main thread to raise an error; exit if it stays blocked in a collective operation."""
         self.failure = failure
-        if failure.kind in ("silent", "lost"):
+        if failure.kind in ("silent", "lost") or (failure.kind == "died" and _has_watchdog()):
             dump_stacks(self._stacks_of(monitor.rank))
         if not monitor.wait_closed(_GRACE_S):
             exit_now(RankFailedError.exit_status, self.reason(monitor.rank))
@@ -133,12 +137,24 @@ class RankGuard:
     def _stacks_of(self, rank: int) -> Path:
         return self._log_dir / f"stacks_rank{rank}.txt"
 
+    def _watchdog_advice(self, rank: int) -> str:
+        stacks = self._stacks_of(0).with_name("stacks_rank*.txt")
+        return (
+            f". If the output of rank {rank} contains a timeout of NCCL's watchdog, another rank did not take part in a "
+            f"collective operation: see the thread stacks in {stacks}"
+        )
+
     def _advice(self) -> str:
         stacks = self._stacks_of(0).with_name("stacks_rank*.txt")
         return (
             f"The thread stacks of each rank are in {stacks}. If a rank can legitimately take this long, increase "
             "the timeout: env_cfg=dict(dist_cfg=dict(timeout=<seconds>))."
         )
+
+
+def _has_watchdog() -> bool:
+    """Return whether NCCL is used, whose watchdog kills a process that waits too long for the other ranks."""
+    return torch_dist.is_initialized() and "nccl" in re.split("[:,]", torch_dist.get_backend_config())
 
 
 def _is_timeout(error: BaseException) -> bool:
