@@ -6,22 +6,26 @@ import copy
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
+from stratagem.data.workers import _warn_of_fork
 from stratagem.errors import CheckpointError, TrainingError
 from tests.support.ranks import scripts_environment
 
@@ -318,3 +322,91 @@ def test_errors_with_active_workers_are_unchanged(error: Exception) -> None:
     finally:
         process.kill()
         process.join()
+
+
+class Noisy(Dataset):
+    """Eight samples with noise from the generators of Python, NumPy and torch, and the number of the epoch."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[float, ...]:
+        return index, self.epoch, random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+class Repeated(IterableDataset):
+    """The samples as a stream, which is read in full by the only worker."""
+
+    def __init__(self) -> None:
+        self.samples = Noisy()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.samples.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.samples[index] for index in range(8))
+
+
+def add_noise(samples: list[Any]) -> list[Any]:
+    """Collate samples with a random number."""
+    return [samples, random.random()]
+
+
+@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+def test_workers_in_clean_processes_load_the_same_samples(context: str) -> None:
+    """The wrappers for seeds and epochs reach workers that are not forked, also if the workers persist over epochs."""
+    cfg = {"batch_size": 3, "collate_fn": add_noise, "num_workers": 1, "persistent_workers": True}
+    for dataset in (Noisy(), Repeated()):
+        forked, clean = (
+            build_dataloader({**cfg, "dataset": dataset, "multiprocessing_context": each}, seed=5, training=True)
+            for each in ("fork", context)
+        )
+        for epoch in range(2):
+            found = list(clean.batches(epoch))
+            assert found == list(forked.batches(epoch))
+            assert {sample[1] for samples, _ in found for sample in samples} == {epoch}
+
+
+def warnings_of_fork(**options: Any) -> list[str]:
+    """Return the warnings when the workers of a loader are started twice."""
+    loader = build_dataloader({"dataset": [1, 2], "collate_fn": list, **options}, seed=0, training=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(2):
+            list(loader.batches(epoch))
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.fixture
+def initialized_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch reports that CUDA is initialized, and nothing was warned of."""
+    _warn_of_fork.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    yield
+    _warn_of_fork.cache_clear()
+
+
+@pytest.mark.usefixtures("initialized_cuda")
+def test_forking_workers_after_cuda_was_initialized_is_reported_once() -> None:
+    """One warning per process explains the risk and names the option that avoids it."""
+    (warning,) = warnings_of_fork(num_workers=1)
+    assert "forked from a process that has initialized CUDA" in warning
+    assert "set multiprocessing_context='forkserver' in the dataloader" in warning
+    assert warnings_of_fork(num_workers=1) == []
+
+
+@pytest.mark.usefixtures("initialized_cuda")
+def test_an_explicit_fork_or_no_workers_are_not_reported() -> None:
+    """There is no warning if forking was requested explicitly, or if there are no workers."""
+    assert warnings_of_fork(num_workers=1, multiprocessing_context="fork") == []
+    assert warnings_of_fork() == []
+
+
+def test_forking_workers_without_an_accelerator_is_not_reported() -> None:
+    """On the CPU, workers are forked without a warning."""
+    assert warnings_of_fork(num_workers=1) == []

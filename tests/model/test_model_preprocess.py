@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stratagem.config import ConfigDict
 from stratagem.errors import ConfigTypeError
-from stratagem.model import BaseDataPreprocessor, to_device
+from stratagem.model import BaseDataPreprocessor, pin_tensors, to_device
 
 META = torch.device("meta")
 
@@ -303,3 +304,108 @@ def test_a_custom_preprocessor_is_called_on_the_cpu() -> None:
             return 2 * super().forward(data, training)
 
     assert Doubled()(torch.ones(1), True).item() == 2.0
+
+
+class PinnedMemory(TorchDispatchMode):
+    """Pins tensors as torch does with an accelerator, by copying them, and counts these and other copies.
+
+    Attributes:
+        pinned: the number of tensors that were pinned.
+        copies: for each tensor that was copied to another device, whether the copy may run asynchronously.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned = 0
+        self.copies: list[bool] = []
+        self._tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.is_pinned.default:
+            return any(args[0] is tensor for tensor in self._tensors)
+        if func is torch.ops.aten._pin_memory.default:
+            self.pinned += 1
+            self._tensors.append(args[0].clone())
+            return self._tensors[-1]
+        if func is torch.ops.aten._to_copy.default:
+            self.copies.append(kwargs.get("non_blocking", False))
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Scene:
+    """A batch that torch's DataLoader does not pin."""
+
+    image: Tensor
+    boxes: Any
+
+
+def test_only_tensors_in_pinned_memory_are_copied_asynchronously() -> None:
+    """By default, a preprocessor copies tensors from pinned memory without waiting, and others with waiting."""
+    preprocessor = BaseDataPreprocessor()
+    preprocessor.to(META)
+    with PinnedMemory() as memory:
+        pinned, pageable = torch.ones(2).pin_memory(), torch.ones(2)
+        moved = preprocessor({"first": pinned, "second": [pageable, pinned]})
+    assert memory.copies == [True, False, True]
+    assert moved["second"][0].device == META
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_configured_non_blocking_is_kept(value: bool) -> None:
+    """The option of a preprocessor applies to all tensors."""
+    preprocessor = BaseDataPreprocessor(non_blocking=value)
+    preprocessor.to(META)
+    with PinnedMemory() as memory:
+        preprocessor([torch.ones(2).pin_memory(), torch.ones(2)])
+    assert memory.copies == [value, value]
+
+
+def test_a_batch_on_the_device_is_not_copied_again() -> None:
+    """If a batch was copied ahead, the preprocessor returns the same object without a copy."""
+    preprocessor = BaseDataPreprocessor()
+    preprocessor.to(META)
+    with PinnedMemory() as memory:
+        batch = to_device({"pair": (torch.ones(2), Scene(torch.ones(2), {"a": torch.ones(2)}))}, META)
+        assert len(memory.copies) == 3
+        assert preprocessor(batch, training=True) is batch
+    assert len(memory.copies) == 3
+
+
+def test_every_tensor_is_pinned_once_in_any_container() -> None:
+    """Dataclasses, sets and deques are pinned as well; what is pinned or on the device is kept."""
+    with PinnedMemory() as memory:
+        ready, there = torch.ones(1).pin_memory(), torch.ones(1, device=META)
+        batch = {
+            "scene": Scene(torch.ones(2), [torch.ones(3), "text"]),
+            "queue": deque([torch.ones(1)]),
+            "set": frozenset({torch.ones(1)}),
+            "packed": pack_sequence([torch.ones(2, 1)]),
+            "ready": [ready, there],
+        }
+        pinned = pin_tensors(batch)
+        again = pin_tensors(pinned)
+    assert isinstance(pinned["scene"], Scene)
+    assert pinned["scene"].boxes[1] == "text"
+    assert pinned["ready"] is batch["ready"]
+    assert again is pinned
+    # One before, two in the dataclass, and one each in the queue, the set and the packed sequence, whose sizes stay on the host.
+    assert memory.pinned == 1 + 2 + 1 + 1 + 1
+
+
+@pytest.mark.parametrize(("pinned", "expected"), [(True, True), (False, False)])
+def test_an_object_is_copied_asynchronously_if_it_is_pinned(pinned: bool, expected: bool) -> None:
+    """By default, an object whose ``to`` accepts ``non_blocking`` receives it if its ``is_pinned`` returns True."""
+    calls = []
+
+    class Graph:
+        def is_pinned(self) -> bool:
+            return pinned
+
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Graph:
+            calls.append(non_blocking)
+            return self
+
+    to_device([Graph()], META, non_blocking=None)
+    assert calls == [expected]

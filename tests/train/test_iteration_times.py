@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from stratagem import Runner
 from stratagem.train import Hook
-from tests.train.toys import QUIET_HOOKS, Samples, loader
+from tests.train.toys import QUIET_HOOKS, Samples, Toy, loader
 
 MakeRunner = Callable[..., Runner]
 
@@ -76,3 +77,43 @@ def test_the_data_time_does_not_contain_the_time_of_hooks(
     assert [record["data_time"] for record in found] == [pytest.approx(0.5, abs=0.01)] * len(found)
     # After the first iteration: loading, the hook before and after it.
     assert found[2]["time"] == pytest.approx(5.5, abs=0.01)
+
+
+class OnBusyDevice(Tensor):
+    """A tensor whose value is available after three seconds, as on a device that is still computing it."""
+
+    clock: list[float]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.item, Tensor.__float__):
+            cls.clock[0] += 3.0
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class OnDevice(Toy):
+    """A model that computes on such a device."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        outputs = super().train_step(data, optim_wrapper)
+        return {name: value.as_subclass(OnBusyDevice) for name, value in outputs.items()}
+
+
+def test_the_wait_for_the_device_in_a_log_line_is_not_data_time(
+    make_runner: MakeRunner, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log line waits 3 s for the losses of two iterations. This is part of the time of the next one, and not of its data."""
+    monkeypatch.setattr(OnBusyDevice, "clock", clock, raising=False)
+    loading = loader(drop_last=True)
+    loading["dataset"] = SlowSamples(clock)
+    runner = make_runner(
+        model=OnDevice(),
+        default_hooks={**QUIET_HOOKS, "logger": {"interval": 2}, "nonfinite": None},
+        train_dataloader=loading,
+        train_cfg={"max_iters": 6},
+    )
+    runner.train()
+    lines = (Path(runner.strategy.log_dir) / "vis_data" / "scalars.json").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [record["data_time"] for record in found] == [pytest.approx(0.5, abs=0.01)] * 3
+    assert [record["time"] for record in found[1:]] == [pytest.approx(0.5 + 3.0 / 2, abs=0.01)] * 2
