@@ -306,7 +306,10 @@ def doctor(
         Path,
         typer.Option(metavar="DIR", help="The folder that runs will write to. Default: work_dirs.", show_default=False),
     ] = Path("work_dirs"),
-    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce.")] = 2,
+    nproc: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce, at most one for each GPU."),
+    ] = 2,
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:

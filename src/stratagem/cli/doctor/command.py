@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 import typer
 from rich.text import Text
 
@@ -43,7 +44,11 @@ def doctor(work_dir: Path, *, nproc: int, as_json: bool = False) -> None:
 
 
 def _check_local_ranks(nproc: int) -> list[Finding]:
-    """Start ranks on this machine and return their findings, or a problem if they fail."""
+    """Start ranks on this machine and return their findings, or a problem if they fail; at most one rank for each device."""
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else nproc
+    if devices == 1 < nproc:
+        return [Finding.ok("all-reduce", "this machine has one device, so no communication was measured")]
+    nproc = min(nproc, devices)
     with tempfile.TemporaryDirectory(prefix="stratagem-doctor-") as folder:
         file = Path(folder) / "findings.json"
         try:

@@ -14,6 +14,7 @@ import torch.distributed as torch_dist
 
 from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding
+from stratagem.cli.doctor.gpus import check_gpus
 from stratagem.utils import digit_version
 
 try:
@@ -32,8 +33,8 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\d.]+)$")
 
 
 def check_machine() -> list[Finding]:
-    """Return the findings about versions, devices, backends and limits."""
-    return [*_versions(), *_devices(), _backends(), *_limits()]
+    """Return the findings about versions, devices, GPUs, backends and limits."""
+    return [*_versions(), *_devices(), *check_gpus(), _backends(), *_limits()]
 
 
 def _versions() -> list[Finding]:

@@ -19,6 +19,7 @@ import torch
 from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding, Verdict
 from stratagem.distributed import (
+    Launch,
     all_gather_object,
     all_reduce,
     barrier,
@@ -29,10 +30,20 @@ from stratagem.distributed import (
     pick_device,
 )
 
-__all__ = ["RankFacts", "check_ranks", "check_clocks", "check_versions", "merge_findings", "read_findings"]
+__all__ = [
+    "RankFacts",
+    "check_bandwidth",
+    "check_ranks",
+    "check_clocks",
+    "check_versions",
+    "merge_findings",
+    "read_findings",
+]
 
 _TIMEOUT_S = 60.0
 _ELEMENTS = 2**20
+_ELEMENTS_ON_ACCELERATOR = 2**26
+_SLOW_GB_PER_S = 5.0
 _ROUNDS = 5
 _SKEW_S = 1.0
 
@@ -66,9 +77,7 @@ def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
     """
     launch = init_dist(timeout=_TIMEOUT_S)
     try:
-        all_reduce_finding = _time_all_reduce(
-            launch.rank, launch.size, pick_device(launch.local_rank, launch.local_size)
-        )
+        all_reduce_finding = _time_all_reduce(launch, pick_device(launch.local_rank, launch.local_size))
         barrier()
         versions = (f"stratagem {__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}")
         own = RankFacts(rank=launch.rank, host=socket.gethostname(), versions=versions, clock=time.time())
@@ -101,22 +110,49 @@ def merge_findings(hosts: Sequence[str], findings: Sequence[Sequence[Finding]]) 
     return merged
 
 
-def _time_all_reduce(rank: int, size: int, device: torch.device) -> Finding:
+def _time_all_reduce(launch: Launch, device: torch.device) -> Finding:
+    elements = _ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     times = []
     for _ in range(_ROUNDS):
-        values = torch.full((_ELEMENTS,), float(rank), device=device)
+        values = torch.full((elements,), float(launch.rank), device=device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         began = time.perf_counter()
         all_reduce(values)
         total = float(values[-1].item())
         times.append(time.perf_counter() - began)
     # The first all-reduce also creates connections.
     seconds = statistics.median(times[1:])
-    rate = 4 * _ELEMENTS / seconds / 2**20
-    found = f"{size} ranks, {get_backend()} on {device.type}: 4 MiB in {1e3 * seconds:.1f} ms ({rate:.0f} MiB/s)"
-    if total != size * (size - 1) / 2:
+    ranks = f"{launch.size} ranks, {get_backend()} on {device.type}"
+    if total != launch.size * (launch.size - 1) / 2:
         return Finding.problem(
-            "all-reduce", f"{found}; wrong sum {total}", "The backend gives a wrong result. Use a different one."
+            "all-reduce", f"{ranks}: wrong sum {total}", "The backend gives a wrong result. Use a different one."
         )
+    if device.type == "cpu":
+        rate = 4 * elements / seconds / 2**20
+        return Finding.ok("all-reduce", f"{ranks}: 4 MiB in {1e3 * seconds:.1f} ms ({rate:.0f} MiB/s)")
+    return check_bandwidth(ranks, launch.size, 4 * elements, seconds, one_host=launch.on_one_host)
+
+
+def check_bandwidth(ranks: str, size: int, nbytes: int, seconds: float, *, one_host: bool) -> Finding:
+    """Check the bandwidth of an all-reduce between accelerators.
+
+    Args:
+        ranks: a description of the ranks.
+        size: the number of ranks.
+        nbytes: the size of the tensor.
+        seconds: the duration.
+        one_host: whether all ranks are on one host, so that they should not need a network.
+    """
+    # Each rank sends and receives 2 (n - 1) / n times the tensor, which makes the rate comparable to that of a link.
+    rate = 2 * (size - 1) / size * nbytes / seconds / 1e9
+    found = f"{ranks}: {nbytes / 2**20:.0f} MiB in {1e3 * seconds:.1f} ms (bus bandwidth {rate:.1f} GB/s)"
+    if one_host and rate < _SLOW_GB_PER_S:
+        advice = (
+            "PCIe achieves more than 10 GB/s, and NVLink more than 100. See how the devices are connected (nvidia-smi topo -m), "
+            "and whether a variable such as NCCL_P2P_DISABLE or the virtualization of the machine prevents direct copies."
+        )
+        return Finding.warning("all-reduce", found, advice)
     return Finding.ok("all-reduce", found)
 
 
