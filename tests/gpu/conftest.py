@@ -12,17 +12,22 @@ from tests.gpu.devices import ON_CPU, require_cuda, require_gpus
 from tests.support.ranks import Ranks
 
 
+def pytest_configure() -> None:
+    """Stop with one line if a package is missing without which no test can be imported, because nothing can be installed."""
+    missing = [name for name in ("blake3", "safetensors", "yaml") if importlib.util.find_spec(name) is None]
+    if missing:
+        # Without a GPU, no test would have run.
+        pytest.exit(
+            f"make test-gpu requires the package {missing[0]}: unpack its wheel (python -m zipfile -e {missing[0]}-*.whl FOLDER) "
+            "and add the folder to PYTHONPATH, or select another interpreter with PYTHON=.",
+            returncode=int(ON_CPU or torch.cuda.is_available()),
+        )
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the tests of this folder as ``gpu``. Warnings of other versions of torch and of the driver are not errors."""
     item.add_marker("gpu")
     item.add_marker(pytest.mark.filterwarnings("default"))
-
-
-@pytest.fixture(autouse=True)
-def _required_packages() -> None:
-    """Skip all tests if a package that Stratagem requires is missing, because nothing can be installed here."""
-    if importlib.util.find_spec("blake3") is None:
-        pytest.skip("requires the package blake3: unpack its wheel (python -m zipfile -e) and add it to PYTHONPATH")
 
 
 @pytest.fixture(autouse=True)
