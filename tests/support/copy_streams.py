@@ -45,18 +45,24 @@ class DelayedStream:
 
 
 @contextmanager
-def copying_ahead() -> Iterator[list[tuple[str, int]]]:
-    """Build loaders as for an accelerator, and copy their batches with a :class:`DelayedStream`; yield its calls."""
+def copying_ahead(stream: DelayedStream | None = None, *, always: bool = False) -> Iterator[list[tuple[str, int]]]:
+    """Build loaders as for an accelerator, and copy their batches with a :class:`DelayedStream`; yield its calls.
+
+    Args:
+        stream: copies all batches; by default, each iteration has a new stream.
+        always: whether to read all loaders ahead, whatever their options.
+    """
     calls: list[tuple[str, int]] = []
 
     def build(*args: Any, **kwargs: Any) -> Any:
         loader = build_dataloader(*args, **{**kwargs, "device": torch.device("cuda")})
         # Torch warns of pinned memory without an accelerator.
         object.__setattr__(loader.loader, "pin_memory", False)
+        loader.reads_ahead = loader.reads_ahead or always
         return loader
 
     with (
         mock.patch.object(runner, "build_dataloader", build),
-        mock.patch.object(device_batches, "_new_stream", side_effect=lambda _: DelayedStream(calls)),
+        mock.patch.object(device_batches, "_new_stream", side_effect=lambda _: stream or DelayedStream(calls)),
     ):
         yield calls

@@ -6,21 +6,24 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, sleep
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from stratagem import Runner
 from stratagem.config import Config
 from stratagem.config_schema import require_valid
 from stratagem.errors import ConfigError
+from stratagem.model import BaseDataPreprocessor
 from stratagem.train import BaseMetric
 from stratagem.train.run import device_batches
 from tests.support.copy_streams import DelayedStream, copying_ahead
 from tests.support.ranks import Ranks
 from tests.train.test_uneven_data import train as train_uneven
+from tests.train.test_update_bn import train as train_with_batch_norm
 from tests.train.toys import EPOCH, VALIDATION, At, Recorder, Samples, Toy, loader, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]
@@ -148,8 +151,7 @@ def test_steps_receive_the_copies_and_metrics_the_batches_of_the_loader(
     """A custom train_step receives the copy; a metric receives the batch on the host, which it can convert to NumPy."""
     stream, seen, metric = Copies(), [], Batches()
     monkeypatch.setattr(metric, "compute_metrics", lambda results: {"same": float(results == stream.hosts[2:])})
-    with copying_ahead():
-        monkeypatch.setattr(device_batches, "_new_stream", lambda _: stream)
+    with copying_ahead(stream):
         settings = {**ahead(), "val_evaluator": metric, "train_cfg": {"by_epoch": False, "max_iters": 1}}
         runner = make_runner(model=Seen(seen), **settings)
         runner.train()
@@ -204,21 +206,54 @@ def test_an_error_names_its_iteration_and_the_copy(make_runner: MakeRunner) -> N
 def test_the_data_time_does_not_contain_the_time_for_starting_copies(
     make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy that blocks for 20 ms is not booked as waiting for data."""
+    """A copy that blocks for five seconds is not booked as waiting for data."""
+    clock = [0.0]
 
     class Blocking(DelayedStream):
         def copy(self, host: Any) -> tuple[Any, int]:
-            sleep(0.02)
+            clock[0] += 5.0
             return super().copy(host)
 
-    with copying_ahead():
-        monkeypatch.setattr(device_batches, "_new_stream", lambda _: Blocking())
+    for module in ("stratagem.train.loops", "stratagem.train.run.device_batches"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: clock[0])
+    with copying_ahead(Blocking()):
         runner = make_runner(train_dataloader=loader(device_prefetch=True), train_cfg={"max_epochs": 1})
-        begin = perf_counter()
         runner.train()
-        passed = perf_counter() - begin
-    assert passed > EPOCH * 0.02
-    assert 0 <= runner.run.step_timer.data_seconds < passed - EPOCH * 0.02
+    assert clock[0] == EPOCH * 5.0
+    assert runner.run.step_timer.data_seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("on", "non_blocking", "expected"), [("cuda", None, True), ("cuda", False, False), ("cpu", None, False)]
+)
+def test_batches_are_copied_to_the_device_of_the_preprocessor(
+    monkeypatch: pytest.MonkeyPatch, on: str, non_blocking: bool | None, expected: bool
+) -> None:
+    """Nothing is copied ahead if the weights and thus the batches are on the CPU, or if blocking copies are configured."""
+    model = Toy()
+    preprocessor = BaseDataPreprocessor(non_blocking=non_blocking)
+    preprocessor.device = torch.device(on)
+    model.data_preprocessor = preprocessor
+    devices = []
+    monkeypatch.setattr(torch, "Stream", devices.append)
+    strategy = SimpleNamespace(unwrap_model=lambda: model)
+    run: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cuda", 1)), strategy=strategy)
+    assert (device_batches._new_stream(run) is not None) is expected
+    assert devices == ([torch.device("cuda")] if expected else [])
+    model.data_preprocessor = torch.nn.Identity()
+    assert device_batches._new_stream(run) is not None
+    assert devices[-1] == torch.device("cuda", 1)
+
+
+def test_recomputing_batch_norm_reads_ahead(tmp_path: Path) -> None:
+    """The BatchNorm statistics of averaged weights are those of a run that does not read ahead."""
+    with copying_ahead(always=True) as calls:
+        found = train_with_batch_norm(str(tmp_path / "ahead"), hook={"update_bn": True})
+    expected = train_with_batch_norm(str(tmp_path / "plain"), hook={"update_bn": True})
+    assert calls
+    assert found[4].keys() == expected[4].keys() != set()
+    assert all(torch.equal(found[4][name], value) for name, value in expected[4].items())
+    assert found[0] == expected[0]
 
 
 def test_the_option_is_checked_with_the_configuration() -> None:
