@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from stratagem import Runner
 from stratagem.config import Config
@@ -22,6 +24,8 @@ from stratagem.train import BaseMetric
 from stratagem.train.run import device_batches
 from tests.support.copy_streams import DelayedStream, copying_ahead
 from tests.support.ranks import Ranks
+from tests.train.loader_kinds import run
+from tests.train.test_uneven_data import Part
 from tests.train.test_uneven_data import train as train_uneven
 from tests.train.test_update_bn import train as train_with_batch_norm
 from tests.train.toys import EPOCH, VALIDATION, At, Recorder, Samples, Toy, loader, stop, train_until_signal
@@ -179,6 +183,22 @@ def train_uneven_ahead(folder: str) -> list[Any]:
         results += train_uneven(f"{folder}/error", ["stream on request"], "DDPStrategy", {})
     assert calls
     return results
+
+
+@pytest.mark.slow
+def test_padding_forward_passes_work_with_batches_read_ahead(ranks: Ranks, tmp_path: Path) -> None:
+    """If ranks have different numbers of batches under FSDP, metrics are the same with and without reading ahead."""
+    ahead = ranks.run(evaluate, str(tmp_path / "ahead"), ahead=True)
+    assert ahead == ranks.run(evaluate, str(tmp_path / "plain"), ahead=False)
+
+
+def evaluate(folder: str, *, ahead: bool) -> list[Any]:
+    """Train and evaluate with 3 and 2 batches on the two ranks, and with streams of unknown length; return the metrics."""
+    data = DataLoader(torch.arange(4.0).unsqueeze(1), batch_size=2)  # type: ignore[arg-type]
+    sized = DataLoader(torch.arange(5.0).unsqueeze(1))  # type: ignore[arg-type]
+    stream = DataLoader(Part(torch.distributed.get_rank()), batch_size=2)
+    with copying_ahead(always=True) if ahead else nullcontext():
+        return [run(f"{folder}/{each}", "FSDPStrategy", data, val)[1] for each, val in enumerate((sized, stream))]
 
 
 class Damaged(Samples):
