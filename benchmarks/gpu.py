@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from gpu_jobs.loops import (
@@ -94,7 +94,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def variants(*, workers: int, tiny: bool) -> dict[str, Variant]:
     """Return the ways of training by name."""
-    compiling: dict[str, Any] = {"backend": "aot_eager"} if tiny else {}
+    compiling = {"backend": "aot_eager"} if tiny else {"mode": "default"}
     return {
         "fp32": Variant(amp=False, compile=None, workers=workers),
         "bf16": Variant(amp=True, compile=None, workers=workers),

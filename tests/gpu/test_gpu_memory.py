@@ -154,9 +154,7 @@ def test_the_log_contains_the_peak_memory(device: torch.device, tmp_path: Path) 
     assert numbers == (hook.found if device.type == "cuda" else [])
 
 
-def test_the_search_for_a_batch_size_stops_at_the_memory_limit(
-    cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_for_a_batch_size_stops_at_the_memory_limit(cuda: torch.device, tmp_path: Path) -> None:
     """With 1 GiB of GPU memory, the search finds a size that fits, reports that memory ended it, and training continues."""
     total = torch.cuda.get_device_properties(cuda).total_memory
     features = 2**20
