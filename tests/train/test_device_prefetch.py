@@ -20,7 +20,7 @@ from stratagem.config import Config
 from stratagem.config_schema import require_valid
 from stratagem.errors import ConfigError
 from stratagem.model import BaseDataPreprocessor
-from stratagem.train import BaseMetric
+from stratagem.train import BaseMetric, Hook
 from stratagem.train.run import device_batches
 from tests.support.copy_streams import DelayedStream, copying_ahead
 from tests.support.ranks import Ranks
@@ -72,11 +72,19 @@ def test_reading_ahead_does_not_change_a_run(make_runner: MakeRunner, tmp_path: 
     assert sum(name == "copy" for name, _ in calls) - waits == (1 if length == "iterations" else 0)
 
 
+STOPS = [("epochs", (4,)), ("epochs", (EPOCH,)), ("iterations", (5,))]
+MORE_STOPS = [
+    ("epochs", (1,)),
+    ("epochs", (EPOCH - 1,)),
+    ("epochs", (3, 5, EPOCH + 1)),
+    ("iterations", (EPOCH,)),
+    ("iterations", (2, 9, 16)),
+]
+
+
 @pytest.mark.parametrize(
-    ("length", "stops"),
-    [("epochs", (1,)), ("epochs", (4,)), ("epochs", (EPOCH - 1,)), ("epochs", (EPOCH,)), ("epochs", (3, 5, EPOCH + 1)),
-     ("iterations", (5,)), ("iterations", (EPOCH,)), ("iterations", (2, 9, 16))],
-)  # fmt: skip
+    ("length", "stops"), [*STOPS, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_STOPS)]
+)
 def test_the_batch_that_was_read_ahead_is_trained_after_a_resume(
     make_runner: MakeRunner, tmp_path: Path, length: str, stops: tuple[int, ...]
 ) -> None:
@@ -162,6 +170,29 @@ def test_steps_receive_the_copies_and_metrics_the_batches_of_the_loader(
     # Two training batches were copied and one was trained; three were evaluated.
     assert [id(batch) for batch in seen] == [id(batch) for batch in [stream.copies[0], *stream.copies[2:]]]
     assert runner.run.metrics == {"same": 1.0}
+
+
+class Doubling(Hook):
+    """Changes the features of each batch in place."""
+
+    def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+        data_batch[0].mul_(2.0)
+
+
+def test_a_hook_can_change_the_batch(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """Hooks receive the copy that is trained, so what they change in place is trained."""
+    outcomes = []
+    for prefetch in (True, False):
+        recorder = Recorder()
+        with copying_ahead():
+            data = loader(device_prefetch=prefetch)
+            runner = make_runner(
+                work_dir=tmp_path / str(prefetch), custom_hooks=[Doubling(), recorder], train_dataloader=data
+            )
+            runner.train()
+        outcomes.append(outcome(runner, recorder))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] != whole(make_runner, tmp_path)[0]
 
 
 @pytest.mark.slow
