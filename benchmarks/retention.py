@@ -1,13 +1,15 @@
 """Measure the CPU time of a retention pass, which runs at every save, over a folder with many checkpoints.
 
 Run ``python benchmarks/retention.py``. The checkpoints of the folder are copies of one that was saved, with other numbers in
-their manifests. Between two passes, one checkpoint is replaced, as by a save.
+their manifests. Between two passes, a checkpoint is added, as by a save. Either all checkpoints are kept, or every second one
+and the last 100, so that every second pass finds one to be removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -40,6 +42,29 @@ def write_copy(folder: Path, manifest: dict[str, object], number: int) -> None:
     (path / "manifest.json").write_bytes(text + b',"digest":"' + digest_of(text).encode() + b'"}')
 
 
+def measure(retention: Retention, count: int, passes: int) -> list[float]:
+    """Return the CPU time of each pass in seconds; the first one reads all checkpoints."""
+    times = []
+    with tempfile.TemporaryDirectory(prefix="stratagem-benchmark-") as name:
+        manifest = save(Path(name) / "saved")
+        folder = Path(name) / "many"
+        folder.mkdir()
+        for number in range(1, count + 1):
+            if retention.every is None or number % retention.every == 0 or number > count - 100:
+                write_copy(folder, manifest, number)
+        new = folder / GROUP.format(count)
+        for passed in range(passes + 1):
+            start = time.process_time()
+            saved = checkpoints_of_run("run", folder, look_up=[new] if passed else None)
+            removable = retention.find_removable(saved, "run", folder, {new})
+            times.append(time.process_time() - start)
+            for each in removable:
+                shutil.rmtree(each.path)
+            new = folder / GROUP.format(count + passed + 1)
+            write_copy(folder, manifest, count + passed + 1)
+    return times
+
+
 def main() -> None:
     """Print the CPU time of the first pass and the median of the following ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,26 +72,19 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=25)
     options = parser.parse_args()
     for count in options.checkpoints:
-        retention = Retention(groups=[GROUP], last=count)
-        with tempfile.TemporaryDirectory(prefix="stratagem-benchmark-") as name:
-            manifest = save(Path(name) / "saved")
-            folder = Path(name) / "many"
-            folder.mkdir()
-            for number in range(1, count + 1):
-                write_copy(folder, manifest, number)
-            times = []
-            for passed in range(options.passes + 1):
-                start = time.process_time()
-                retention.select_removable(checkpoints_of_run("run", folder))
-                times.append(time.process_time() - start)
-                write_copy(folder, manifest, 1 + passed % count)
-        first, others = times[0], sorted(times[1:])
-        median = statistics.median(others)
-        quarter = len(others) // 4
-        print(
-            f"{count:>7} checkpoints: first pass {first * 1e3:7.1f} ms, at each save {median * 1e3:6.1f} ms "
-            f"(quartiles {others[quarter] * 1e3:.1f} to {others[-1 - quarter] * 1e3:.1f})"
-        )
+        rules = {
+            "all are kept": (Retention(groups=[GROUP], last=2 * count), count),
+            "some are removed": (Retention(groups=[GROUP], last=100, every=2), 2 * count),
+        }
+        for name, (retention, numbers) in rules.items():
+            first, *others = measure(retention, numbers, options.passes)
+            others.sort()
+            quarter = len(others) // 4
+            print(
+                f"{count:>7} checkpoints, {name:16}: first pass {first * 1e3:7.1f} ms, at each save "
+                f"{statistics.median(others) * 1e3:6.1f} ms "
+                f"(quartiles {others[quarter] * 1e3:.1f} to {others[-1 - quarter] * 1e3:.1f})"
+            )
 
 
 if __name__ == "__main__":

@@ -205,3 +205,74 @@ def test_copies_with_the_same_number_are_ordered_by_time(tmp_path: Path) -> None
     assert sorted(each.path.name for each in saved[:2]) == ["copy", "iter_1"]
     removable = Retention(groups=["iter_{}"], last=1).select_removable(saved)
     assert sorted(each.path.name for each in removable) == ["copy", "iter_1"]
+
+
+def removable(folder: Path, retention: Retention, new: Path | None = None) -> list[str]:
+    """Return the names of the checkpoints that a hook would remove after it saved ``new``."""
+    saved = checkpoints_of_run("me", folder, look_up=[] if new is None else [new])
+    return [each.path.name for each in retention.find_removable(saved, "me", folder)]
+
+
+def make_not_finite(path: Path) -> None:
+    shutil.rmtree(path)
+    save(path.parent, int(path.name.removeprefix("iter_")), finite=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replace_by_another_run, damage_in_place, damage_and_restore_the_time, remove_manifest, replace_by_a_file,
+     shutil.rmtree, make_not_finite],
+)  # fmt: skip
+def test_a_removal_depends_on_the_current_state_of_the_checkpoints_that_are_kept(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    """If one of the last checkpoints that are kept is no longer usable, an older one is kept instead of being removed."""
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    settle()
+    retention = Retention(groups=["iter_{}"], last=2)
+    assert removable(tmp_path, retention) == ["iter_1"]
+    change(tmp_path / "iter_2")
+    assert "iter_1" not in removable(tmp_path, retention)
+
+
+def test_a_checkpoint_that_changed_is_not_removed(tmp_path: Path) -> None:
+    """A checkpoint that another run has replaced since the last pass is not removed."""
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    settle()
+    retention = Retention(groups=["iter_{}"], last=1)
+    assert removable(tmp_path, retention) == ["iter_1", "iter_2"]
+    replace_by_another_run(tmp_path / "iter_2")
+    assert removable(tmp_path, retention) == ["iter_1"]
+
+
+def test_checkpoints_are_looked_up_only_if_a_removal_depends_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass after a save does not look at old checkpoints that are kept in any case, but at those that decide a removal."""
+    for number in range(1, 21):
+        save(tmp_path, number)
+    settle()
+    names(tmp_path)
+    new = save(tmp_path, 21)
+    keep_all = Retention(groups=["iter_{}"], last=30)
+    calls = count(monkeypatch, lambda: removable(tmp_path, keep_all, new))
+    assert calls["listdir"] == 1
+    assert calls["stat"] < 10
+    # Checkpoints 2, 4, ..., 18 are kept because of their number; 20 and 21 decide about 1, 3, ..., 19, and 21 is new.
+    settle()
+    names(tmp_path)
+    calls = count(monkeypatch, lambda: removable(tmp_path, Retention(groups=["iter_{}"], last=2, every=2), new))
+    assert calls["stat"] == 10 + 2 + 1
+
+
+def test_a_checkpoint_that_was_saved_again_is_looked_up(tmp_path: Path) -> None:
+    """A checkpoint that replaced an older one with the same name, as after a rollback, counts with its new metadata."""
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    settle()
+    retention = Retention(groups=["iter_{}"], last=1)
+    assert removable(tmp_path, retention) == ["iter_1", "iter_2"]
+    make_not_finite(tmp_path / "iter_3")
+    assert removable(tmp_path, retention, tmp_path / "iter_3") == ["iter_1"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from stratagem.checkpoint.catalog.saved_checkpoints import SavedCheckpoint
+from stratagem.checkpoint.catalog.saved_checkpoints import SavedCheckpoint, checkpoints_of_run
+from stratagem.checkpoint.catalog.scan import is_unchanged
 from stratagem.checkpoint.directory.extra_files import top_level_names
 from stratagem.checkpoint.directory.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
@@ -16,6 +17,15 @@ from stratagem.storage import fsync_directory, operations, remove
 from stratagem.storage.temporary import temporary_path
 
 __all__ = ["Retention", "remove_checkpoints"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Checkpoints that are not kept, and the kept ones that they would have to be newer or better than to be kept."""
+
+    removable: Sequence[SavedCheckpoint]
+    reasons: Sequence[SavedCheckpoint]
 
 
 @final
@@ -44,15 +54,29 @@ class Retention:
         A checkpoint with NaN or Inf in its weights does not count toward ``last``, because the run cannot resume from
         it; it becomes removable after the next finite one. Paths in ``protected`` are never returned.
         """
+        return [each for each in self._select(saved).removable if each.path not in protected]
+
+    def find_removable(
+        self, saved: Sequence[SavedCheckpoint], run_id: str, folder: Path, protected: Collection[Path] = ()
+    ) -> list[SavedCheckpoint]:
+        """Return the checkpoints of a run that are not kept, given its checkpoints, whose metadata may be out of date.
+
+        A checkpoint is only returned if its current metadata permits it, and that of the kept checkpoints because of which it
+        is not kept. If any of them has changed, all checkpoints in ``folder`` are looked up again.
+        """
+        selection = self._select(saved)
+        if not selection.removable:
+            return []
+        if not is_unchanged(folder, [each.path for each in (*selection.removable, *selection.reasons)]):
+            selection = self._select(checkpoints_of_run(run_id, folder))
+        return [each for each in selection.removable if each.path not in protected]
+
+    def _select(self, saved: Iterable[SavedCheckpoint]) -> _Selection:
         listed = list(saved)
+        reasons = [*self._keep_last(listed), *self._keep_best(listed)]
         # Compare the objects, because computing the hashes of thousands of paths takes longer than everything else.
-        kept = {
-            *map(id, self._keep_last(listed)),
-            *map(id, self._keep_every(listed)),
-            *map(id, self._keep_best(listed)),
-        }
-        managed = [each for each in listed if id(each) not in kept and self._is_managed(each)]
-        return [each for each in managed if each.path not in protected]
+        kept = {*map(id, reasons), *map(id, self._keep_every(listed))}
+        return _Selection([each for each in listed if id(each) not in kept and self._is_managed(each)], reasons)
 
     def _is_managed(self, saved: SavedCheckpoint) -> bool:
         return bool(saved.retention_tag.metric) or (self.last is not None and saved.retention_tag.group in self.groups)

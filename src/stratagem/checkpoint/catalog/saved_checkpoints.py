@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from stratagem.checkpoint.catalog.inspection import SavedCheckpoint
@@ -11,9 +12,12 @@ from stratagem.checkpoint.catalog.scan import inspect_folder
 __all__ = ["SavedCheckpoint", "checkpoints_of_run", "checkpoints_by_run"]
 
 
-def checkpoints_of_run(run_id: str, folder: Path) -> list[SavedCheckpoint]:
-    """Return the checkpoints of one run in a folder, oldest first; see :func:`checkpoints_by_run`."""
-    found = [each for each in inspect_folder(folder) if each.run_id == run_id and each.is_removable]
+def checkpoints_of_run(run_id: str, folder: Path, *, look_up: Collection[Path] | None = None) -> list[SavedCheckpoint]:
+    """Return the checkpoints of one run in a folder, oldest first; see :func:`checkpoints_by_run`.
+
+    With ``look_up``, the metadata of other checkpoints that were read before may be out of date.
+    """
+    found = [each for each in inspect_folder(folder, look_up) if each.run_id == run_id and each.is_removable]
     return [each.saved for each in sort_one_run(found)]
 
 

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -14,7 +15,7 @@ from stratagem.checkpoint.catalog.inspection import CheckpointInfo, inspect_chec
 from stratagem.checkpoint.directory.manifest import MANIFEST
 from stratagem.utils import absolute
 
-__all__ = ["FolderScan", "inspect_folder"]
+__all__ = ["FolderScan", "inspect_folder", "is_unchanged"]
 
 # The folders whose checkpoints are remembered: a work directory and another folder for each of a few hooks.
 _MAX_FOLDERS: Final = 8
@@ -23,20 +24,31 @@ _RESOLUTION_NS: Final = 50_000_000
 _COARSE_RESOLUTION_NS: Final = 2_500_000_000
 
 
-def inspect_folder(folder: Path) -> list[CheckpointInfo]:
+def inspect_folder(folder: Path, look_up: Collection[Path] | None = None) -> list[CheckpointInfo]:
     """Return the metadata of all checkpoints in a folder, in no particular order; without hidden entries.
 
-    The folder is listed in each call, and every checkpoint is looked up. A checkpoint is read again if the file with its
-    metadata (the manifest or the single file) is a different file or was written since. Checkpoints with a fault that a
-    file system may cause temporarily are always read again, and so are entries that are not checkpoints.
+    The folder is listed in each call, and every checkpoint is looked up; with ``look_up``, only these and new ones. A checkpoint
+    is read again if the file with its metadata (the manifest or the single file) is a different file or was written since.
+    Checkpoints with a fault that a file system may cause temporarily are always read again, and so are entries that are not
+    checkpoints.
     """
-    key = str(absolute(folder)), os.fspath(folder)
     with _LOCK:
-        scan = _SCANS.pop(key, None) or FolderScan(folder)
-        _SCANS[key] = scan
-        while len(_SCANS) > _MAX_FOLDERS:
-            del _SCANS[next(iter(_SCANS))]
-        return scan.inspect()
+        return _scan_of(folder).inspect(None if look_up is None else {path.name for path in look_up})
+
+
+def is_unchanged(folder: Path, paths: Iterable[Path]) -> bool:
+    """Return whether all of these checkpoints in a folder have not changed since the last :func:`inspect_folder` of it."""
+    with _LOCK:
+        return _scan_of(folder).is_unchanged(path.name for path in paths)
+
+
+def _scan_of(folder: Path) -> FolderScan:
+    key = str(absolute(folder)), os.fspath(folder)
+    scan = _SCANS.pop(key, None) or FolderScan(folder)
+    _SCANS[key] = scan
+    while len(_SCANS) > _MAX_FOLDERS:
+        del _SCANS[next(iter(_SCANS))]
+    return scan
 
 
 @final
@@ -50,35 +62,53 @@ class FolderScan:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[str, _Known] = {}
+        # The checkpoints that the last inspection read, including those that must be read again.
+        self._just_read: set[str] = set()
 
-    def inspect(self) -> list[CheckpointInfo]:
-        """Return the metadata of all checkpoints."""
+    def inspect(self, look_up: Collection[str] | None = None) -> list[CheckpointInfo]:
+        """Return the metadata of all checkpoints; ``look_up`` limits the look-ups of known ones to these names."""
         try:
             names = os.listdir(self._folder)  # noqa: PTH208 -- creating a Path for each name would take as long as all else
         except (FileNotFoundError, NotADirectoryError):
             names = []
-        found: list[CheckpointInfo] = []
+        if look_up is None:
+            self._forget_changed(self._known)
+        else:
+            self._forget_changed(self._known.keys() & look_up)
+        listed = set(names)
+        if not listed.issuperset(self._known):
+            self._known = {name: known for name, known in self._known.items() if name in listed}
+        found = [known.info for known in self._known.values()]
+        self._just_read.clear()
+        for name in sorted(listed.difference(self._known)):
+            if not name.startswith("."):
+                info = self._read(name)
+                if info is not None:
+                    found.append(info)
+                    self._just_read.add(name)
+        return found
+
+    def is_unchanged(self, names: Iterable[str]) -> bool:
+        """Return whether all of these checkpoints have not changed since the last inspection; forget those that have."""
+        wanted = set(names) - self._just_read
+        self._forget_changed(self._known.keys() & wanted)
+        return wanted <= self._known.keys()
+
+    def _forget_changed(self, names: Iterable[str]) -> None:
         changed: list[str] = []
         look_at = os.stat
-        # This runs for every checkpoint at every save, so it is written without function calls.
-        for name, known in self._known.items():
+        # This may run for every checkpoint at every save, so it is written without function calls.
+        for name in names:
+            known = self._known[name]
             try:
                 now = look_at(known.file)
             except OSError:
                 changed.append(name)
                 continue
-            if (now.st_ctime_ns, now.st_ino, now.st_size) == known.signature:
-                found.append(known.info)
-            else:
+            if (now.st_ctime_ns, now.st_ino, now.st_size) != known.signature:
                 changed.append(name)
         for name in changed:
             del self._known[name]
-        for name in sorted(set(names).difference(self._known)):
-            if not name.startswith("."):
-                info = self._read(name)
-                if info is not None:
-                    found.append(info)
-        return found
 
     def _read(self, name: str) -> CheckpointInfo | None:
         """Read the metadata of a checkpoint, and remember it if it need not be read again."""

@@ -285,11 +285,13 @@ class CheckpointHook(Hook):
         """Remove the checkpoints that the retention rules do not keep; ``new`` is the checkpoint that was just published."""
         if self._retention.last is None and self._best is None:
             return
-        saved = checkpoints_of_run(run.id, self._folder)
+        # Other checkpoints are looked up only if a removal depends on them.
+        saved = checkpoints_of_run(run.id, self._folder, look_up=None if new is None else [new])
         if any(each.path == new and each.finite for each in saved):
             self._resumed_from = set()
         protected = self._resumed_from if new is None else {new, *self._resumed_from}
-        remove_checkpoints([each.path for each in self._retention.select_removable(saved, protected)], run.logger)
+        removable = self._retention.find_removable(saved, run.id, self._folder, protected)
+        remove_checkpoints([each.path for each in removable], run.logger)
 
     def _publish_parts(self, run: Run) -> None:
         saved = checkpoints_of_run(run.id, self._folder)
