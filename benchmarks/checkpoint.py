@@ -5,6 +5,10 @@ methods write the same tensors to the same folder and take turns, so that noise 
 counts as complete after fsync, and files are not in the page cache when they are read. Memory is the peak of the process in
 addition to the state, including buffers that are reused by the next save.
 
+The first update is measured in new processes, from the call that loads a checkpoint to the end of the first update. The methods
+take turns in random order, and the table contains the median of the ratios to the hand-written loop, which reads the files to a
+buffer and makes the same update, and its 95 % bootstrap interval. The checkpoint has 0.25 GB; ``--full`` measures 1.1 GB.
+
 The benchmark needs memory for about three times and disk space for twice the size of the state. The folder is removed at the end.
 """
 
@@ -15,8 +19,11 @@ import gc
 import importlib
 import logging
 import os
+import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,9 +35,11 @@ from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from checkpoint_arm import JOBS, METHODS
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from step import interval
 
 from stratagem.checkpoint import BackgroundSaver, CheckpointLoader, DirectoryFormat, save_checkpoint
 from stratagem.checkpoint.staging import Staging
@@ -41,6 +50,7 @@ dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 
 # The shapes of a transformer: some large matrices, many small vectors.
 WIDTH = 1024
+PARTS = ("saving", "loading", "first-update")
 
 
 def make_state(parameters: int) -> dict[str, Any]:
@@ -227,6 +237,81 @@ def measure_loads(state: dict[str, Any], folder: Path, rounds: int) -> dict[str,
     return results
 
 
+def run_arm(method: str, job: str, parameters: int, path: Path, figure: str = "seconds") -> tuple[float, float]:
+    """Run a method in a new process, with files that are not in the page cache; return its results."""
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "checkpoint_arm.py"),
+        method,
+        job,
+        str(parameters),
+        str(path),
+    ]
+    with subprocess.Popen(
+        [*command, figure],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        if method != "save" and ready:
+            drop_page_cache(path)
+            process.stdin.write("start\n")
+            process.stdin.flush()
+            ready = process.stdout.readline()
+    if not ready:
+        raise SystemExit(f"{' '.join(command)} failed")
+    first, second = map(float, ready.split())
+    return first, second
+
+
+def measure_first_update(
+    job: str, parameters: int, folder: Path, pairs: int
+) -> tuple[int, dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Return the size of the checkpoint, the results of all methods by pair, and their peak memory in bytes."""
+    path = folder / job
+    run_arm("save", job, parameters, path)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    memory = {method: run_arm(method, job, parameters, path, "memory")[0] for method in METHODS}
+    results: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+    for _ in range(pairs):
+        for method in random.sample(METHODS, len(METHODS)):
+            results[method].append(run_arm(method, job, parameters, path))
+    shutil.rmtree(path)
+    return size, results, memory
+
+
+def show_first_update(
+    console: Console,
+    job: str,
+    size: int,
+    results: Mapping[str, list[tuple[float, float]]],
+    memory: Mapping[str, float],
+) -> None:
+    """Print a row for each method."""
+    pairs = len(results[METHODS[0]])
+    table = Table(
+        *("method", "s", "/ by hand", "95 % interval", "CPU s", "/ by hand", "95 % interval", "memory / checkpoint"),
+        title=f"Until the end of the first update: {JOBS[job]}, {size / 1e9:.2f} GB, {pairs} rounds",
+    )
+    for method, measured in results.items():
+        row = [method]
+        for index in (0, 1):
+            ratios = [each[index] / hand[index] for each, hand in zip(measured, results[METHODS[0]], strict=True)]
+            median, low, high = interval(ratios)
+            row += [
+                f"{statistics.median(each[index] for each in measured):.3f}",
+                f"{median:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
+        table.add_row(*row, f"{memory[method] / size:.2f}")
+    console.print(table)
+    console.print(f"load {os.getloadavg()[0]:.1f}\n")
+
+
 def main() -> None:
     """Run the measurements and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,17 +320,32 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to write (default: the temporary folder of the system)"
     )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+    parser.add_argument("--full", action="store_true", help="measure the first update with 1.1 GB instead of 0.25 GB")
+    parser.add_argument("--pairs", type=int, default=10, help="number of rounds for the first update (default: 10)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch.distributed")
+    console = Console(width=130)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="stratagem-benchmark-") as name:
+        if {"saving", "loading"} & set(options.only):
+            measure_throughput(console, Path(name), options)
+        if "first-update" in options.only:
+            gigabytes = 1.1 if options.full else 0.25
+            for job, bytes_per_parameter in (("resume", 12), ("load_from", 4)):
+                parameters = round(gigabytes * 1e9 / bytes_per_parameter)
+                measured = measure_first_update(job, parameters, Path(name), options.pairs)
+                show_first_update(console, job, *measured)
+
+
+def measure_throughput(console: Console, folder: Path, options: argparse.Namespace) -> None:
+    """Measure and print saving and loading in this process."""
     state = make_state(int(options.parameters))
     size = sum(tensor.nbytes for tensor in flatten(state).values())
-    console = Console()
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="stratagem-benchmark-") as name:
-        saves = measure_saves(state, Path(name), options.rounds)
-        loads = measure_loads(state, Path(name), options.rounds)
     console.print(f"{size / 1e9:.2f} GB, {len(flatten(state))} tensors, {torch.get_num_threads()} threads")
-    show_saves(console, saves, size)
-    show_loads(console, loads, size)
+    if "saving" in options.only:
+        show_saves(console, measure_saves(state, folder, options.rounds), size)
+    if "loading" in options.only:
+        show_loads(console, measure_loads(state, folder, options.rounds), size)
 
 
 def show_saves(console: Console, saves: Mapping[str, Mapping[str, list[float]]], size: int) -> None:

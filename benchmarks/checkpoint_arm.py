@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stratagem.strategies import SingleDeviceStrategy
 
-__all__ = ["JOBS", "METHODS", "hand_buffer", "hand_tensors"]
+__all__ = ["JOBS", "METHODS"]
 
 WIDTH: Final = 1024
 _READ_BYTES: Final = 8 << 20
@@ -158,33 +158,33 @@ def save(job: str, parameters: int, checkpoint: Path) -> None:
 
 
 def main() -> None:
-    """Prepare, wait for a line on the standard input, work, and print the seconds or the peak memory in bytes."""
+    """Prepare, wait for a line on the standard input, work, and print the results of :func:`measure`."""
     method, job, parameters, checkpoint, figure = sys.argv[1:]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     path = Path(checkpoint)
     if method == "save":
         save(job, int(parameters), path)
-        print(0, flush=True)
+        print(0, 0, flush=True)
         os._exit(0)
     methods = {"read": hand_buffer, "read into tensors": hand_tensors, "stratagem": stratagem}
     work = methods[method](job, path, make_model(int(parameters)))
     print("ready", flush=True)
     sys.stdin.readline()
-    print(measure(work, figure), flush=True)
+    print(*measure(work, figure), flush=True)
     os._exit(0)
 
 
-def measure(work: Callable[[], None], figure: str) -> float:
-    """Return the seconds that ``work`` takes, or the peak memory in addition to that before it."""
+def measure(work: Callable[[], None], figure: str) -> tuple[float, float]:
+    """Return the seconds that ``work`` takes and its CPU time; or twice its peak memory in addition to that before it."""
     if figure == "memory":
         before = own_bytes()
         with Peak() as peak:
             work()
-        return peak.most - before
-    begin = time.perf_counter()
+        return peak.most - before, peak.most - before
+    begin, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - cpu
 
 
 if __name__ == "__main__":
