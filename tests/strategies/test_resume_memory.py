@@ -107,3 +107,21 @@ def test_state_in_shared_memory_is_not_overwritten(tmp_path: Path) -> None:
     write_optim(made.optim_wrapper, saved_state, layer)
     assert torch.equal(large, torch.full((2, 4, 4), 7.0))
     made.close()
+
+
+def test_state_that_is_shared_within_the_optimizer_is_not_overwritten() -> None:
+    """Two state tensors that share their memory get separate values instead of both getting that of the second."""
+    layer = nn.Linear(4, 4, bias=False)
+    made = strategy(Path(), layer)
+    layer(torch.ones(2, 4)).sum().backward()
+    made.optim_wrapper.optimizer.step()
+    saved_state = read_optim(made.optim_wrapper, layer)
+    slots = made.optim_wrapper.optimizer.state[layer.weight]
+    expected = {key: value.clone() for key, value in slots.items()}
+    saved_state = {**saved_state, "state": {"weight": expected}}
+    made.optim_wrapper.optimizer.state[layer.weight] = {**slots, "exp_avg": slots["exp_avg_sq"]}
+    write_optim(made.optim_wrapper, saved_state, layer)
+    assert not torch.equal(expected["exp_avg"], expected["exp_avg_sq"])
+    for key, value in made.optim_wrapper.optimizer.state[layer.weight].items():
+        assert torch.equal(value, expected[key]), key
+    made.close()

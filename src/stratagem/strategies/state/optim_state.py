@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_iter
 
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
@@ -17,6 +19,7 @@ from stratagem.optim.base import TRAINING_WEIGHT
 from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
 from stratagem.parallel import AnyOptim
 from stratagem.tensors.dtensor import copy_into, is_plain, is_sharded, shard_like, to_local
+from stratagem.utils.torch_private import storage_id
 
 __all__ = ["read_optim", "require_one_optimizer", "require_same_class", "write_optim"]
 
@@ -61,10 +64,9 @@ def write_optim(
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
     casts = type(optim.optimizer).load_state_dict is Optimizer.load_state_dict
     kept: set[int] = set()
+    writable = _separate_tensors(optim.optimizer)
     slots = {
-        index: _placed_slots(
-            saved, parameters[index], optim.optimizer.state.get(parameters[index], {}), kept, casts=casts
-        )
+        index: _placed_slots(saved, parameters[index], writable.get(parameters[index], {}), kept, casts=casts)
         for index, saved in by_index["state"].items()
     }
     optim.load_state_dict({**by_index, "state": slots})
@@ -115,6 +117,22 @@ def require_one_optimizer(state: Mapping[str, Any]) -> None:
         )
 
 
+def _separate_tensors(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state tensors that share their memory neither with each other nor with parameters, by parameter and key."""
+    tensors = [each for group in optimizer.param_groups for each in group["params"]]
+    tensors += [each for each in tree_iter(list(optimizer.state.values())) if isinstance(each, Tensor)]
+    uses = Counter(storage_id(to_local(each)) for each in tensors if each.layout is torch.strided)
+    return {
+        parameter: {
+            key: value
+            for key, value in slots.items()
+            if isinstance(value, Tensor) and value.layout is torch.strided and uses[storage_id(to_local(value))] == 1
+        }
+        for parameter, slots in optimizer.state.items()
+        if isinstance(parameter, Tensor)
+    }
+
+
 def _placed_slots(
     saved: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any], kept: set[int], *, casts: bool
 ) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, kept: set[i
         value: the saved value.
         parameter: the parameter that it belongs to.
         key: its key in the state of the parameter.
-        own: the optimizer's current value; None if it has none.
+        own: the optimizer's current tensor; None if it has none, or if other tensors share its memory.
         kept: the addresses of the tensors of the checkpoint that the optimizer keeps; extended here.
         casts: whether the optimizer converts state to the dtype of floating-point parameters, as torch's do.
     """
@@ -167,7 +185,7 @@ def _has_separate_memory(tensor: Tensor) -> bool:
 
 
 def _can_hold(own: Any, value: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a value can be copied into a state tensor, which must not share its memory with other tensors."""
+    """Return whether a value can be copied into a state tensor, which must not be a part of a larger tensor."""
     if not isinstance(own, Tensor) or own.layout is not torch.strided or own.requires_grad:
         return False
     if (own.shape, own.dtype, own.device, value.layout) != (value.shape, dtype, device, torch.strided):
