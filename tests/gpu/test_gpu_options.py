@@ -181,8 +181,8 @@ def offloaded(folder: str, compiling: Any) -> dict[str, Any]:
 
 def test_autocast_works_with_parameters_in_cpu_memory(two_gpus: Ranks, tmp_path: Path) -> None:
     """Under FSDP with ``cpu_offload``, activations are bfloat16, also if the wrapped modules are compiled."""
+    require_torch(2, 13)
     if not ON_CPU:
-        require_torch(2, 13)
         require_package("triton")
     eager = two_gpus.run_within(180, offloaded, str(tmp_path / "eager"), False)
     assert eager[0]["dtypes"] == {torch.bfloat16}
