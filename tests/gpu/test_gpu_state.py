@@ -88,7 +88,7 @@ def _generators_as_before() -> Any:
     restore_generator_state(state)
 
 
-def _initial_weights(kind: str) -> tuple[list[str], list[float]]:
+def _initial_weights(kind: str, folder: str) -> tuple[list[str], list[float]]:
     """Prepare a model whose weights differ between ranks; return the devices of all broadcasts, and the sums of the weights."""
     used: list[str] = []
     original = torch_dist.broadcast
@@ -100,7 +100,7 @@ def _initial_weights(kind: str) -> tuple[list[str], list[float]]:
 
     torch_dist.broadcast = recorded
     try:
-        made = {"ddp": DDPStrategy, "fsdp": FSDPStrategy}[kind](log_kwargs={"log_level": "ERROR"})
+        made = {"ddp": DDPStrategy, "fsdp": FSDPStrategy}[kind](work_dir=folder, log_kwargs={"log_level": "ERROR"})
         torch.manual_seed(get_rank())
         made.prepare(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(2))))
         sums = [full_tensor(each).sum().item() for each in made.model.parameters()]
@@ -111,11 +111,11 @@ def _initial_weights(kind: str) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_initial_weights_are_broadcast_by_nccl(two_gpus: Ranks, kind: str) -> None:
+def test_initial_weights_are_broadcast_by_nccl(two_gpus: Ranks, kind: str, tmp_path: Path) -> None:
     """The weights of rank 0 reach the other GPU without passing through CPU memory."""
     if kind == "fsdp":
         require_torch(2, 13)
-    (used, sums), (_, sums_of_other) = two_gpus.run(_initial_weights, kind)
+    (used, sums), (_, sums_of_other) = two_gpus.run(_initial_weights, kind, str(tmp_path))
     assert sums == sums_of_other
     assert used
     assert set(used) == {"cpu" if ON_CPU else "cuda"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tests.support.device_memory import META
 
 
 @pytest.fixture
-def strategy() -> Iterator[SingleDeviceStrategy]:
+def strategy(tmp_path: Path) -> Iterator[SingleDeviceStrategy]:
     """A strategy of one process."""
-    made = SingleDeviceStrategy()
+    made = SingleDeviceStrategy(work_dir=tmp_path)
     yield made
     made.close()
 

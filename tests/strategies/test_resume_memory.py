@@ -109,10 +109,10 @@ def test_state_in_shared_memory_is_not_overwritten(tmp_path: Path) -> None:
     made.close()
 
 
-def test_state_that_is_shared_within_the_optimizer_is_not_overwritten() -> None:
+def test_state_that_is_shared_within_the_optimizer_is_not_overwritten(tmp_path: Path) -> None:
     """Two state tensors that share their memory get separate values instead of both getting that of the second."""
     layer = nn.Linear(4, 4, bias=False)
-    made = strategy(Path(), layer)
+    made = strategy(tmp_path, layer)
     layer(torch.ones(2, 4)).sum().backward()
     made.optim_wrapper.optimizer.step()
     saved_state = read_optim(made.optim_wrapper, layer)
