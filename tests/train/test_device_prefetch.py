@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from stratagem import Runner
 from stratagem.config import Config
 from stratagem.config_schema import require_valid
-from stratagem.errors import ConfigError
+from stratagem.data import build_dataloader
+from stratagem.errors import ConfigError, ConfigValueError
 from stratagem.model import BaseDataPreprocessor
 from stratagem.train import BaseMetric, Hook
 from stratagem.train.run import device_batches
@@ -294,6 +295,21 @@ def test_batches_are_copied_to_the_device_of_the_preprocessor(
     model.data_preprocessor = torch.nn.Identity()
     assert device_batches._new_stream(run) is not None
     assert devices[-1] == torch.device("cuda", 1)
+
+
+def test_required_reading_ahead_conflicts_with_blocking_copies() -> None:
+    """If the data preprocessor has ``non_blocking=False``, ``device_prefetch=True`` is an error instead of having no effect."""
+    model = Toy()
+    model.data_preprocessor = BaseDataPreprocessor(non_blocking=False)
+    strategy = SimpleNamespace(unwrap_model=lambda: model)
+    run: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cuda")), strategy=strategy)
+    options: dict[str, Any] = {"seed": 0, "training": True, "device": torch.device("cuda")}
+    built = build_dataloader(loader(device_prefetch=True), **options)
+    with pytest.raises(ConfigValueError, match="non_blocking=False. Remove one"):
+        device_batches.device_batches(run, built, iter([]))
+    built = build_dataloader(loader(), **options)
+    built.reads_ahead = True
+    assert list(device_batches.device_batches(run, built, iter([1]))) == [1]
 
 
 def test_recomputing_batch_norm_reads_ahead(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def build_dataloader(
         cfg.setdefault("pin_memory", True)
     built = _build_from_arguments(cfg, seed=seed, training=training, share=share)
     built.reads_ahead = _reads_ahead(built, device_prefetch, device)
+    built.must_read_ahead = device_prefetch is True
     return built
 
 

@@ -75,6 +75,7 @@ class EpochLoader:
 
     Attributes:
         reads_ahead: whether the loops copy the next batch to the device while the model computes on the current one.
+        must_read_ahead: whether the configuration requires this.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class EpochLoader:
     ) -> None:
         self.loader = loader
         self.share = share
-        self.reads_ahead = False
+        self.reads_ahead = self.must_read_ahead = False
         self._world_size = world_size
         self._seed = seed
         self._leftover: Any = None

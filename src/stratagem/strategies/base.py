@@ -449,8 +449,8 @@ class BaseStrategy(ABC):
         ``new_parameters``. Any other difference is an error.
 
         The checkpoint is memory-mapped, and its tensors are copied one at a time to the device. If one process resumes on the
-        CPU, weights and optimizer state are read to memory instead, and the optimizer keeps its tensors. ``map_location`` reads
-        the whole checkpoint to another device first.
+        CPU, weights and optimizer state are read to memory instead, and the optimizer keeps its tensors, so training changes the
+        optimizer state that ``callback`` receives. ``map_location`` reads the whole checkpoint to another device first.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any, final
 
 from stratagem.data import AcceleratorCopyStream, CopyStream, EpochLoader, copy_ahead, supports_pinned_memory
+from stratagem.errors import ConfigValueError
 from stratagem.model import BaseDataPreprocessor, pin_tensors, to_device
 from stratagem.train.run.context import Run
 
@@ -20,6 +21,9 @@ def device_batches(run: Run, loader: EpochLoader, batches: Iterator[Any]) -> Ite
         run: the run.
         loader: the loader of the batches.
         batches: yields the batches of the loader.
+
+    Raises:
+        ConfigValueError: if ``device_prefetch=True`` conflicts with blocking copies of the model's data preprocessor.
     """
     stream = _copy_stream(run, loader)
     return batches if stream is None else (copy for _, copy in copy_ahead(batches, stream))
@@ -32,20 +36,33 @@ def with_device_batches(run: Run, loader: EpochLoader, batches: Iterator[Any]) -
 
 
 def _copy_stream(run: Run, loader: EpochLoader) -> CopyStream | None:
-    return _TimedCopyStream(stream, run) if loader.reads_ahead and (stream := _new_stream(run)) is not None else None
+    if not loader.reads_ahead:
+        return None
+    if loader.must_read_ahead and _copies_block(_preprocessor(run)):
+        raise ConfigValueError(
+            "dataloader: device_prefetch=True copies batches without blocking, but the model's data_preprocessor has "
+            "non_blocking=False. Remove one of the two options."
+        )
+    stream = _new_stream(run)
+    return None if stream is None else _TimedCopyStream(stream, run)
 
 
 def _new_stream(run: Run) -> CopyStream | None:
     """Return a stream that copies to the device of the model; None if the model has batches on the CPU or blocking copies."""
-    device = run.world.device
-    preprocessor = getattr(run.strategy.unwrap_model(), "data_preprocessor", None)
+    device, preprocessor = run.world.device, _preprocessor(run)
     if isinstance(preprocessor, BaseDataPreprocessor):
-        if preprocessor.non_blocking is False:
-            return None
         device = preprocessor.device  # the CPU if the weights are offloaded
-    if not supports_pinned_memory(device):
+    if _copies_block(preprocessor) or not supports_pinned_memory(device):
         return None
     return AcceleratorCopyStream(device, lambda host: to_device(pin_tensors(host), device, non_blocking=True))
+
+
+def _preprocessor(run: Run) -> Any:
+    return getattr(run.strategy.unwrap_model(), "data_preprocessor", None)
+
+
+def _copies_block(preprocessor: Any) -> bool:
+    return isinstance(preprocessor, BaseDataPreprocessor) and preprocessor.non_blocking is False
 
 
 @final
