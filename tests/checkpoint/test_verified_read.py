@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import mmap
 from pathlib import Path
 
 import pytest
@@ -48,17 +47,16 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[5, 64, 1 << 20])
-def batch_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The number of bytes that are verified at a time, with two batches in memory."""
-    monkeypatch.setattr(verified_read, "_BATCH_BYTES", request.param)
-    monkeypatch.setattr(verified_read, "_AHEAD", 2)
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of bytes that are verified at a time."""
+    monkeypatch.setattr(verified_read, "_CHUNK_BYTES", request.param)
     return int(request.param)
 
 
 @pytest.mark.parametrize("in_memory", [(), IN_MEMORY], ids=["mapped", "in memory"])
-@pytest.mark.usefixtures("batch_bytes")
+@pytest.mark.usefixtures("chunk_bytes")
 def test_tensors_have_the_saved_values(saved: Path, in_memory: tuple[str, ...]) -> None:
-    """Tensors of all dtypes, sizes and shardings have the saved values, however they are divided into batches."""
+    """Tensors of all dtypes, sizes and shardings have the saved values, however they are divided into chunks."""
     loaded = FORMAT.load(saved, in_memory=in_memory)
     assert list(loaded["state_dict"]) == list(tensors())
     for name, expected in tensors().items():
@@ -69,7 +67,7 @@ def test_tensors_have_the_saved_values(saved: Path, in_memory: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("in_memory", [(), IN_MEMORY], ids=["mapped", "in memory"])
-@pytest.mark.usefixtures("batch_bytes")
+@pytest.mark.usefixtures("chunk_bytes")
 def test_a_change_of_any_byte_is_damage(saved: Path, in_memory: tuple[str, ...]) -> None:
     """A change of the first, a middle or the last byte of any tensor raises an error that names the tensor."""
     file = saved / "model.safetensors"
@@ -121,26 +119,3 @@ def test_an_error_of_the_disk_is_damage(
     monkeypatch.setattr(verified_read, "read_at", fail)
     with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors cannot be read: .*Input/output error"):
         FORMAT.load(saved, in_memory=in_memory)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="requires huge pages for the memory of programs")
-def test_large_tensors_use_huge_pages(tmp_path: Path) -> None:
-    """The memory of a large tensor is marked for huge pages, since page faults would take longer than reading the file."""
-    large = torch.arange(2 << 20, dtype=torch.float32)
-    FORMAT.save({"state_dict": {"large": large}}, tmp_path / "saved")
-    loaded = FORMAT.load(tmp_path / "saved", in_memory=("state_dict",))["state_dict"]["large"]
-    assert torch.equal(loaded, large)
-    assert "hg" in flags_of_memory(loaded.data_ptr() + loaded.nbytes // 2)
-
-
-def flags_of_memory(address: int) -> list[str]:
-    """Return the flags of the mapping that contains an address; see proc_pid_smaps(5)."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            start, end = (int(each, 16) for each in first.split("-"))
-            inside = start <= address < end
-        elif inside and first == "VmFlags:":
-            return line.split()[1:]
-    raise AssertionError(f"nothing is mapped at {address:x}")
