@@ -66,6 +66,8 @@ class Arm:
         self._processes = []
         self._answers = []
         # Progress bars would fill a pipe.
+        # A training that is killed does not remove its temporary files.
+        self._folder = tempfile.TemporaryDirectory()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed at the end
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GROUP_RANK": "0"}
@@ -76,6 +78,7 @@ class Arm:
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
+                    "TMPDIR": self._folder.name,
                     **({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
                 },
                 stdin=subprocess.PIPE,
@@ -97,6 +100,7 @@ class Arm:
             process.kill()
             process.communicate()
         self._errors.close()
+        self._folder.cleanup()
 
     def block(self) -> float:
         """Train a block of iterations; return its CPU time in seconds, summed over ranks."""
