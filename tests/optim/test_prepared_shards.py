@@ -134,3 +134,18 @@ def test_gradients_that_are_sharded_otherwise_are_left_to_torch(ranks: Ranks) ->
     """A replicated gradient, one with another sharded dimension, and a missing one have no effect here."""
     for found in ranks.run(other_gradients):
         assert found == [False, False, False]
+
+
+def collected() -> int:
+    """Return how often the lists of tensors are collected in five updates."""
+    optimizer, prepared, parameter = started(lambda each: SGD(each, 0.5, momentum=0.5, foreach=True))
+    with mock.patch.object(PreparedUpdate, "_prepare", autospec=True, side_effect=PreparedUpdate._prepare) as prepare:
+        for _ in range(5):
+            parameter.grad = shard(torch.ones(3, 2))
+            assert prepared.apply(optimizer)
+    return prepare.call_count
+
+
+def test_the_lists_of_shards_are_collected_once(ranks: Ranks) -> None:
+    """As long as nothing is replaced, later updates use the same lists."""
+    assert ranks.run(collected) == [1, 1]

@@ -431,6 +431,14 @@ def test_backward_from_scalar_starts_with_a_gradient() -> None:
         torch_private.backward_from_scalar(weight * weight, torch.ones(2))
 
 
+def test_the_local_tensor_of_a_sharded_tensor_is_always_the_same_object(one_rank: None) -> None:
+    """It has the memory of ``to_local()``, which returns a new view in each call."""
+    sharded = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Shard(0)])
+    local = torch_private.local_tensor(sharded)
+    assert local is torch_private.local_tensor(sharded)
+    assert local.data_ptr() == sharded.to_local().data_ptr()
+
+
 def test_only_real_scalars_of_the_class_tensor_are_plain_scalars() -> None:
     """Parameters, subclasses, vectors, integers and complex numbers are not."""
     assert torch_private.is_plain_scalar(torch.ones(()))

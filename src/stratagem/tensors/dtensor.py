@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError
 from stratagem.utils.imports import import_object
-from stratagem.utils.torch_private import local_shape_and_offset
+from stratagem.utils.torch_private import local_shape_and_offset, local_tensor
 
 __all__ = [
     "stack_over_ranks",
@@ -20,6 +20,7 @@ __all__ = [
     "local_box",
     "to_local",
     "local_slice",
+    "own_values",
     "mesh_of",
     "shard_as",
     "shard_like",
@@ -47,6 +48,15 @@ def mesh_of(tensor: Tensor) -> object | None:
     """Return the device mesh of a ``DTensor``; None for other tensors."""
     mesh: object | None = getattr(tensor, "device_mesh", None)
     return mesh
+
+
+def own_values(tensor: Tensor) -> Tensor:
+    """Return the local tensor of a ``DTensor``, the same object in each call, or any other tensor itself.
+
+    Unlike :func:`to_local`, this does not wait for values that a collective still computes; they are of another class than
+    ``Tensor``.
+    """
+    return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ __all__ = [
     "is_scaled",
     "record_found_inf",
     "is_plain_scalar",
+    "local_tensor",
     "is_profiling",
     "is_step_observed",
     "inner_wrappers",
@@ -215,6 +216,12 @@ def record_found_inf(scaler: GradScaler, optimizer: Optimizer, found: Tensor) ->
     """
     state: Any = scaler._per_optimizer_states[id(optimizer)]
     state["found_inf_per_device"] = {found.device: found}
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the local tensor of a ``DTensor`` itself. Private: ``DTensor._local_tensor``; ``to_local`` returns a new view."""
+    own: Any = tensor
+    return cast("Tensor", own._local_tensor)
 
 
 def stored_values(tensor: Tensor) -> Tensor:
