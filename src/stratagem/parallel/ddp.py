@@ -56,7 +56,7 @@ class Replica(DistributedDataParallel):
 
     def __init__(self, module: nn.Module, *, before_train_step: Callable[[], None], **options: Any) -> None:
         super().__init__(module, **options)
-        self.local_gradients = LocalGradients.of(self)
+        self.local_gradients = LocalGradients(self)
         self._before_train_step = before_train_step
         # Not as an attribute of the module, which would register the parameters twice.
         self.__dict__["_own_parameters"] = [
@@ -66,6 +66,8 @@ class Replica(DistributedDataParallel):
         self._reduced = self._trainable()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "module" and "_modules" in self.__dict__ and "module" in self._modules:
+            return self._modules["module"]  # DistributedDataParallel reads it several times in each forward pass.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -108,11 +110,19 @@ class Replica(DistributedDataParallel):
         return finds_unused and all(reduced or not now for reduced, now in zip(self._reduced, trainable, strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            trainable = self._trainable()
-            if trainable != self._reduced and not (any(trainable) and self._reducer_serves(trainable)):
-                # requires_grad has changed within a training step, as in the step of a GAN.
-                return self._forward_without_reducer(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        trainable = self._trainable()
+        if trainable != self._reduced and not (any(trainable) and self._reducer_serves(trainable)):
+            # requires_grad has changed within a training step, as in the step of a GAN.
+            output = self._forward_without_reducer(*args, **kwargs)
+        else:
+            output = self._forward(*args, **kwargs)
+        # Not in a forward hook, because modules with hooks take longer to call.
+        self.local_gradients.follow(output, averaged=self.require_backward_grad_sync)
+        return output
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         except RuntimeError as error:
