@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
-from stratagem.tensors.dtensor import is_plain, is_sharded, own_values, to_local
+from stratagem.tensors.dtensor import is_plain, is_sharded, stored_shard, to_local
 from stratagem.utils.torch_private import fused_step_reads_found_inf, mark_nonfinite, stored_values
 
 __all__ = ["DeferredNonFiniteCheck", "NonFiniteGuard", "SyncNonFiniteCheck", "all_finite", "propagate_nonfinite"]
@@ -221,7 +221,7 @@ class _Flag:
 
     def _check_in_one_pass(self, gradients: list[Tensor]) -> bool:
         """Check all gradients with one kernel; return whether that was possible."""
-        parts = list(map(own_values, gradients)) if self._sharded else gradients
+        parts = list(map(stored_shard, gradients)) if self._sharded else gradients
         try:
             if self._only_reads:
                 self._set(_any_nonfinite(parts))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.sgd import sgd
 
-from stratagem.tensors.dtensor import is_plain, is_sharded, own_values
+from stratagem.tensors.dtensor import is_plain, is_sharded, stored_shard
 from stratagem.utils.torch_private import (
     fused_adagrad,
     fused_adam,
@@ -130,7 +130,7 @@ class PreparedUpdate:
                     if state[name] is not tensor:
                         return False
             for tensor, shard in self._shards:
-                if own_values(tensor) is not shard:
+                if stored_shard(tensor) is not shard:
                     return False
         except (KeyError, ValueError):  # an entry was removed, or the numbers differ
             return False
@@ -157,14 +157,14 @@ class PreparedUpdate:
                 tensors: dict[str, Any] = {name: state.get(name) for name in options[0]}
                 if not _is_supported(parameter, tensors):
                     return
-                local = own_values(parameter)
+                local = stored_shard(parameter)
                 kind = local.device, local.dtype
                 part = own.setdefault(kind, _Part(group, options[0], kind, [], [], [[] for _ in tensors]))
                 part.parameters.append(parameter)
                 part.local.append(local)
-                for values, tensor in zip(part.states, map(own_values, tensors.values()), strict=True):
+                for values, tensor in zip(part.states, map(stored_shard, tensors.values()), strict=True):
                     values.append(tensor)
-                shards += [(each, own_values(each)) for each in (parameter, *tensors.values()) if not is_plain(each)]
+                shards += [(each, stored_shard(each)) for each in (parameter, *tensors.values()) if not is_plain(each)]
             parts += own.values()
         self._parts, self._shards = parts, shards
         self._steps = {}
@@ -229,7 +229,7 @@ class _Part:
 
 def _is_supported(parameter: Tensor, states: Mapping[str, Any]) -> bool:
     """Return whether a kernel accepts the values of a parameter and its state tensors on this rank."""
-    local = own_values(parameter)
+    local = stored_shard(parameter)
     if not is_plain(local) or not local.is_floating_point() or local.layout is not torch.strided:
         return False
     for name, state in states.items():
@@ -241,7 +241,7 @@ def _is_supported(parameter: Tensor, states: Mapping[str, Any]) -> bool:
         else:
             expected = local.shape, local.dtype
             is_alike = _are_sharded_alike(parameter, state)
-        values = own_values(state)
+        values = stored_shard(state)
         if not is_alike or not is_plain(values) or values.device != local.device:
             return False
         if (values.shape, values.dtype) != expected or values.layout is not torch.strided:
@@ -261,8 +261,8 @@ def _are_sharded_alike(parameter: Any, other: Any) -> bool:
 def _local_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the local shards of gradients; None for those that are missing or sharded unlike their parameter."""
     return [
-        own_values(gradient)
-        if gradient is not None and _are_sharded_alike(parameter, gradient) and is_plain(own_values(gradient))
+        stored_shard(gradient)
+        if gradient is not None and _are_sharded_alike(parameter, gradient) and is_plain(stored_shard(gradient))
         else None
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]

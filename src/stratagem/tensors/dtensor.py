@@ -20,7 +20,7 @@ __all__ = [
     "local_box",
     "to_local",
     "local_slice",
-    "own_values",
+    "stored_shard",
     "mesh_of",
     "shard_as",
     "shard_like",
@@ -50,7 +50,7 @@ def mesh_of(tensor: Tensor) -> object | None:
     return mesh
 
 
-def own_values(tensor: Tensor) -> Tensor:
+def stored_shard(tensor: Tensor) -> Tensor:
     """Return the local tensor of a ``DTensor``, the same object in each call, or any other tensor itself.
 
     Unlike :func:`to_local`, this does not wait for values that a collective still computes; they are of another class than
