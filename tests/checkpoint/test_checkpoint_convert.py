@@ -85,6 +85,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", list(itertools.permutations(["stratagem", "pth", "dcp"])), ids="-".join)
 def test_the_whole_tree_survives_every_chain_of_conversions(tmp_path: Path, formats: tuple[str, ...]) -> None:
     """Empty containers, None, tuples, keys of any type, NumPy arrays and tensors are the same in every format, in any order."""

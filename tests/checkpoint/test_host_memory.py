@@ -57,6 +57,7 @@ def test_exactly_the_needed_memory_is_page_locked(registrations: Registrations) 
     assert registrations.pinned == []
 
 
+@pytest.mark.slow
 def test_page_locked_memory_is_freed(registrations: Registrations) -> None:
     """The memory is unregistered when the last reference to it is dropped, even if that is a view."""
     view = torch.from_numpy(allocate_host_memory(ODD, "cuda").numpy()[:8])

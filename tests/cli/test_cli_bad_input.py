@@ -53,6 +53,7 @@ def test_a_missing_configuration(stratagem: Command):
     assert_refused(stratagem("train", "there/is/none.py"), "there/is/none.py", "No such file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

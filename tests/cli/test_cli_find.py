@@ -73,6 +73,7 @@ def test_batch_sizes_are_measured_up_to_the_limit(stratagem: Command, config: st
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plots_are_written_on_request(stratagem: Command, config: str, tmp_path: Path):
     """`--out` writes one PNG per command."""
     pytest.importorskip("matplotlib")

@@ -262,6 +262,7 @@ def late_module(tmp_path: Path) -> Iterator[ModuleType]:
     gc.collect()
 
 
+@pytest.mark.slow
 def test_a_function_that_is_imported_later_is_seeded(late_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that imports a function of ``random`` after the first batch draws the numbers of the streams."""
     monkeypatch.setitem(DRAWS, "late", lambda _: late_module.draw())
@@ -297,6 +298,7 @@ def test_a_platform_without_functions_created_at_run_time_seeds_every_sample(mon
     assert seeding._lazy_generators() is None
 
 
+@pytest.mark.slow
 def test_generators_that_are_not_used_are_not_seeded(numpy_seeds: list[Any]) -> None:
     """NumPy's generator is never seeded for a dataset that draws nothing, and for every sample of one that uses it."""
     batches(Drawing("nothing"), epochs=1)

@@ -43,6 +43,7 @@ words = st.text("abcxyz-", min_size=1, max_size=6)
 ranges = st.tuples(st.integers(0, 200), st.integers(0, 12), st.integers(1, 4))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(words, st.lists(ranges, max_size=3), words | st.just("")), min_size=1, max_size=4))
 def test_expanding_undoes_folding(names: list[tuple[str, list[tuple[int, int, int]], str]]) -> None:
     """Hosts that are folded into ranges of any width expand to the same hosts in order."""

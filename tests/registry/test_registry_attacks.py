@@ -170,6 +170,7 @@ TRANSFORMERS_ATTACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("argument", TRANSFORMERS_ATTACKS)
 @pytest.mark.parametrize("name", ["BertModel", "AutoModel"])

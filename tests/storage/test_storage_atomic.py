@@ -39,6 +39,7 @@ def test_a_kill_while_replacing_leaves_the_old_or_the_new(tmp_path: Path, direct
     assert [child["killed"] for child in left] == [True] * (len(left) - 1) + [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directory", [False, True])
 def test_a_kill_while_creating_leaves_nothing_or_the_new(tmp_path: Path, directory: bool) -> None:
     """If a process is killed while creating a target, it is complete or missing."""

@@ -53,6 +53,7 @@ def test_processes_that_share_a_cache_download_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.slow
 def test_a_failed_download_is_tried_by_the_next_process(tmp_path: Path) -> None:
     """Only the process whose download failed raises an error."""
     downloads = Downloads(tmp_path / "copy", failures=2)

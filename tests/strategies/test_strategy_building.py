@@ -88,6 +88,7 @@ def test_nothing_is_compiled_by_default(single: Make) -> None:
     assert lines.lines == []
 
 
+@pytest.mark.slow
 def test_compiling_accepts_the_arguments_of_torch(single: Make) -> None:
     """A compiled method gives the same result, state names do not change, and the log warns of slow iterations."""
     strategy = single()

@@ -40,6 +40,7 @@ def test_a_stop_by_a_hook_discards_the_unfinished_window(make_runner: MakeRunner
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), four.strategy.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_cfg", LENGTHS, ids=str)
 @pytest.mark.parametrize("at", [1, 4, 6, EPOCH, 13, 16])
 def test_an_interrupted_run_finishes_its_window_and_resumes_exactly(

@@ -63,6 +63,7 @@ def test_a_stopped_run_equals_the_uninterrupted_run(case: tuple[Drawn, list[Stop
         assert differences(one, other) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drawn", "shorter"),
     [

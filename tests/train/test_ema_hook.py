@@ -153,6 +153,7 @@ def test_a_checkpoint_has_the_weights_and_the_average_under_the_same_names(make_
         torch.testing.assert_close(checkpoint["average"]["averages"][NAME], exponential(weights.trained, 0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1,), (4,), (EPOCH,), (3, 10, 15)])
 @pytest.mark.parametrize(
     "hook",

@@ -50,6 +50,7 @@ class Collections(Hook):
             self.iterations.append(self._run.iter + 1)
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_at_the_same_iterations_on_every_rank(make_runner: MakeRunner) -> None:
     """Automatic collection is off during training, collections follow every third iteration, and it is on again afterwards."""
     seen = Collections()
@@ -59,6 +60,7 @@ def test_garbage_is_collected_at_the_same_iterations_on_every_rank(make_runner: 
     assert gc.isenabled()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_enables_the_garbage_collection_again(make_runner: MakeRunner) -> None:
     """If an iteration raises an error, automatic collection is enabled when the run is closed."""
     seen = Collections(fail_at=2)

@@ -50,6 +50,7 @@ def test_two_ranks_see_each_sample_once_with_every_kind_of_loader(
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_process_sees_each_sample_once_with_every_kind_of_loader(tmp_path: Path, workers: int) -> None:
     """An epoch of training and a validation cover each sample once."""

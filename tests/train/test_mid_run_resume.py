@@ -46,6 +46,7 @@ def assert_same(found: tuple[list, list, dict], expected: tuple[list, list, dict
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stops"),
     [
@@ -77,6 +78,7 @@ def test_a_run_that_is_interrupted_anywhere_and_resumed_is_bit_identical(
     assert_same(outcome(runner, pieces), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, EPOCH, 12])
 def test_a_run_can_resume_from_any_checkpoint(make_runner: MakeRunner, tmp_path: Path, number: int):
     """Every regular checkpoint can be resumed like that of an interruption."""

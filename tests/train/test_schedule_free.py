@@ -98,6 +98,7 @@ def test_validating_and_saving_do_not_affect_training(make_runner: MakeRunner, t
     assert disturbed.rows == plain.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hooks", [(), ({"type": "EMAHook", "momentum": 0.2},)], ids=["plain", "averaged"])
 @pytest.mark.parametrize("stops", [(1,), (EPOCH,), (4, 11)])
 def test_a_resumed_run_equals_the_uninterrupted_run(

@@ -133,6 +133,7 @@ def test_common_values_are_not_masked_by_value(monkeypatch: pytest.MonkeyPatch, 
     assert mask_text(f"see {value} there") == f"see {value} there"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "part",
