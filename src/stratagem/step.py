@@ -97,7 +97,10 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     # inspects_grads is True if clipping or the option nonfinite is set.
     if optim.inspects_grads or optim.weight is not None or policy.guard is not None:
         grads = optim.collect_grads(micro_batches)
-        norm = optim.compute_grad_norm(grads, factor) if optim.needs_grad_norm else None
+        norm = None
+        if optim.needs_grad_norm:
+            # Wrappers that override the method without the second argument have no factor.
+            norm = optim.compute_grad_norm(grads) if factor is None else optim.compute_grad_norm(grads, factor)
         # The guard comes first because its report names the parameters.
         guard = policy.guard
         allowed = guard is None or guard.allows_step(grads, norm)

@@ -482,6 +482,21 @@ def test_starting_the_backward_pass_with_a_factor_equals_multiplying_the_loss(
     assert results[0] == results[1]
 
 
+class OwnNorm(OptimWrapper):
+    """A wrapper with another norm, whose method has only the gradients as its argument."""
+
+    def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().compute_grad_norm(grads) * 2
+
+
+def test_an_overridden_norm_needs_no_further_argument() -> None:
+    """Clipping uses the norm of a subclass that knows nothing of loss scales."""
+    weight = nn.Parameter(torch.zeros(()))
+    optim = OwnNorm(SGD([weight], 1.0), clip_grad={"max_norm": 1.0})
+    optim.update_params(weight * 3.0)
+    assert weight.item() == pytest.approx(-0.5)  # the gradient 3 times 1 / 6
+
+
 def test_a_loss_hook_sees_the_factor_and_cannot_change_later_ones() -> None:
     """A hook that changes the gradient of a loss in place does not affect the next micro-batch."""
     weight = nn.Parameter(torch.ones(()))

@@ -295,35 +295,23 @@ def _sgd_options(group: Mapping[str, Any]) -> _Options | None:
 
 def _launch_sgd(options: _Options, tensors: Sequence[list[Tensor]], found_inf: Tensor | None) -> None:
     names, lr, momentum, dampening, decay, nesterov, fused = options
-    if not fused:
-        sgd(
-            tensors[0],
-            tensors[1],
-            list(tensors[2]) if names else [None] * len(tensors[0]),
-            foreach=True,
-            fused=False,
-            weight_decay=decay,
-            momentum=momentum,
-            lr=lr,
-            dampening=dampening,
-            nesterov=nesterov,
-            maximize=False,
+    parameters, gradients = tensors[0], tensors[1]
+    arguments: dict[str, Any] = {
+        "weight_decay": decay,
+        "momentum": momentum,
+        "lr": lr,
+        "dampening": dampening,
+        "nesterov": nesterov,
+        "maximize": False,
+    }
+    if fused:
+        buffers = tensors[2] if names else []
+        fused_sgd(
+            parameters, gradients, buffers, is_first_step=False, grad_scale=None, found_inf=found_inf, **arguments
         )
-        return
-    fused_sgd(
-        tensors[0],
-        tensors[1],
-        tensors[2] if names else [],
-        weight_decay=decay,
-        momentum=momentum,
-        lr=lr,
-        dampening=dampening,
-        nesterov=nesterov,
-        maximize=False,
-        is_first_step=False,
-        grad_scale=None,
-        found_inf=found_inf,
-    )
+    else:
+        optional_buffers: list[Tensor | None] = [*tensors[2]] if names else [None] * len(parameters)
+        sgd(parameters, gradients, optional_buffers, foreach=True, fused=False, **arguments)
 
 
 def _adam_options(group: Mapping[str, Any]) -> _Options | None:
