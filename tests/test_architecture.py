@@ -23,7 +23,7 @@ LAYERS = (
     {"utils"},
     {"logging"},
     {"config", "registry"},
-    {"distributed", "storage"},
+    {"distributed", "storage", "hardware"},
     {"tensors", "step"},
     {"optim", "data"},
     {"model"},
