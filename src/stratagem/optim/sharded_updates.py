@@ -1,34 +1,38 @@
-"""Check, on small tensors, that an optimizer updates sharded parameters in the same way as whole parameters."""
+"""Decide how an optimizer updates sharded parameters, and check on small tensors that it does so as for whole parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
 from stratagem.errors import PlacementError
 from stratagem.optim.probe import probe_copy
+from stratagem.optim.sharded_muon import MatrixUpdates, ShardedMuon
 from stratagem.tensors.dtensor import full_tensor, is_sharded, shard_as, to_local
 from stratagem.utils import generator_state, restore_generator_state
-from stratagem.utils.torch_private import gather_scalars, without_global_step_hooks
+from stratagem.utils.torch_private import gather_scalars, replace_step, without_global_step_hooks
 
-__all__ = ["require_equal_sharded_updates"]
+__all__ = ["prepare_sharded_updates"]
 
 _STEPS: Final = 2
 _LR: Final = 0.01
 # The tolerance relative to the largest update. Optimizers that use norms of whole tensors differ by float32 rounding, about 1e-6.
 _TOLERANCE: Final = 1e-4
 _MOST_CASES: Final = 32
-# The rounding errors of these optimizers depend on the size of a matrix, so a check on small matrices does not reveal them.
-_ROUNDED_MATRICES: Final[Mapping[type[Optimizer], str]] = {
-    Muon: "it orthogonalizes matrices in bfloat16, whose rounding depends on the shards"
+_MUON_FORMS: Final[Mapping[MatrixUpdates, str]] = {
+    "owned": "orthogonalizes each matrix on one rank (matrix_updates='owned').",
+    "gathered": "orthogonalizes all matrices on every rank (matrix_updates='gathered').",
 }
+
+# Replaces the step of an optimizer.
+Step = Callable[[Optimizer], None]
 
 
 @final
@@ -47,54 +51,91 @@ class _Case:
     def values(self, step: int) -> Tensor:
         """Return fixed values: those of the parameter for step 0, otherwise those of a gradient."""
         count = torch.Size(self.shape).numel()
-        angles = torch.arange(count, dtype=torch.float32).mul(0.7 + step).add(step)
+        angles = torch.arange(count, dtype=torch.float32).square().mul(0.7 + step).add(step)
         return (angles.cos() * (0.01 if step else 0.1)).view(self.shape).to(self.device)
 
 
-def require_equal_sharded_updates(optimizer: Optimizer, names: Mapping[int, str], whose: str = "") -> None:
-    """Require that two updates of small sharded tensors equal those of whole tensors, without changing the parameters.
+@final
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """One way to update sharded parameters.
 
-    The tensors are sharded like the parameters; one tensor is checked for each kind of shape. Collective if there are
-    sharded parameters.
+    Attributes:
+        step: replaces the step of the optimizer; None for the optimizer's own step.
+        tolerance: the accepted difference, relative to the largest update.
+        description: what is logged if this route is taken; empty to log nothing.
+    """
+
+    step: Step | None
+    tolerance: float
+    description: str = ""
+
+
+def prepare_sharded_updates(
+    optimizer: Optimizer, names: Mapping[int, str], whose: str = "", *, form: MatrixUpdates = "owned"
+) -> str | None:
+    """Choose how an optimizer updates sharded parameters, and replace its ``step`` if its own one is not exact.
+
+    Each way is tried on small tensors that are sharded like the parameters, one for each kind of shape, and the results of two
+    updates are compared with those of whole tensors. The parameters and the optimizer's state do not change. Collective if there
+    are sharded parameters.
 
     Args:
         optimizer: the optimizer whose class, options and implementation are checked.
         names: maps the ``id`` of each parameter to its name.
         whose: the name of the optimizer if there are several.
+        form: how :class:`~stratagem.optim.sharded_muon.ShardedMuon` distributes its work.
+
+    Returns:
+        A line to log about how the parameters are updated, or None if the optimizer's own step is used.
 
     Raises:
         PlacementError: on all ranks, if the updates differ or fail.
     """
     cases = _cases(optimizer, names)
     if not cases:
-        return
-    known = _ROUNDED_MATRICES.get(type(optimizer))
-    if known is not None:
-        raise _refusal(type(optimizer).__name__, whose, cases[0], known)
+        return None
     random = generator_state()
     try:
-        whole = _updated(optimizer, cases, sharded=False)
+        whole = _updated(optimizer, cases, None, sharded=False)
     except Exception:  # noqa: BLE001 -- the optimizer cannot be tried on small tensors, whether they are sharded or not
-        return
+        return None
     finally:
         restore_generator_state(random)
-    failed, error = _try_sharded(optimizer, cases, whole)
-    restore_generator_state(random)
-    if failed:
-        raise _refusal(type(optimizer).__name__, whose, *failed[0]) from error
+    which = f"{type(optimizer).__name__} ({whose})" if whose else type(optimizer).__name__
+    failed: list[tuple[_Case, str]] = []
+    error: Exception | None = None
+    for route in _routes(optimizer, form):
+        failed, error = _try_sharded(optimizer, cases, whole, route)
+        restore_generator_state(random)
+        if not failed:
+            if route.step is not None:
+                replace_step(optimizer, route.step)
+            return f"{which} {route.description}" if route.description else None
+    raise _refusal(which, *failed[0]) from error
+
+
+def _routes(optimizer: Optimizer, form: MatrixUpdates) -> list[_Route]:
+    """Return the ways in which the optimizer may update sharded parameters; the first exact one is taken."""
+    if ShardedMuon.supports(optimizer):
+        return [_Route(ShardedMuon(form).step, 0.0, _MUON_FORMS[form])]
+    return [_Route(None, _TOLERANCE)]
 
 
 def _try_sharded(
-    optimizer: Optimizer, cases: Sequence[_Case], whole: Sequence[Tensor]
+    optimizer: Optimizer, cases: Sequence[_Case], whole: Sequence[Tensor], route: _Route
 ) -> tuple[list[tuple[_Case, str]], Exception | None]:
     """Return the small tensors whose sharded updates fail or differ from those of whole tensors. Collective."""
     error: Exception | None = None
     try:
-        sharded = _updated(optimizer, cases, sharded=True)
-        faults = [_difference(case, *pair) for case, pair in zip(cases, zip(sharded, whole, strict=True), strict=True)]
+        sharded = _updated(optimizer, cases, route, sharded=True)
+        faults = [
+            _difference(case, *pair, route.tolerance)
+            for case, pair in zip(cases, zip(sharded, whole, strict=True), strict=True)
+        ]
         failed = [(case, fault) for case, fault in zip(cases, faults, strict=True) if fault]
     except Exception as raised:  # noqa: BLE001 -- any exception of the optimizer becomes the cause
-        failed, error = _failing(optimizer, cases), raised
+        failed, error = _failing(optimizer, cases, route), raised
     found = torch.tensor(int(bool(failed)), device=cases[0].device)
     all_reduce(found, "max")
     if found.item() and not failed:
@@ -126,8 +167,9 @@ def _small(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
     )
 
 
-def _updated(optimizer: Optimizer, cases: Sequence[_Case], *, sharded: bool) -> list[Tensor]:
+def _updated(optimizer: Optimizer, cases: Sequence[_Case], route: _Route | None, *, sharded: bool) -> list[Tensor]:
     """Return the values of the small tensors after some updates. Collective if they are sharded."""
+    replacement = None if route is None else route.step
 
     def placed(case: _Case, values: Tensor) -> Tensor:
         return shard_as(values, case.mesh, case.placements) if sharded else values
@@ -146,7 +188,7 @@ def _updated(optimizer: Optimizer, cases: Sequence[_Case], *, sharded: bool) -> 
         for case, parameter in zip(cases, parameters, strict=True):
             parameter.grad = placed(case, case.values(step))
         with without_global_step_hooks(), _whole_scalars() if sharded else nullcontext():
-            probe.step()
+            probe.step() if replacement is None else replacement(probe)
     return [full_tensor(parameter.detach()) for parameter in parameters]
 
 
@@ -160,27 +202,26 @@ def _whole_scalars() -> Iterator[None]:
         gather_scalars(False)
 
 
-def _failing(optimizer: Optimizer, cases: Sequence[_Case]) -> list[tuple[_Case, str]]:
+def _failing(optimizer: Optimizer, cases: Sequence[_Case], route: _Route) -> list[tuple[_Case, str]]:
     """Return the first small tensor whose update raises an error, and the error."""
     for case in cases:
         try:
-            _updated(optimizer, [case], sharded=True)
+            _updated(optimizer, [case], route, sharded=True)
         except Exception as error:  # noqa: BLE001
             lines = str(error).strip().splitlines() or [""]
             return [(case, f"it raises {type(error).__name__}: {lines[0][:200]}")]
     return [(cases[0], "it fails with several parameters")]
 
 
-def _difference(case: _Case, sharded: Tensor, whole: Tensor) -> str:
+def _difference(case: _Case, sharded: Tensor, whole: Tensor, tolerance: float) -> str:
     update = float((whole - case.values(0)).abs().max())
     off = float((sharded - whole).abs().max())
-    if off <= _TOLERANCE * update:
+    if off <= tolerance * update:
         return ""
     return f"its update differs by {off / update if update else off:.2g} of the largest change from that of the whole parameter"
 
 
-def _refusal(optimizer: str, whose: str, case: _Case, fault: str) -> PlacementError:
-    which = f"{optimizer} ({whose})" if whose else optimizer
+def _refusal(which: str, case: _Case, fault: str) -> PlacementError:
     return PlacementError(
         f"{which} cannot update sharded parameters such as {case.name} (shape {list(case.full_shape)}, parameter group "
         f"{case.group}): {fault}. Use AdamW or another elementwise optimizer, keep these parameters unsharded with "

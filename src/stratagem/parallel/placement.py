@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from stratagem.distributed import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
+from stratagem.optim.sharded_muon import MatrixUpdates
 from stratagem.parallel.trainable import TrainableChange
 
 __all__ = ["AnyOptim", "Placed", "Placement", "Steps"]
@@ -67,6 +68,8 @@ class Placement(ABC):
         before_train_step: called at the start of each training step of the placed model, before the forward pass; the
             strategy sets it to a function that detects changes of ``requires_grad``.
         reports_gradient_hooks: whether ``place`` logs with which gradients hooks of parameters are called.
+        matrix_updates: how Muon distributes its work if its parameters are sharded; see
+            :class:`~stratagem.optim.sharded_muon.ShardedMuon`.
         wraps_train_step: whether the placed model calls ``before_train_step``; otherwise it is called before each update.
     """
 
@@ -79,6 +82,7 @@ class Placement(ABC):
     trainable_is_fixed: ClassVar[bool] = False
     reports_gradient_hooks: ClassVar[bool] = False
     wraps_train_step: ClassVar[bool] = True
+    matrix_updates: MatrixUpdates = "owned"
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         """Return the context in which a model is built from its configuration, such as the meta device."""

@@ -33,7 +33,7 @@ from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.optim.amp import autocast_dtype
 from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.probe import require_step_without_closure
-from stratagem.optim.sharded_updates import require_equal_sharded_updates
+from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.parallel.cuda_graphs import keep_outputs_of_replays, may_replay_cuda_graphs
 from stratagem.parallel.gradient_hooks import hooks_of_parameters, log_gradient_hooks
@@ -165,7 +165,9 @@ class ComposedStrategy(BaseStrategy):
             wrapper.use_device(self.world.device)
             if getattr(type(model), "train_step", None) is BaseModel.train_step:
                 require_step_without_closure(wrapper.optimizer)
-            require_equal_sharded_updates(wrapper.optimizer, names, name)
+            route = prepare_sharded_updates(wrapper.optimizer, names, name, form=self._placement.matrix_updates)
+            if route is not None:
+                self.logger.info(route)
         if isinstance(model, BaseModel):
             model.needs_loss_weight = accumulates or self.world.size > 1
         if accumulates and self._replays_graphs and not self._placement.has_gradients:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 from stratagem.errors import ConfigValueError, PlacementError
+from stratagem.optim.sharded_muon import MatrixUpdates
 from stratagem.parallel import DDP_OPTIONS, Placement
 from stratagem.parallel.deferred_init.materialize import InitSource
 from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard, require_equal_randomness
@@ -51,6 +52,8 @@ class FSDPStrategy(ComposedStrategy):
             shard. ``"whole"``: every process first builds the whole model.
         skip_init_weights: whether to leave the weights uninitialized, because a checkpoint will be loaded.
         forward_methods: methods other than ``forward`` that use parameters, such as ``"decoder.generate"``.
+        matrix_updates: how ``torch.optim.Muon`` orthogonalizes sharded matrices, with the same results. ``"owned"``: each
+            matrix on one rank, with the work divided evenly. ``"gathered"``: all matrices on every rank.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
         state: ``"sharded"``: all ranks write checkpoints; ``"full"``: rank 0 gathers and writes them.
         model_wrapper: options with the names used by MMEngine's ``MMFullyShardedDataParallel``.
@@ -83,6 +86,7 @@ class FSDPStrategy(ComposedStrategy):
         skip_init_weights: bool = False,
         forward_methods: Sequence[str] = (),
         sync_bn: str | None = None,
+        matrix_updates: MatrixUpdates = "owned",
         state: Literal["sharded", "full"] | None = None,
         model_wrapper: Mapping[str, Any] | None = None,
         state_dict_cfg: str | Mapping[str, Any] | None = None,
@@ -105,6 +109,7 @@ class FSDPStrategy(ComposedStrategy):
             "skip_init_weights": skip_init_weights,
             "forward_methods": forward_methods,
             "sync_bn": sync_bn,
+            "matrix_updates": matrix_updates,
             "state": state,
             "model_wrapper": model_wrapper,
             "state_dict_cfg": state_dict_cfg,

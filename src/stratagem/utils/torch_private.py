@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Final, cast
 
 import torch
@@ -141,6 +142,8 @@ def backward_from_scalar(loss: Tensor, gradient: Tensor | None = None) -> None:
 _GLOBAL_HOOKS: Final = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)
 # Torch wraps the step of each optimizer class in a function with this code, which calls the hooks.
 _HOOKED_STEP: Final = Optimizer.profile_hook_step(print).__code__
+# The attribute that marks a step from replace_step.
+_REPLACED: Final = "replaces_step"
 
 
 def is_step_observed(optimizer: Optimizer) -> bool:
@@ -167,6 +170,32 @@ def step_function(optimizer_type: type[Optimizer]) -> Callable[..., Any]:
     """Return the function ``step`` of an optimizer class without torch's wrapper that calls the hooks."""
     function: Any = optimizer_type.step
     return cast("Callable[..., Any]", function.__wrapped__ if function.__code__ is _HOOKED_STEP else function)
+
+
+def replace_step(optimizer: Optimizer, step: Callable[[Optimizer], Any]) -> None:
+    """Replace the method ``step`` of one optimizer by a function, around which step hooks are called as usual.
+
+    Private: ``_opt_called``, which torch's schedulers read to warn about updates in the wrong order.
+
+    Raises:
+        ValueError: if ``step`` of this object has already been replaced, other than by this function or a torch scheduler.
+    """
+    replaced = vars(optimizer).get("step")
+    if replaced is not None and not any(hasattr(replaced, mark) for mark in (_REPLACED, "_wrapped_by_lr_sched")):
+        raise ValueError(f"step of the {type(optimizer).__name__} has been replaced by {replaced!r}")
+
+    def call(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        step(self)
+        self._opt_called = True
+        return loss
+
+    hooked: Any = Optimizer.profile_hook_step(call)
+    setattr(hooked, _REPLACED, True)
+    cast("Any", optimizer).step = MethodType(hooked, optimizer)
 
 
 def fused_step_reads_found_inf(optimizer: Optimizer) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model.norms import require_sync_bn
 from stratagem.optim.amp import HALF_DTYPES
+from stratagem.optim.sharded_muon import MATRIX_UPDATES, MatrixUpdates
 from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
 from stratagem.parallel.fsdp.activation_checkpointing import parse_checkpointing
 from stratagem.parallel.fsdp.wrap_policy import check_policy, matches_name
@@ -120,6 +121,7 @@ class FSDPOptions:
     skip_init_weights: bool = False
     forward_methods: Sequence[str] = ()
     sync_bn: str | None = None
+    matrix_updates: MatrixUpdates = "owned"
 
     def __post_init__(self) -> None:
         require_rank_counts(replicate=self.replicate, tp=self.tp)
@@ -145,6 +147,10 @@ class FSDPOptions:
         if self.initial_weights not in INIT_SOURCES:
             raise ConfigValueError(
                 f"Unknown initial_weights={self.initial_weights!r}. {did_you_mean(str(self.initial_weights), INIT_SOURCES)}"
+            )
+        if self.matrix_updates not in MATRIX_UPDATES:
+            raise ConfigValueError(
+                f"Unknown matrix_updates={self.matrix_updates!r}. {did_you_mean(str(self.matrix_updates), MATRIX_UPDATES)}"
             )
         if self.tp_plan is not None and self.tp == 1:
             raise ConfigValueError("tp_plan is set, but tp=1 disables tensor parallelism. Set tp.")

@@ -89,6 +89,7 @@ class FSDPPlacement(Placement):
         require_equal_randomness(options.tp, diff_rank_seed=diff_rank_rng)
         self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
+        self.matrix_updates = options.matrix_updates
         self._weights = InitialWeights(world, options.initial_weights)
         self._meshes: Meshes | None = None
         self._sync = True
