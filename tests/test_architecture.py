@@ -25,6 +25,7 @@ LAYERS = (
     {"config", "registry"},
     {"distributed", "storage", "hardware"},
     {"tensors", "step"},
+    {"trace"},
     {"optim", "data"},
     {"model"},
     {"parallel"},

@@ -38,6 +38,8 @@ _HOME = {
     "load_checkpoint": "stratagem.checkpoint",
     "save_checkpoint": "stratagem.checkpoint",
 }
+# Folders whose names are used through them: stratagem.trace.record(...).
+_FOLDERS = ("trace",)
 
 __all__ = [
     "AmpOptimWrapper",
@@ -67,11 +69,14 @@ __all__ = [
     "allow_packages",
     "load_checkpoint",
     "save_checkpoint",
+    "trace",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(_HOME[name]), name)
@@ -79,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_FOLDERS})

@@ -26,6 +26,7 @@ __all__ = [
     "LaunchError",
     "MissingDependencyError",
     "WorkDirError",
+    "TraceError",
     "TrainingError",
     "RankFailedError",
 ]
@@ -121,6 +122,10 @@ class WorkDirError(StratagemError, OSError):
 
 class TrainingError(StratagemError, RuntimeError):
     """Training failed, for example because the loss is not a tensor or a worker process died."""
+
+
+class TraceError(StratagemError, ValueError):
+    """A trace cannot be read, or two traces cannot be compared."""
 
 
 class RankFailedError(StratagemError, RuntimeError):

@@ -542,3 +542,32 @@ def test_optimizers_are_excluded_from_compilation_again_after_a_trial() -> None:
         assert "__dynamo_disable" in add_group.__dict__
     assert add_group.__dict__ == before
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_observe_backward_sees_every_backward_pass_that_python_starts() -> None:
+    """``Tensor.backward`` and ``torch.autograd.backward`` call the functions; after the block, they do not."""
+    seen: list[Any] = []
+    weight = torch.ones(1, requires_grad=True)
+    with torch_private.observe_backward(seen.append, lambda: seen.append(weight.grad)):
+        loss = weight * 2
+        loss.backward()
+        assert len(seen) == 2
+        assert seen[0] is loss
+        assert torch.equal(seen[1], torch.full((1,), 2.0))
+        torch.autograd.backward([weight * 3])
+    assert len(seen) == 4
+    (weight * 2).backward()
+    assert len(seen) == 4
+
+
+def test_observe_grad_norms_sees_clipping_that_was_imported_by_name() -> None:
+    """The functions receive the gradients before they are clipped, and the norm."""
+    clip = nn.utils.clip_grad_norm_
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.full((1,), 3.0)
+    seen: list[Any] = []
+    with torch_private.observe_grad_norms(lambda grads: seen.extend(each.clone() for each in grads), seen.append):
+        clip([weight], 1.0)
+    assert [each.item() for each in seen] == [3.0, 3.0]
+    clip([weight], 1.0)
+    assert len(seen) == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Final, cast
 
@@ -56,6 +56,8 @@ __all__ = [
     "load_hook_modules",
     "local_shape_and_offset",
     "mark_nonfinite",
+    "observe_backward",
+    "observe_grad_norms",
     "operator_schema",
     "rebuild_ddp_reducer",
     "refresh_fsdp_dtypes",
@@ -486,3 +488,57 @@ def without_compiler_import() -> Iterator[None]:
         yield
     finally:
         delattr(add_group, _DISABLED)
+
+
+@contextmanager
+def observe_backward(before: Callable[[Any], None], after: Callable[[], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call functions before and after each backward pass that Python code starts.
+
+    ``Tensor.backward`` looks up ``torch.autograd.backward`` in each call.
+
+    Args:
+        before: called with the tensors that are differentiated.
+        after: called when the gradients are accumulated, unless the backward pass failed.
+    """
+    original = torch.autograd.backward
+
+    @wraps(original)
+    def observed(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        before(tensors)
+        result = original(tensors, *args, **kwargs)
+        after()
+        return result
+
+    torch.autograd.backward = observed
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original
+
+
+@contextmanager
+def observe_grad_norms(before: Callable[[Any], None], after: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call functions before and after ``torch.nn.utils.clip_grad_norm_`` computes a norm.
+
+    Private: ``torch.nn.utils.clip_grad._get_total_norm``, which ``clip_grad_norm_`` calls even if it was imported by name.
+
+    Args:
+        before: called with the gradients.
+        after: called with the norm.
+    """
+    module: Any = sys.modules["torch.nn.utils.clip_grad"]
+    original = module._get_total_norm
+
+    @wraps(original)
+    def observed(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        before(gradients)
+        norm = original(gradients, *args, **kwargs)
+        after(norm)
+        return norm
+
+    module._get_total_norm = observed
+    try:
+        yield
+    finally:
+        module._get_total_norm = original
