@@ -35,6 +35,7 @@ LAYERS = (
     {"train"},
     {"config_schema"},
     {"runner"},
+    {"planning"},
     {"cli"},
     {"__main__"},
     {"dist"},

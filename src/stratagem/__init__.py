@@ -36,6 +36,7 @@ _HOME = {
     "SupervisedModel": "stratagem.model",
     "allow_packages": "stratagem.registry",
     "load_checkpoint": "stratagem.checkpoint",
+    "plan": "stratagem.planning.planner",
     "save_checkpoint": "stratagem.checkpoint",
 }
 # Folders whose names are used through them: stratagem.trace.record(...).
@@ -68,6 +69,7 @@ __all__ = [
     "SupervisedModel",
     "allow_packages",
     "load_checkpoint",
+    "plan",
     "save_checkpoint",
     "trace",
     "__version__",

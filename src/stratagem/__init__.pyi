@@ -10,6 +10,7 @@ from stratagem.model import SupervisedModel as SupervisedModel
 from stratagem.optim import AmpOptimWrapper as AmpOptimWrapper
 from stratagem.optim import OptimWrapper as OptimWrapper
 from stratagem.optim import OptimWrapperDict as OptimWrapperDict
+from stratagem.planning.planner import plan as plan
 from stratagem.registry import DATASETS as DATASETS
 from stratagem.registry import FUNCTIONS as FUNCTIONS
 from stratagem.registry import HOOKS as HOOKS

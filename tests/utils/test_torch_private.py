@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -175,6 +176,28 @@ def test_storage_id_is_shared_by_views_only(device: str) -> None:
     assert torch_private.storage_id(other) != torch_private.storage_id(base)
 
 
+def test_storage_key_identifies_the_storage_of_a_tensor() -> None:
+    """The key of a storage is the storage ID of its tensors."""
+    tensor = torch.empty(4)
+    assert torch_private.storage_key(tensor.untyped_storage()) == torch_private.storage_id(tensor)
+
+
+def test_group_ranks_finds_the_group_of_a_collective(one_rank: None) -> None:
+    """Both an operator that has the group as an object and one that has its name are resolved to the ranks of the group."""
+    found = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace in ("c10d", "_c10d_functional") and func.__name__.startswith("all"):
+                found.append((func.namespace, torch_private.group_ranks(args, kwargs or {})))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        dist.all_reduce(torch.ones(2))
+        functional_collectives.wait_tensor(functional_collectives.all_reduce(torch.ones(2), "sum", dist.group.WORLD))
+    assert found == [("c10d", (0,)), ("_c10d_functional", (0,))]
+
+
 def test_load_hook_modules_finds_hooks_of_submodules() -> None:
     """A hook that runs before loading is found, with the module that defines it."""
     model = nn.Sequential(nn.Linear(1, 1))
@@ -229,6 +252,39 @@ def test_rebuild_ddp_reducer_follows_the_trainable_parameters(one_rank: None) ->
     torch_private.rebuild_ddp_reducer(replica)
     replica(torch.ones(1, 2)).sum().backward()
     assert sizes == [3, 9, 6]
+
+
+def test_settle_ddp_buckets_sends_what_ddp_sends_after_the_first_step(one_rank: None) -> None:
+    """The buckets are those of a reducer that has rebuilt its buckets, and they stay the same."""
+
+    def bucket_sizes(*, settled: bool) -> list[int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+        replica = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=600 / 2**20)
+        sizes: list[int] = []
+
+        def note(bucket: Any) -> Any:
+            sizes.append(bucket.buffer().numel())
+            future: Any = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        replica.register_comm_hook(None, lambda _, bucket: note(bucket))
+        order: list[Tensor] = []
+        hooks = [each.register_post_accumulate_grad_hook(order.append) for each in model.parameters()]
+        replica(torch.ones(1, 8)).sum().backward()
+        for hook in hooks:
+            hook.remove()
+        if settled:
+            torch_private.settle_ddp_buckets(replica, order)
+        sizes.clear()
+        for _ in range(2):
+            replica(torch.ones(1, 8)).sum().backward()
+        return sizes
+
+    expected = bucket_sizes(settled=False)
+    assert len(expected) == 4
+    assert bucket_sizes(settled=True) == expected
 
 
 def test_refresh_fsdp_dtypes_knows_the_dtypes_of_a_frozen_module(one_rank: None) -> None:

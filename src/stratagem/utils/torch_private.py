@@ -8,7 +8,7 @@ to avoid an additional call.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import MethodType
@@ -39,6 +39,7 @@ __all__ = [
     "flatten_mesh",
     "gather_scalars",
     "group_by_device_and_dtype",
+    "group_ranks",
     "fused_adagrad",
     "fused_adam",
     "fused_adamw",
@@ -63,8 +64,10 @@ __all__ = [
     "refresh_fsdp_dtypes",
     "reduce_held_gradients",
     "set_grad_enabled",
+    "settle_ddp_buckets",
     "step_function",
     "storage_id",
+    "storage_key",
     "stored_values",
     "tensors_in",
     "unsharded_class",
@@ -276,7 +279,12 @@ def storage_id(tensor: Tensor) -> int:
 
     Private: ``UntypedStorage._cdata``.
     """
-    key: int = tensor.untyped_storage()._cdata
+    return storage_key(tensor.untyped_storage())
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return the number that :func:`storage_id` returns for the tensors of a storage. Private: ``UntypedStorage._cdata``."""
+    key: int = storage._cdata
     return key
 
 
@@ -338,6 +346,53 @@ def rebuild_ddp_reducer(replica: nn.Module) -> None:
         ddp._set_static_graph()
     for hook, state in ddp._comm_hooks:
         torch_dist._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]  # private
+
+
+class _SettledReducer:
+    """A reducer that does not change its buckets."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def settle_ddp_buckets(replica: nn.Module, order: Sequence[Tensor]) -> None:
+    """Give the reducer of a ``DistributedDataParallel`` the buckets that it has after the first step, for fake tensors.
+
+    The reducer itself would send the order between ranks as values. Private: the names in :func:`rebuild_ddp_reducer`,
+    ``bucket_bytes_cap``, ``bucket_bytes_cap_list``, ``bucket_bytes_cap_default``,
+    ``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES`` and ``_compute_bucket_assignment_by_size``.
+
+    Args:
+        replica: the module, after a step.
+        order: its parameters in the order in which their gradients are complete.
+    """
+    ddp: Any = replica
+    if ddp.static_graph or not ddp.find_unused_parameters:
+        distributed: Any = torch_dist
+        before = distributed._compute_bucket_assignment_by_size
+        position = {id(parameter): index for index, parameter in enumerate(order)}
+
+        def in_order(parameters: Sequence[Tensor], _: Any, expect_sparse: Sequence[bool]) -> tuple[Any, Any]:
+            first = distributed._DEFAULT_FIRST_BUCKET_BYTES if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap
+            limits = getattr(ddp, "bucket_bytes_cap_list", None) or [first, ddp.bucket_bytes_cap]
+            known = [index for index, each in enumerate(parameters) if id(each) in position]
+            known.sort(key=lambda index: position[id(parameters[index])])
+            sparse = [expect_sparse[index] for index in known]
+            buckets, sizes = before([parameters[index] for index in known], limits, sparse, known)
+            return buckets[::-1], sizes[::-1]  # the caller reverses them
+
+        distributed._compute_bucket_assignment_by_size = in_order
+        try:
+            rebuild_ddp_reducer(replica)
+        finally:
+            distributed._compute_bucket_assignment_by_size = before
+    ddp.reducer = _SettledReducer(ddp.reducer)
 
 
 def refresh_fsdp_dtypes(model: nn.Module) -> None:
@@ -470,6 +525,21 @@ def default_store() -> Any:
     Private: ``torch.distributed.distributed_c10d._get_default_store``.
     """
     return import_object("torch.distributed.distributed_c10d:_get_default_store")()
+
+
+def group_ranks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the global ranks of the group in the arguments of an operator for a collective.
+
+    Private: such an operator has the group as a ``ScriptObject``, or its name as the last string, which
+    ``torch.distributed.distributed_c10d._resolve_process_group`` resolves.
+    """
+    given = [*args, *kwargs.values()]
+    for each in given:
+        if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type()):
+            return tuple(torch_dist.get_process_group_ranks(torch_dist.ProcessGroup.unbox(each)))
+    name = next(each for each in reversed(given) if isinstance(each, str))
+    resolve = import_object("torch.distributed.distributed_c10d:_resolve_process_group")
+    return tuple(torch_dist.get_process_group_ranks(resolve(name)))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.tensors.dtensor import copy_into, local_box, to_local
 
 __all__ = [
+    "CHUNK_BYTES",
     "INIT_SOURCES",
     "InitSource",
     "InitialWeights",
@@ -29,7 +30,7 @@ InitSource = Literal["rank0", "per_rank", "whole"]
 INIT_SOURCES: Final[tuple[InitSource, ...]] = ("rank0", "per_rank", "whole")
 
 # The size of a broadcast: large enough to be efficient, but small compared to a model that requires sharding.
-_CHUNK_BYTES: Final = 32 * 2**20
+CHUNK_BYTES: Final = 32 * 2**20
 
 
 @final
@@ -157,7 +158,7 @@ def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> Non
     box = box or (slice(0, 1),)
     shape = tuple(target.shape) or (1,)
     row_bytes = max(1, target.dtype.itemsize * target.numel() // max(1, shape[0]))
-    rows = max(1, _CHUNK_BYTES // row_bytes)
+    rows = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
         if values is None:

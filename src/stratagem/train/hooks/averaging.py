@@ -138,7 +138,7 @@ class EMAHook(Hook):
         kind = self._average_cfg.get("type")
         target = MODELS.get(kind) if isinstance(kind, str) else kind
         if target is None or getattr(target, "__module__", None) == AveragedModel.__module__:
-            self._build(nn.Module())
+            self.build_average(nn.Module())
 
     def refuse_epochs(self) -> None:
         """Reject options that count epochs, for a run that counts iterations.
@@ -182,7 +182,7 @@ class EMAHook(Hook):
         require_master_weights(type(run.strategy).__name__, available=run.strategy.params_are_master_weights)
         model = run.strategy.unwrap_model()
         if model is not self._model:
-            self._model, self._built = model, self._build(model)
+            self._model, self._built = model, self.build_average(model)
             run.evaluation_contexts.append(lambda: self._applied(run, synchronized=run.synchronizes_evaluation))
             run.before_saving.append(lambda: self._prepare_save(run))
             self._log_not_averaged(run)
@@ -302,7 +302,12 @@ class EMAHook(Hook):
         if not any(isinstance(module, _BatchNorm) for module in model.modules()):
             run.logger.warning("EMAHook: update_bn has no effect, because %s has no BatchNorm.", type(model).__name__)
 
-    def _build(self, model: nn.Module) -> AveragedModel:
+    def build_average(self, model: nn.Module) -> AveragedModel:
+        """Return a new average of a placed model, as this hook is configured.
+
+        Raises:
+            ConfigTypeError: if ``ema_type`` builds something other than an average.
+        """
         built = MODELS.build(self._average_cfg, default_args={"model": model})
         if not isinstance(built, AveragedModel):
             raise ConfigTypeError(

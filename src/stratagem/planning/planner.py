@@ -1,0 +1,364 @@
+"""Plan a model or a configuration under several strategies and at several numbers of ranks."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stratagem.config import Config
+from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
+from stratagem.optim import OptimSpec
+from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES, named_tensors
+from stratagem.parallel.deferred_init.recorder import OpRecorder
+from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
+from stratagem.planning.failures import describe_failure
+from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, ModelFacts, Plan, StepPlan
+from stratagem.planning.search import largest_that_fits
+from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
+from stratagem.planning.trace import storage_bytes
+from stratagem.registry import HOOKS, switch_scope
+from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.strategies.setup.building import build_model, with_preprocessor
+from stratagem.train.hooks.averaging import EMAHook
+
+__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "plan", "plan_config"]
+
+StrategySpec = str | Mapping[str, Any]
+
+# The strategies that are compared by default, from the least to the most sharded.
+DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
+    "single",
+    "ddp",
+    "fsdp",
+    {"type": "fsdp", "mixed_precision": "bfloat16"},
+    {"type": "fsdp", "mixed_precision": "bfloat16", "activation_checkpointing": True},
+    {"type": "fsdp", "cpu_offload": True},
+)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    job: Job
+    batch: BatchSpec | None
+    ranks_per_node: int
+    memory_limits: tuple[int | None, ...]
+    average: EMAHook | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    model: nn.Module,
+    *,
+    optim_wrapper: OptimSpec,
+    batch: Any = None,
+    strategies: Sequence[StrategySpec] = DEFAULT_STRATEGIES,
+    worlds: Sequence[int] = (8,),
+    gpus_per_node: int = 8,
+    memory: int | Sequence[int] | None = None,
+) -> Plan:
+    """Plan the training of a module. The module is not changed, and no memory is allocated for copies of it.
+
+    Args:
+        model: a module with ``train_step``, such as a ``BaseModel``; it may be on the meta device.
+        optim_wrapper: the configuration of the optimizer wrapper.
+        batch: a batch, whose values do not matter, or a description such as ``"tokens=int64[8,1024]"``. Without a batch, only
+            static sizes are computed.
+        strategies: names or configurations of strategies.
+        worlds: the numbers of ranks.
+        gpus_per_node: the number of ranks on a node.
+        memory: the memory of a device in bytes, for the search for the largest micro-batch. With several values, each gets its
+            own plan.
+
+    Raises:
+        ConfigTypeError: if the model has no ``train_step``.
+        ConfigValueError: if an argument is invalid.
+    """
+    if not callable(getattr(model, "train_step", None)):
+        raise ConfigTypeError(
+            f"{type(model).__name__} has no train_step. Wrap it, as for training: SupervisedModel(model, loss) or "
+            "ModelWithLoss(model)."
+        )
+    spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
+    request = _Request(
+        job=Job(make_model=lambda: _meta_copy(model), optim_wrapper=optim_wrapper),
+        batch=spec,
+        ranks_per_node=gpus_per_node,
+        memory_limits=_limits(memory),
+    )
+    return _plan(request, strategies, worlds)
+
+
+def plan_config(
+    config: Config,
+    *,
+    strategies: Sequence[StrategySpec] | None = None,
+    worlds: Sequence[int] = (8,),
+    gpus_per_node: int = 8,
+    memory: int | Sequence[int] | None = None,
+    batch: str | None = None,
+) -> Plan:
+    """Plan the training that a configuration describes.
+
+    The model is built on the meta device. The batch is the first one of the training data, unless ``batch`` describes it.
+
+    Args:
+        config: the configuration.
+        strategies: names or configurations of strategies; by default that of the configuration.
+        worlds: the numbers of ranks.
+        gpus_per_node: the number of ranks on a node.
+        memory: the memory of a device in bytes, for the search for the largest micro-batch. With several values, each gets its
+            own plan.
+        batch: a description of the batch, such as ``"tokens=int64[8,1024]"``.
+
+    Raises:
+        ConfigError: (or a subclass) if a section is missing or invalid.
+        StateError: if building the model or reading the data needs the network.
+    """
+    for section in ("model", "optim_wrapper"):
+        if config.get(section) is None:
+            raise ConfigValueError(f"Planning requires the section {section!r} in the configuration.")
+    with switch_scope(config.get("default_scope")):
+        spec = parse_batch(batch) if batch is not None else None
+        if spec is None and config.get("train_dataloader") is not None:
+            spec = first_batch(config["train_dataloader"])
+        request = _Request(
+            job=Job(
+                make_model=_model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
+                optim_wrapper=config["optim_wrapper"],
+                randomness=config.get("randomness"),
+            ),
+            batch=spec,
+            ranks_per_node=gpus_per_node,
+            memory_limits=_limits(memory),
+            average=_averaging_hook(config),
+        )
+        return _plan(request, strategies or [config.get("strategy") or "ddp"], worlds)
+
+
+def _model_factory(model: Any) -> Callable[[], nn.Module]:
+    """Return a function that builds a model on the meta device."""
+    if isinstance(model, nn.Module):
+        return lambda: _meta_copy(model)
+
+    def build() -> nn.Module:
+        with without_network("The model", "Set the option of the model that loads pretrained weights to False."):
+            try:
+                with OpRecorder().recording():
+                    return build_model(model)
+            except (NotImplementedError, RuntimeError) as error:
+                if "meta" not in str(error).lower():
+                    raise
+            # The constructor reads values of tensors.
+            return _meta_copy(build_model(model))
+
+    return build
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with parameters and buffers on the meta device; shared ones stay shared."""
+    known: dict[int, Any] = {}
+    for tensor in named_tensors(model).values():
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            parameter = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            vars(parameter).update(vars(tensor))
+            empty = parameter
+        known[id(tensor)] = empty
+    return copy.deepcopy(model, known)
+
+
+def _averaging_hook(config: Config) -> EMAHook | None:
+    """Return the hook of the configuration that averages the weights; None if there is none."""
+    for section in config.get("custom_hooks") or ():
+        kind = section.get("type") if isinstance(section, Mapping) else None
+        if (HOOKS.get(kind) if isinstance(kind, str) else kind) is EMAHook:
+            built: EMAHook = HOOKS.build(section)
+            return built
+        if isinstance(section, EMAHook):
+            return section
+    return None
+
+
+def _plan(request: _Request, strategies: Sequence[StrategySpec], worlds: Sequence[int]) -> Plan:
+    for world in worlds:
+        if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+            raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
+    facts = _facts(request)
+    steps = []
+    for strategy in strategies:
+        own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
+        name = full_strategy_name(own["type"]) if isinstance(own.get("type"), str) else own["type"].__name__
+        for world in (1,) if name == "SingleDeviceStrategy" else worlds:
+            steps += _plan_step(request, own, name, world)
+    return Plan(model=facts, steps=tuple(steps))
+
+
+def _facts(request: _Request) -> ModelFacts:
+    model = request.job.make_model()
+    parameters = list(model.parameters())
+    return ModelFacts(
+        name=type(model).__name__,
+        parameters=sum(each.numel() for each in parameters),
+        trainable=sum(each.numel() for each in parameters if each.requires_grad),
+        parameter_bytes=sum(each.nbytes for each in parameters),
+        buffer_bytes=sum(each.nbytes for each in model.buffers()),
+        batch=() if request.batch is None else describe_batch(request.batch.batch),
+        batch_source="no batch was given" if request.batch is None else request.batch.source,
+    )
+
+
+def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world: int) -> list[StepPlan]:
+    """Return a plan for each memory limit."""
+    start = time.perf_counter()
+    options = {key: value for key, value in strategy.items() if key != "type"}
+    base = StepPlan(
+        label=_label(name, options),
+        strategy=name,
+        options=options,
+        world=world,
+        gpus_per_node=request.ranks_per_node,
+        dp_size=world,
+        micro_batch=None if request.batch is None else request.batch.size,
+        accumulation=1,
+        memory=MemoryPlan(parameters=0, gradients=0, optimizer_state=0),
+    )
+    try:
+        with simulating(request.job, {**strategy, "type": name}, world, ranks_per_node=request.ranks_per_node) as sim:
+            planned = _simulated(request, sim, base)
+    except StratagemError as error:
+        planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
+    return [replace(each, seconds=time.perf_counter() - start) for each in planned]
+
+
+def _simulated(request: _Request, sim: Simulation, base: StepPlan) -> list[StepPlan]:
+    record: StepRecord | None = None
+    failure = None if request.batch is not None else "Without a batch, no step was simulated."
+    if request.batch is not None:
+        try:
+            record = sim.step(request.batch.batch)
+        except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
+            failure = describe_failure(error, type(sim.model).__name__)
+    gradients = sim.gradients_only() if record is None else record.gradients
+    ema = 0
+    if request.average is not None:
+        ema = storage_bytes(request.average.build_average(sim.model).averages.values())
+    offload = bool(base.options.get("cpu_offload"))
+    # The search changes the size of the batch, so it comes after everything that reads the recorded step.
+    memory = _memory(request, sim, record, gradients=gradients, ema=ema, offload=offload)
+    peaks: dict[int, int] = {}
+    largest = [
+        None if record is None else _largest_micro_batch(request, sim, limit, peaks, ema=ema, offload=offload)
+        for limit in request.memory_limits
+    ]
+    planned = replace(
+        base,
+        dp_size=sim.strategy.dp_size,
+        accumulation=sim.accumulation,
+        memory=memory,
+        collectives=() if record is None else _collectives(record, request.ranks_per_node),
+        flops=None if record is None else record.flops,
+        compute_dtype="float32" if record is None else record.trace.main_dtype,
+        checkpoint_bytes=sim.checkpoint_bytes() + ema * (base.world if _is_sharded(sim) else 1),
+        failure=failure,
+        notes=request.notes,
+    )
+    return [
+        replace(planned, memory_limit=limit, largest_micro_batch=size)
+        for limit, size in zip(request.memory_limits, largest, strict=True)
+    ]
+
+
+def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:
+    return (memory,) if memory is None or isinstance(memory, int) else tuple(memory) or (None,)
+
+
+def _is_sharded(sim: Simulation) -> bool:
+    return sim.strategy.collective_forward
+
+
+def _memory(
+    request: _Request, sim: Simulation, record: StepRecord | None, *, gradients: int, ema: int, offload: bool
+) -> MemoryPlan:
+    static = {
+        "parameters": storage_bytes(sim.parameters()),
+        "gradients": gradients,
+        "optimizer state": storage_bytes(sim.optimizer_state()),
+    }
+    host = {"asynchronous save": static["parameters"] + static["optimizer state"] + ema}
+    at_peak = None if record is None else _at_peak(record, ema=ema, offload=offload)
+    if offload:
+        host.update(static)
+        static = dict.fromkeys(static, 0)
+    transient = {}
+    if record is not None:
+        most = record.trace.largest_by_kind()
+        kinds = ("gathered parameters", "communication", "temporary")
+        transient = {kind: most[kind] for kind in kinds if most.get(kind)}
+        transient["largest tensor"] = record.trace.largest
+    if _is_sharded(sim):
+        transient["loading"] = min(CHUNK_BYTES, max((each.nbytes for each in sim.parameters()), default=0))
+    return MemoryPlan(
+        parameters=static["parameters"],
+        gradients=static["gradients"],
+        optimizer_state=static["optimizer state"],
+        ema=ema,
+        buffers=storage_bytes(sim.buffers()),
+        batch=0 if request.batch is None else storage_bytes(_tensors(request.batch.batch)),
+        activations=None if record is None else record.trace.saved,
+        peak=None if at_peak is None else sum(at_peak.values()),
+        at_peak=at_peak or {},
+        peak_phase=None if record is None else record.peak.phase,
+        transient=transient,
+        host=host,
+    )
+
+
+def _at_peak(record: StepRecord, *, ema: int, offload: bool) -> dict[str, int]:
+    """Return the sizes on the device at the peak of a step."""
+    on_host = ("parameters", "gradients", "optimizer state") if offload else ()
+    sizes = {kind: size for kind, size in record.peak.by_kind.items() if kind not in on_host}
+    return {**sizes, "averaged weights": ema} if ema else sizes
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+
+
+def _collectives(record: StepRecord, ranks_per_node: int) -> tuple[Collective, ...]:
+    groups: dict[tuple[str, int, int, str], list[int]] = {}
+    for call in record.calls:
+        near = sum(rank // ranks_per_node == call.ranks[0] // ranks_per_node for rank in call.ranks)
+        groups.setdefault((call.kind, len(call.ranks), near, call.phase), []).append(call.nbytes)
+    return tuple(
+        Collective(kind=kind, count=len(sizes), bytes=sum(sizes), group_size=size, ranks_per_node=near, phase=phase)
+        for (kind, size, near, phase), sizes in groups.items()
+    )
+
+
+def _largest_micro_batch(
+    request: _Request, sim: Simulation, limit: int | None, peaks: dict[int, int], *, ema: int, offload: bool
+) -> int | None:
+    batch = request.batch
+    if batch is None or batch.size is None or limit is None:
+        return None
+
+    def peak(size: int) -> int:
+        if size not in peaks:
+            sizes = _at_peak(sim.step(batch.resized(size)), ema=ema, offload=offload)
+            peaks[size] = sum(sizes.values()) + CONTEXT_BYTES
+        return peaks[size]
+
+    return largest_that_fits(peak, limit, batch.size)
+
+
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    short = name.removesuffix("Strategy").removesuffix("Device")
+    return " ".join([short, *(key if value is True else f"{key}={value}" for key, value in options.items())])

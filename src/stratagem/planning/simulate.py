@@ -1,0 +1,302 @@
+"""Run a step of a strategy on fake tensors: the code that trains, as rank 0 of any number of ranks."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast, final
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from stratagem.optim import OptimSpec
+from stratagem.parallel.ddp import Replica
+from stratagem.planning.batch import fake_batch
+from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
+from stratagem.planning.trace import CollectiveCall, Peak, StepTrace, storage_bytes
+from stratagem.strategies import BaseStrategy, composed
+from stratagem.strategies.choice import choose_strategy, strategy_class
+from stratagem.tensors.dtensor import to_local
+from stratagem.utils import generator_state, import_object, restore_generator_state
+from stratagem.utils.torch_private import settle_ddp_buckets, storage_id
+
+__all__ = ["Job", "Simulation", "simulating"]
+
+_CPU: Final = torch.device("cpu")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is planned.
+
+    Attributes:
+        make_model: returns a new model on the meta device.
+        optim_wrapper: the configuration of the optimizer wrapper.
+        randomness: the randomness settings, which some strategies check.
+    """
+
+    make_model: Callable[[], nn.Module]
+    optim_wrapper: OptimSpec
+    randomness: Mapping[str, Any] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One simulated step."""
+
+    trace: StepTrace
+    peak: Peak
+    gradients: int
+    calls: tuple[CollectiveCall, ...]
+    flops: int
+
+
+@final
+class Simulation:
+    """A strategy that is prepared with fake tensors.
+
+    Args:
+        strategy: the prepared strategy.
+    """
+
+    def __init__(self, strategy: BaseStrategy) -> None:
+        self.strategy = strategy
+        self._warm = False
+
+    @property
+    def model(self) -> nn.Module:
+        return self.strategy.unwrap_model()
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def buffers(self) -> list[Tensor]:
+        return list(self.model.buffers())
+
+    def optimizer_state(self) -> list[Tensor]:
+        """Return the tensors of the optimizers' state."""
+        return [
+            each
+            for wrapper in self.strategy.optim_wrapper.each().values()
+            for each in tree_leaves(dict(wrapper.optimizer.state))
+            if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
+        ]
+
+    @property
+    def accumulation(self) -> int:
+        """The largest number of micro-batches before an update."""
+        return max(int(wrapper.accumulative_counts) for wrapper in self._wrappers())
+
+    def checkpoint_bytes(self) -> int:
+        """Return the size of the weights and the optimizer state of all ranks in a checkpoint."""
+        return sum(each.numel() * each.element_size() for each in (*self._saved_weights(), *self.optimizer_state()))
+
+    def _saved_weights(self) -> list[Tensor]:
+        unique = {id(each): each for each in self.model.state_dict().values() if isinstance(each, Tensor)}
+        return list({storage_id(to_local(each)): each for each in unique.values()}.values())
+
+    def _wrappers(self) -> list[Any]:
+        return list(self.strategy.optim_wrapper.each().values())
+
+    def gradients_only(self) -> int:
+        """Create the optimizer state with an update that follows no forward pass; return the size of the gradients."""
+        gradients: list[Tensor] = []
+        for wrapper in self._wrappers():
+            trainable = [
+                each for group in wrapper.optimizer.param_groups for each in group["params"] if each.requires_grad
+            ]
+            for parameter in trainable:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients += [parameter.grad for parameter in trainable]
+            wrapper.optimizer.step()
+            wrapper.optimizer.zero_grad()
+        return storage_bytes(gradients)
+
+    def step(self, batch: Any) -> StepRecord:
+        """Run one optimizer step with the same batch in each micro-batch, and record it.
+
+        The first call also runs a step that is not recorded, which creates the optimizer state and lets FSDP learn the order of
+        its modules. If more than three micro-batches are accumulated, three are run: the first, one that counts as often as
+        there are others, and the last.
+
+        Args:
+            batch: a batch on the meta device.
+        """
+        batch = fake_batch(batch, self.strategy.world.device)
+        if not self._warm:
+            with self._settling_buckets():
+                self._train(batch, trace=None)
+            self._warm = True
+        known = {
+            "parameters": self.parameters(),
+            "buffers": self.buffers(),
+            "optimizer state": self.optimizer_state(),
+            "batch": [each for each in tree_leaves(batch) if isinstance(each, Tensor)],
+        }
+        trace = StepTrace(known)
+        gradients, (calls, flops) = self._train(batch, trace)
+        return StepRecord(trace=trace, peak=trace.peak(), gradients=gradients, calls=calls, flops=flops)
+
+    @contextmanager
+    def _settling_buckets(self) -> Iterator[None]:
+        """Note the order of gradients in the first step, after which DDP decides which gradients are sent together."""
+        replicas = [each for each in self.strategy.model.modules() if isinstance(each, Replica)]
+        order: list[Tensor] = []
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(order.append)
+            for replica in replicas
+            for parameter in replica.parameters()
+            if parameter.requires_grad
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+        for replica in replicas:
+            settle_ddp_buckets(replica, order)
+
+    def _train(self, batch: Any, trace: StepTrace | None) -> tuple[int, tuple[tuple[CollectiveCall, ...], int]]:
+        """Run a step; return the size of the gradients, the collectives and the number of floating-point operations."""
+        step: Any = self.strategy.model.train_step
+        wrappers = self._wrappers()
+        skipped = max(0, self.accumulation - 3)
+        seen: list[Tensor] = []
+        calls: list[CollectiveCall] = []
+        flops = 0
+        with ExitStack() as stack:
+            for wrapper in wrappers:
+                stack.enter_context(_noting_gradients(wrapper, seen, trace))
+            if trace is not None:
+                stack.enter_context(trace)
+            for index in range(self.accumulation - skipped):
+                step(batch, optim_wrapper=self.strategy.optim_wrapper)
+                repeated = 1
+                if index == 1 and skipped:
+                    repeated += skipped
+                    for wrapper in wrappers:
+                        wrapper.inner_count += skipped
+                if trace is not None:
+                    new_calls, new_flops = trace.take_counts()
+                    calls += new_calls * repeated
+                    flops += new_flops * repeated
+        return storage_bytes(seen), (tuple(calls), flops)
+
+
+@contextmanager
+def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None) -> Iterator[None]:
+    """Note the gradients that an optimizer reads in ``seen``."""
+    original = wrapper.step
+
+    def step(**kwargs: Any) -> Any:
+        gradients = [
+            each.grad for group in wrapper.optimizer.param_groups for each in group["params"] if each.grad is not None
+        ]
+        if trace is not None:
+            trace.label(gradients, "gradients")
+        seen.extend(gradients)
+        return original(**kwargs)
+
+    wrapper.step = step
+    try:
+        yield
+    finally:
+        del wrapper.step
+
+
+@contextmanager
+def simulating(
+    job: Job, strategy: Mapping[str, Any] | str, world: int, *, ranks_per_node: int = 8
+) -> Iterator[Simulation]:
+    """Prepare a strategy as rank 0 of ``world`` ranks, without allocating memory for its tensors.
+
+    Raises:
+        StratagemError: (a subclass) if the strategy refuses this model or this number of ranks.
+    """
+    kind = strategy_class(strategy)
+    own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
+    distributed = kind is None or kind.__name__ != "SingleDeviceStrategy"
+    if kind is not None and kind.__name__ == "DDPStrategy":
+        # The constructor would compare shapes between ranks and broadcast values.
+        own["ddp_kwargs"] = {**(own.get("ddp_kwargs") or {}), "init_sync": False}
+    generators = generator_state()
+    mode = new_fake_mode()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Comparing addresses shows whether a tensor was copied; for fake tensors, the address is always 0.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        stack.callback(restore_generator_state, generators)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stratagem-plan-"))
+        if distributed:
+            stack.enter_context(fake_world(world, ranks_per_node))
+        built = choose_strategy(
+            own,
+            launcher="pytorch" if distributed else "none",
+            work_dir=folder,
+            experiment_name=None,
+            env_cfg=None,
+            randomness=job.randomness,
+            auto_scale_lr=None,
+            log_level="ERROR",
+        )
+        stack.callback(built.close)
+        for owner, name, value in _replacements(mode, stack):
+            stack.enter_context(replaced(owner, name, value))
+        model = job.make_model()
+        if kind is None or kind.__name__ != "FSDPStrategy":
+            fake_copies(mode, model, built.world.device)
+            stack.enter_context(mode)
+        built.prepare(model, optim_wrapper=job.optim_wrapper, dispatch_kwargs={"max_iters": 10**9})
+        for module in built.model.modules():
+            if isinstance(module, Replica):
+                # The reducer expects a result of each all-reduce, which the simulated process group does not have.
+                module.register_comm_hook(None, lambda _, bucket: _all_reduced(bucket.buffer()))
+        yield Simulation(built)
+
+
+def _all_reduced(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    torch_dist.all_reduce(buffer)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer)
+    return done
+
+
+def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str, Any]]:
+    """Return the methods that compute or move values, with functions that only create fake tensors."""
+    # Imported here because importing torch's FSDP takes a second.
+    fsdp = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
+    apply_before = nn.Module._apply
+    allocate_before = fsdp._allocate
+
+    def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        with torch.no_grad():
+            tensors = [*module.parameters(recurse=recurse), *module.buffers(recurse=recurse)]
+            if all(function(each) is each for each in tensors):
+                return module
+        return cast("nn.Module", apply_before(module, function, recurse))  # type: ignore[no-untyped-call]  # torch's
+
+    def allocate(placement: Any, model: nn.Module, world: Any) -> None:
+        stack.enter_context(mode)
+        allocate_before(placement, model, world)
+
+    def skip(*_: Any) -> None:
+        """Leave the tensors without values."""
+
+    def unchanged(_: BaseStrategy, model: nn.Module) -> nn.Module:
+        return model
+
+    return [
+        (composed, "require_equal_sharded_updates", skip),  # it compares values
+        (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
+        (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
+        (nn.Module, "_apply", apply),
+        (fsdp, "_allocate", allocate),
+        (fsdp, "_materialize", skip),
+        (BaseStrategy, "_init_model_weights", unchanged),
+    ]

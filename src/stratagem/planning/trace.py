@@ -1,0 +1,330 @@
+"""Record the storages, collectives and floating-point operations of a training step, with real or fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from stratagem.tensors.dtensor import to_local
+from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
+
+__all__ = ["CollectiveCall", "Peak", "StepTrace", "storage_bytes", "storages_of"]
+
+_KINDS: Final = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_coalesced_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "reduce_": "reduce",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "send": "send",
+    "recv_": "recv",
+}
+_NAMESPACES: Final = frozenset({"c10d", "_c10d_functional"})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CollectiveCall:
+    """A collective: its kind, the bytes of its largest tensor, the ranks of its group, and the part of the step."""
+
+    kind: str
+    nbytes: int
+    ranks: tuple[int, ...]
+    phase: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The largest sum of all storages at any time, the sizes at that time by kind, and the part of the step."""
+
+    nbytes: int
+    by_kind: Mapping[str, int]
+    phase: str
+
+
+@final
+@dataclass(slots=True)
+class _Event:
+    number: int
+    change: int
+    phase: str
+
+
+@final
+class StepTrace(TorchDispatchMode):
+    """Records what a training step allocates, sends and computes; a step runs inside its ``with`` block.
+
+    A storage counts from the operation that creates it until it is freed. Memory that a kernel only uses internally is not
+    seen.
+
+    Args:
+        known: storages that exist before the step, by kind, such as ``{"parameters": [...]}``.
+
+    Attributes:
+        calls: the collectives in order.
+        flops: the number of floating-point operations, as torch's ``FlopCounterMode`` counts them.
+        flops_by_dtype: the same by the dtype of the operands.
+        saved: the bytes of storages that the forward pass saves for the backward pass, except those in ``known``.
+        largest: the bytes of the largest storage that the step creates.
+    """
+
+    def __init__(self, known: Mapping[str, Iterable[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.calls: list[CollectiveCall] = []
+        self.flops = 0
+        self.flops_by_dtype: Counter[torch.dtype | None] = Counter()
+        self.largest = 0
+        # The sizes of storages that exist before the step, and the changes during the step.
+        self._before: dict[int, int] = {}
+        self._events: list[_Event] = []
+        self._kinds: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._past_backward = False
+        self._exit = ExitStack()
+        self._saved: set[int] = set()
+        for kind, tensors in known.items():
+            for tensor in tensors:
+                self._add(tensor, kind)
+
+    # ---- the context ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> StepTrace:
+        self._exit.enter_context(saved_tensors_hooks(self._note_saved, _unchanged))
+        self._exit.enter_context(self._following_resizes())
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._exit.close()
+        # Later frees are not part of the step.
+        self._references.clear()
+
+    @contextmanager
+    def _following_resizes(self) -> Iterator[None]:
+        """Follow changes of the size of a storage, with which FSDP frees gathered parameters."""
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            number = self._number(storage, None, new=False)
+            result = original(storage, size)
+            self._record(number, size - self._sizes[number])
+            self._sizes[number] = size
+            self.largest = max(self.largest, size)
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+    @property
+    def phase(self) -> str:
+        """The current part of the step: ``"forward"``, ``"backward"`` or ``"update"``."""
+        if backward_pass_id() != -1:
+            self._past_backward = True
+            return "backward"
+        return "update" if self._past_backward else "forward"
+
+    # ---- operations -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            # Let DTensor compute with its local tensors first; this mode then sees these operations.
+            return NotImplemented
+        kwargs = kwargs or {}
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, None)
+        out = func(*args, **kwargs)
+        if getattr(func, "namespace", None) in _NAMESPACES:
+            self._note_collective(func, args, kwargs, out)
+        packet = getattr(func, "_overloadpacket", None)
+        if packet in flop_registry:
+            operations = flop_registry[packet](*args, **kwargs, out_val=out)
+            self.flops += operations
+            self.flops_by_dtype[_dtype_of(args)] += operations
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, None, new=True)
+        if packet is not None and packet.__name__ == "split_with_sizes_copy":
+            # FSDP copies gathered parameters from the message of an all-gather to their own storages.
+            for tensor in kwargs.get("out", ()):
+                self._label(tensor, "gathered parameters")
+        return out
+
+    def _note_collective(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        kind = _KINDS.get(func._overloadpacket.__name__)
+        if kind is None:
+            return
+        tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+        # Functional collectives return the gathered tensor, and others have it as an argument.
+        nbytes = max((each.numel() * each.element_size() for each in tensors), default=0)
+        self.calls.append(CollectiveCall(kind, nbytes, group_ranks(args, kwargs), self.phase))
+        for each in tensors:
+            self._add(each, None)
+            self._label(each, "communication")
+
+    # ---- storages ---------------------------------------------------------------------------------------------------
+
+    def _add(self, tensor: Tensor, kind: str | None, *, new: bool = False) -> int:
+        return self._number(_local(tensor).untyped_storage(), kind, new=new)
+
+    def _number(self, storage: torch.UntypedStorage, kind: str | None, *, new: bool) -> int:
+        """Return the number of a storage. If it is unknown and not ``new``, it has existed since the beginning of the step."""
+        key = storage_key(storage)
+        known = self._numbers.get(key)
+        if known is not None:
+            return known
+        number = len(self._sizes)
+        size = storage.nbytes()
+        self._numbers[key] = number
+        self._sizes[number] = size
+        if kind is not None:
+            self._kinds[number] = kind
+        if new:
+            self.largest = max(self.largest, size)
+
+        def free(_: object) -> None:
+            if self._numbers.get(key) == number:
+                del self._numbers[key]
+                self._references.pop(number, None)
+                self._record(number, -self._sizes[number])
+
+        self._references[number] = weakref.ref(storage, free)
+        if new:
+            self._record(number, size)
+        else:
+            self._before[number] = size
+        return number
+
+    def _record(self, number: int, change: int) -> None:
+        if change:
+            self._events.append(_Event(number, change, self.phase))
+
+    def _label(self, tensor: Tensor, kind: str) -> None:
+        number = self._numbers.get(storage_id(_local(tensor)))
+        if number is not None:
+            self._kinds.setdefault(number, kind)
+
+    def label(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Set the kind of storages, such as those of gradients, even if they have another kind."""
+        for tensor in tensors:
+            number = self._numbers.get(storage_id(_local(tensor)))
+            if number is not None and self._kinds.get(number) != "parameters":
+                self._kinds[number] = kind
+
+    def _note_saved(self, tensor: Tensor) -> Tensor:
+        number = self._add(tensor, None)
+        if self._kinds.setdefault(number, "activations") == "activations":
+            self._saved.add(number)
+        return tensor
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+
+    @property
+    def saved(self) -> int:
+        return sum(self._sizes[number] for number in self._saved)
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype of the operands of most floating-point operations."""
+        counted = self.flops_by_dtype.most_common(1)
+        return str(counted[0][0] if counted else torch.float32).removeprefix("torch.")
+
+    def peak(self) -> Peak:
+        """Return the peak of the step."""
+        total = best = sum(self._before.values())
+        end = 0
+        for index, event in enumerate(self._events, start=1):
+            total += event.change
+            if total > best:
+                best, end = total, index
+        live = Counter(self._before)
+        for event in self._events[:end]:
+            live[event.number] += event.change
+        by_kind: Counter[str] = Counter()
+        for number, size in live.items():
+            by_kind[self._kinds.get(number, "temporary")] += size
+        phase = self._events[end - 1].phase if end else "forward"
+        return Peak(best, {kind: size for kind, size in by_kind.items() if size}, phase)
+
+    def take_counts(self) -> tuple[list[CollectiveCall], int]:
+        """Return the collectives and floating-point operations since the last call of this method."""
+        taken = self.calls, self.flops
+        self.calls, self.flops = [], 0
+        return taken
+
+    def largest_by_kind(self) -> dict[str, int]:
+        """Return the largest sum of the storages of each kind; these maxima need not coincide."""
+        total: Counter[str] = Counter()
+        for number, size in self._before.items():
+            total[self._kinds.get(number, "temporary")] += size
+        most = Counter(total)
+        for event in self._events:
+            kind = self._kinds.get(event.number, "temporary")
+            total[kind] += event.change
+            most[kind] = max(most[kind], total[kind])
+        return dict(most)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the tensor of this rank that has a storage."""
+    local = to_local(tensor) if isinstance(tensor, DTensor) else tensor
+    # The result of a functional collective that has not been waited for.
+    return getattr(local, "elem", local)
+
+
+def _dtype_of(args: Any) -> torch.dtype | None:
+    return next((each.dtype for each in tree_leaves(args) if isinstance(each, Tensor)), None)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Return the storages of the local parts of tensors, each once."""
+    storages = (_local(each).untyped_storage() for each in tensors)
+    return {storage_key(storage): storage for storage in storages}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages of tensors; shared storages count once."""
+    return sum(storage.nbytes() for storage in storages_of(tensors).values())
