@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import stratagem as package
 from stratagem.cli.doctor.finding import Finding, Verdict
 from stratagem.cli.doctor.folder import check_folder
 from stratagem.cli.doctor.machine import check_machine, check_open_files, check_requirement
 from stratagem.cli.doctor.ranks import RankFacts, check_clocks, check_versions, merge_findings
+from stratagem.cli.doctor.record import link_of, measure_links, measure_storage
+from stratagem.hardware import Group, read_measured_links
+from tests.support.ranks import Ranks
 
 
 def rank(
@@ -27,10 +31,11 @@ def rank(
 
 @pytest.mark.slow
 def test_a_machine_that_can_train(tmp_path: Path) -> None:
-    """On a working machine, every check has a row, two ranks connect, the exit code is 0, and no files are left."""
+    """On a working machine, every check has a row, two ranks connect, the exit code is 0, and only the record is left."""
     source = str(Path(package.__file__).parents[1])
+    record = tmp_path / "links.json"
     done = subprocess.run(
-        [sys.executable, "-m", "stratagem", "doctor", "--work-dir", str(tmp_path / "runs")],
+        [sys.executable, "-m", "stratagem", "doctor", "--work-dir", str(tmp_path / "runs"), "--record", str(record)],
         env={**os.environ, "PYTHONPATH": source, "COLUMNS": "250", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
@@ -42,12 +47,18 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
         assert subject in done.stdout
     assert "2 ranks, gloo on cpu: 4 MiB in" in done.stdout
     assert "problem: 0" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert f"stratagem plan --links {record}" in done.stdout
+    assert list(tmp_path.iterdir()) == [record]
+    measured = read_measured_links(record)
+    assert measured.inside is not None
+    assert "2 ranks with gloo on cpu" in measured.inside.source
+    assert (measured.across, measured.ranks_per_node) == (None, 2)
+    assert measured.storage is not None
 
 
 def test_a_problem_sets_the_exit_code(stratagem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """If the folder is not writable, the exit code is 1, and the output suggests what to do."""
-    monkeypatch.setattr("stratagem.cli.doctor.command._check_local_ranks", lambda nproc: [])
+    monkeypatch.setattr("stratagem.cli.doctor.command._check_local_ranks", lambda nproc, request: [])
     outcome = stratagem("doctor", "--work-dir", "/proc/run")
     assert outcome.status == 1
     assert "Choose a different folder: --work-dir." in outcome.out
@@ -110,3 +121,38 @@ def test_problems_of_other_hosts_are_merged() -> None:
     fine, bad = Finding.ok("devices", "cpu"), Finding.problem("file system", "read-only", "Mount it.")
     merged = merge_findings(["a", "b", "b"], [[fine], [fine, bad], [fine, bad]])
     assert merged == [fine, Finding.problem("file system on b", "read-only", "Mount it.")]
+
+
+def test_a_measured_link_gives_the_measured_times() -> None:
+    """The model of collectives returns the durations from which the link was computed.
+
+    400 MB in 60 ms on 4 ranks are 2 x 3/4 x 400 MB / 60 ms = 10 GB/s. A chain of 4 ranks has 2 x 3 steps in 60 us.
+    """
+    group = Group(size=4, per_node=4)
+    link = link_of((400_000_000, 0.06), 60e-6, group, inside_latency=None, backend="nccl", device="cuda")
+    assert link.bytes_per_second == pytest.approx(10e9)
+    assert link.latency == pytest.approx(10e-6)
+    # Four hosts with four ranks each: both directions have 3 steps in a host, and 2 between hosts.
+    far = link_of((0, 1.0), 200e-6, Group(size=16, per_node=4), inside_latency=10e-6, backend="nccl", device="cuda")
+    assert far.latency == pytest.approx((100e-6 - 3 * 10e-6) / 2)
+
+
+def test_the_storage_is_measured_without_leaving_files(tmp_path: Path) -> None:
+    """The rate is that of the closest existing folder, and None where nothing can be written."""
+    rate = measure_storage(tmp_path / "a" / "b")
+    assert rate is not None
+    assert rate > 0
+    assert list(tmp_path.iterdir()) == []
+    assert measure_storage(Path("/proc/run")) is None
+
+
+def links(hosts: tuple[str, str]) -> tuple[int | None, int | None, int]:
+    """Return the number of ranks that measured the link inside a host and between hosts, and the ranks of a host."""
+    inside, across, per_node = measure_links(hosts, torch.device("cpu"))
+    return inside and inside.ranks, across and across.ranks, per_node
+
+
+def test_the_links_inside_and_between_hosts_are_measured(ranks: Ranks) -> None:
+    """Two ranks on one host have only a link inside it, and on two hosts only one between them."""
+    assert ranks.run(links, ("a", "a")) == [(2, None, 2)] * 2
+    assert ranks.run(links, ("a", "b")) == [(None, 2, 1)] * 2

@@ -24,6 +24,8 @@ from stratagem.cli.doctor.gpus import (
 )
 from stratagem.cli.doctor.nvidia import Driver, Gpu, read_driver
 from stratagem.cli.doctor.ranks import check_bandwidth
+from stratagem.cli.doctor.record import RecordRequest
+from stratagem.hardware import read_measured_links
 
 SUMMARY = """\
 Thu Nov 26 10:12:08 2026
@@ -285,6 +287,17 @@ def test_one_gpu_is_not_shared_by_the_ranks_of_the_all_reduce(monkeypatch: pytes
     (finding,) = command._check_local_ranks(2)
     assert finding.verdict is Verdict.OK
     assert "one device" in finding.found
+
+
+def test_a_machine_with_one_gpu_records_its_storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without other GPUs, the record has no link, and plans then use the data sheets."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    file = tmp_path / "links.json"
+    command._check_local_ranks(2, RecordRequest(file=file, work_dir=tmp_path))
+    measured = read_measured_links(file)
+    assert (measured.inside, measured.across) == (None, None)
+    assert measured.storage is not None
 
 
 def test_no_more_ranks_are_started_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

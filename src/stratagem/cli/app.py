@@ -310,6 +310,12 @@ def doctor(
         int,
         typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce, at most one for each GPU."),
     ] = 2,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure links and storage, and save the results for stratagem plan --links."
+        ),
+    ] = None,
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
@@ -318,7 +324,7 @@ def doctor(
     Prints a table with advice on how to fix problems. Under srun, mpirun or torchrun, the command checks the ranks of
     that launch on all hosts instead of starting its own. Exits with status 1 if there is a problem.
     """
-    lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc, as_json=as_json)
+    lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc, as_json=as_json, record=record)
 
 
 app.add_typer(ckpt_app, name="ckpt")

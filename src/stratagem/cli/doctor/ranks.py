@@ -18,6 +18,7 @@ import torch
 
 from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding, Verdict
+from stratagem.cli.doctor.record import Record, RecordRequest, measure_links, measure_storage, write_record
 from stratagem.distributed import (
     Launch,
     all_gather_object,
@@ -66,27 +67,35 @@ class RankFacts:
     clock: float
 
 
-def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
+def check_ranks(local: Sequence[Finding] = (), *, record: RecordRequest | None = None) -> list[Finding]:
     """Check the ranks of this launch, and return the same findings on all of them. Collective.
 
     Args:
         local: this rank's findings. The result contains rank 0's findings, and warnings and problems on other hosts.
+        record: where rank 0 writes measurements of the links and the storage, if anywhere.
 
     Raises:
         LaunchError: if the rendezvous fails.
+        ConfigFileError: if the record cannot be written.
     """
     launch = init_dist(timeout=_TIMEOUT_S)
     try:
-        all_reduce_finding = _time_all_reduce(launch, pick_device(launch.local_rank, launch.local_size))
+        device = pick_device(launch.local_rank, launch.local_size)
+        all_reduce_finding = _time_all_reduce(launch, device)
         barrier()
         versions = (f"stratagem {__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}")
         own = RankFacts(rank=launch.rank, host=socket.gethostname(), versions=versions, clock=time.time())
         facts = all_gather_object(own)
         findings = all_gather_object(list(local))
+        links = None if record is None else measure_links([each.host for each in facts], device)
         # The measured times differ between ranks, so all ranks use rank 0's finding.
         all_reduce_finding = broadcast_object(all_reduce_finding)
     finally:
         close_dist()
+    if record is not None and links is not None and launch.rank == 0:
+        inside, across, per_node = links
+        storage = measure_storage(record.work_dir)
+        write_record(Record(inside=inside, across=across, ranks_per_node=per_node, storage=storage), record.file)
     return [
         *merge_findings([each.host for each in facts], findings),
         all_reduce_finding,
@@ -187,12 +196,12 @@ def read_findings(file: Path) -> list[Finding]:
     return [Finding(**{**row, "verdict": Verdict(row["verdict"])}) for row in json.loads(file.read_text())]
 
 
-def _main(file: Path) -> None:
-    findings = check_ranks()
+def _main(file: Path, *paths: Path) -> None:
+    findings = check_ranks(record=RecordRequest(file=paths[0], work_dir=paths[1]) if paths else None)
     if os.environ["RANK"] == "0":
         rows = [{**asdict(finding), "verdict": finding.verdict.value} for finding in findings]
         file.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main(*map(Path, sys.argv[1:]))
