@@ -105,6 +105,7 @@ HOOKS: Final[Mapping[str, str]] = {
     "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
     "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
     "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
+    "TraceHook": "stratagem.train.hooks.trace:TraceHook",
 }
 
 DATA_SAMPLERS: Final[Mapping[str, str]] = {

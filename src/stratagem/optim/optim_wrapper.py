@@ -239,6 +239,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         """Whether losses are scaled for float16, by this wrapper or by an engine."""
         return self.loss_scale is not None
 
+    @property
+    def weight_unit(self) -> float:
+        """The number by which the weights are divided before losses are multiplied by them."""
+        return self._weight_unit or 1.0
+
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         self.max_counts = max_counts
         # An accumulation window that was incomplete after init_counts micro-batches continues.

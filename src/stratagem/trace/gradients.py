@@ -84,7 +84,9 @@ class RankGradients:
         # A strong reference, so that the ID is not reused.
         if parameter.requires_grad and parameter.is_leaf and id(parameter) not in self._hooked:
             self._hooked[id(parameter)] = parameter
-            self._handles.append(parameter.register_hook(partial(self._add, name)))
+            # Some strategies replace the method of the parameter, to refuse hooks that change gradients.
+            register: Any = Tensor.register_hook
+            self._handles.append(register(parameter, partial(self._add, name)))
 
     def _find_gathered(self, prefix: str, module: nn.Module, _: Any) -> None:
         name_of = self._name_of or canonical_names(self._model)

@@ -11,6 +11,7 @@ from stratagem.train.hooks.runtime_info import RuntimeInfoHook
 from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
 from stratagem.train.hooks.schedule import ParamSchedulerHook
 from stratagem.train.hooks.tensorboard import TensorboardHook
+from stratagem.train.hooks.trace import TraceHook
 
 __all__ = [
     "CheckpointHook",
@@ -24,4 +25,5 @@ __all__ = [
     "ParamSchedulerHook",
     "RuntimeInfoHook",
     "TensorboardHook",
+    "TraceHook",
 ]
