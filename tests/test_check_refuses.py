@@ -96,7 +96,28 @@ def evaluator(value: Any) -> dict[str, Any]:
 
 
 # The changes of a valid configuration, and the path of the problem.
+MIXED: dict[str, Any] = {
+    "type": "MixedOptimizer",
+    "parts": {"muon": {"type": "Muon", "lr": 0.02}, "adamw": {"type": "AdamW", "lr": 0.1}},
+    "hidden_matrices": "muon",
+    "others": "adamw",
+}
+
+
+def _mixed(**changes: Any) -> dict[str, Any]:
+    """Return the configuration of a mixed optimizer, without the keys whose value is None."""
+    merged = {**MIXED, **changes}
+    return {"optim_wrapper": {"optimizer": {key: value for key, value in merged.items() if value is not None}}}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    # the parts of a mixed optimizer
+    (_mixed(others="adam"), "optim_wrapper.optimizer"),
+    (_mixed(others=None), "optim_wrapper.optimizer"),
+    (_mixed(rule={"head": "adamw"}), "optim_wrapper.optimizer.rule"),
+    (_mixed(rules={"(": "adamw"}), "optim_wrapper.optimizer.rules"),
+    (_mixed(parts={**MIXED["parts"], "muon": {"type": "Muon", "lr": -1.0}}), "optim_wrapper"),
+    ({**_mixed(), "param_scheduler": {"type": "ConstantLR", "part": "moun"}}, "param_scheduler.part"),
     # phases and the model
     ({**VALIDATION, "val_dataloader": None}, "val_cfg"),
     ({**VALIDATION, "val_evaluator": None}, "val_dataloader"),
@@ -323,6 +344,21 @@ def building_error(cfg: dict[str, Any]) -> Exception:
         if runner is not None:
             runner.close()
     raise AssertionError("Building raised no error.")
+
+
+@pytest.mark.parametrize(
+    ("muon", "path", "message"),
+    [
+        ({"lr": 0.02}, "optim_wrapper.optimizer.parts.muon", "the key 'type', which names a optimizer, is missing"),
+        ({"type": "Muon", "lrr": 0.02}, "optim_wrapper.optimizer.parts.muon.lrr", "Did you mean 'lr'?"),
+        ({"type": "Moun"}, "optim_wrapper.optimizer.parts.muon.type", "Did you mean 'Muon'?"),
+    ],
+)
+def test_a_misspelled_key_of_a_part_is_found(tmp_path: Path, muon: dict[str, Any], path: str, message: str) -> None:
+    """The keys of each part of a mixed optimizer are checked like those of a single optimizer."""
+    (problem,) = check_run(Config(configuration(tmp_path, _mixed(parts={**MIXED["parts"], "muon": muon}))))
+    assert problem.path == path
+    assert message in problem.message
 
 
 @pytest.mark.parametrize(("changes", "path"), REFUSED, ids=[f"{path}-{i}" for i, (_, path) in enumerate(REFUSED)])

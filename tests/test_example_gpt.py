@@ -140,6 +140,21 @@ def options(max_new_tokens: int, **changes: Any) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, **changes}
 
 
+def test_muon_updates_the_matrices_of_the_blocks() -> None:
+    """In ``muon.py``, the four matrices of each block belong to Muon, and the tied embedding and all others to AdamW."""
+    read = Config.fromfile(CONFIG.with_name("muon.py"))
+    read.merge_from_dict(SMALL)
+    built = MODELS.build(read.model)
+    optimizer = build_optim_wrapper(read.optim_wrapper, built).optimizer
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    muon, adamw = ([names[id(each)] for each in group["params"]] for group in optimizer.param_groups)
+    layers = ("qkv", "attention_out", "mlp_in", "mlp_out")
+    assert muon == [f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers]
+    assert adamw[:2] == ["token_embedding.weight", "position_embedding.weight"]
+    assert len(muon) + len(adamw) == len(names)
+    assert all("blocks." not in name or name.endswith(".bias") or "_norm." in name for name in adamw)
+
+
 def test_greedy_decoding(model: BaseModel) -> None:
     """Greedy decoding and ``top_k=1`` return the most likely tokens, even beyond the context length."""
     prompt = torch.randint(67, (2, 126))

@@ -27,6 +27,7 @@ MODELS: Final[Mapping[str, str]] = {
 }
 
 OPTIMIZERS: Final[Mapping[str, str]] = {
+    "MixedOptimizer": "stratagem.optim.mixed:MixedOptimizer",
     # Do not use torch's class, because importing it imports the TorchScript compiler.
     "ZeroRedundancyOptimizer": "stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer",
     "DeepSpeedCPUAdam": "deepspeed.ops.adam:DeepSpeedCPUAdam",

@@ -16,7 +16,9 @@ from stratagem.logging.logger import parse_level
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
 from stratagem.optim.groups.paramwise import parse_paramwise
+from stratagem.optim.groups.parts import parse_parts
 from stratagem.optim.implementation import check_implementation
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.parallel import AnyOptim
 from stratagem.registry import (
     DATA_SAMPLERS,
@@ -67,6 +69,20 @@ __all__ = ["RULES", "SECTIONS", "check_run", "require_valid"]
 _FREE = Section()
 _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MODELS)})
 
+# The DeepSpeed and ColossalAI optimizers name the parameters model_params.
+_OPTIMIZER = Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"}))
+_MIXED_OPTIMIZER = Section(
+    registry=OPTIMIZERS,
+    keys={"parts": Section(others=_OPTIMIZER), "hidden_matrices": _FREE, "others": _FREE, "rules": _FREE},
+    validate=parse_parts,
+)
+
+
+def _optimizer(value: Any) -> Section:
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    return _MIXED_OPTIMIZER if kind in ("MixedOptimizer", MixedOptimizer) else _OPTIMIZER
+
+
 _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
@@ -74,8 +90,7 @@ _OPTIM_WRAPPER = Section(
     # report a missing optimizer.
     supplied=frozenset({"optimizer"}),
     keys={
-        # The ColossalAI and DeepSpeed optimizers name this argument model_params.
-        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
+        "optimizer": _optimizer,
         "constructor": Section(
             registry=OPTIM_WRAPPER_CONSTRUCTORS,
             by_name=True,
@@ -132,7 +147,9 @@ def _mentions(constructor: Any, key: object) -> bool:
     return any(str(key) in source for source in sources)
 
 
-_SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE})
+_SCHEDULE = Section(
+    registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE, "part": _FREE}
+)
 
 
 def _is_by_name(value: Any) -> bool:

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stratagem.config import Config
-from stratagem.engines.colossalai.options import PluginSpec, max_norm_of, parse_plugin, refuse_other_wrappers
+from stratagem.engines.colossalai.options import (
+    PluginSpec,
+    check_plugin_wrapper,
+    max_norm_of,
+    parse_plugin,
+    refuse_other_wrappers,
+)
 from stratagem.errors import (
     ConfigKeyError,
     ConfigTypeError,
@@ -18,6 +25,7 @@ from stratagem.errors import (
     MissingDependencyError,
     PlacementError,
 )
+from stratagem.optim import MixedOptimizer, OptimWrapper
 from stratagem.optim.gradients import parse_clipping
 from stratagem.registry import OPTIM_WRAPPERS, STRATEGIES
 from stratagem.strategies import ColossalAIStrategy
@@ -132,6 +140,16 @@ def test_clipping_must_be_consistent() -> None:
     for other in ({"type": "value", "clip_value": 1.0}, {"max_norm": 1.0, "norm_type": 1}):
         with pytest.raises(PlacementError, match=r"plugin='torch-ddp', which supports every type"):
             max_norm_of(parse_clipping(other), 0.0)
+
+
+def test_several_optimizers_for_different_parameters_are_rejected() -> None:
+    """A mixed optimizer raises an error that names other strategies, with every plugin."""
+    mixed = MixedOptimizer({"all": torch.optim.SGD([torch.zeros(1)])})
+    for plugin in ("torch-ddp", "lowlevel-zero"):
+        with pytest.raises(
+            PlacementError, match="cannot train with a MixedOptimizer.* Use DDPStrategy or FSDPStrategy"
+        ):
+            check_plugin_wrapper(parse_plugin(plugin, None), OptimWrapper(mixed))
 
 
 def test_it_requires_a_launcher(tmp_path: Path) -> None:

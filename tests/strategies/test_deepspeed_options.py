@@ -31,7 +31,7 @@ from stratagem.errors import (
     LaunchError,
     PlacementError,
 )
-from stratagem.optim import AmpOptimWrapper, OptimWrapper
+from stratagem.optim import AmpOptimWrapper, MixedOptimizer, OptimWrapper
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS, STRATEGIES
 from stratagem.strategies import DeepSpeedStrategy
 
@@ -306,6 +306,16 @@ def test_optimizers_that_synchronize_gradients_are_rejected(name: str) -> None:
     assert name in OPTIMIZERS.names()
     with pytest.raises(PlacementError, match=f"{name} cannot be used .* compresses gradients to one bit"):
         refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_several_optimizers_for_different_parameters_are_rejected(stage: int) -> None:
+    """A mixed optimizer raises an error that names other strategies, before and after it is built, at every stage."""
+    with pytest.raises(PlacementError, match="MixedOptimizer cannot be used .* Use DDPStrategy or FSDPStrategy"):
+        refuse_by_name({"optimizer": {"type": "MixedOptimizer"}})
+    built = MixedOptimizer({"all": torch.optim.SGD([torch.zeros(1)])})
+    with pytest.raises(PlacementError, match="MixedOptimizer cannot be used .* Use DDPStrategy or FSDPStrategy"):
+        require_elementwise(built, stage=stage, allow_unknown=True)
 
 
 def test_a_json_file_cannot_choose_a_module_for_its_optimizer(tmp_path: Path) -> None:

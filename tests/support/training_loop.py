@@ -89,7 +89,7 @@ def iterations(
         if iteration % epoch_length == 0 and iteration != start:
             batches = loader.batches(iteration // epoch_length)
         batch = next(batches)
-        rates = optim.get_lr()["lr"]
+        rates = [rate for some in optim.get_lr().values() for rate in some]
         outputs = strategy.model.train_step(inputs(batch), optim_wrapper=optim)
         schedules.after_train_iter(run, iteration)
         run.iter += 1

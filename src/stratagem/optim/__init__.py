@@ -6,6 +6,7 @@ from stratagem.optim.build import build_optim_wrapper
 from stratagem.optim.gradient_policy import GradientPolicy
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.nonfinite import DeferredNonFiniteCheck, NonFiniteGuard, SyncNonFiniteCheck, all_finite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
@@ -55,6 +56,7 @@ __all__ = [
     "BaseOptimWrapper",
     "DeferredNonFiniteCheck",
     "DefaultOptimWrapperConstructor",
+    "MixedOptimizer",
     "MultiOptimWrapperConstructor",
     "OptimSpec",
     "SchedulerSpec",

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError
 from stratagem.optim.gradient_policy import GradientPolicy
 from stratagem.optim.implementation import KEPT_KEYS
+from stratagem.optim.mixed import MixedOptimizer, parts_of
 from stratagem.optim.optimizer_class import optimizer_class
 
 __all__ = ["BaseOptimWrapper", "momentum_of"]
@@ -171,12 +172,26 @@ class BaseOptimWrapper(ABC):
         return self.optimizer.defaults
 
     def get_lr(self) -> dict[str, list[float]]:
-        """Return ``{"lr": [...]}``, the current learning rate of each group that has one."""
-        return {"lr": [group["lr"] for group in self.param_groups if "lr" in group]}
+        """Return ``{"lr": [...]}``, the current learning rate of each group that has one.
+
+        For a ``MixedOptimizer``, return ``{"<part>.lr": [...]}`` for each part.
+        """
+        return {f"{prefix}lr": [group["lr"] for group in some if "lr" in group] for prefix, some in self._by_part()}
 
     def get_momentum(self) -> dict[str, list[float]]:
-        """Return ``{"momentum": [...]}``, the current momentum of each group; see :func:`momentum_of`."""
-        return {"momentum": [momentum_of(group) for group in self.param_groups]}
+        """Return ``{"momentum": [...]}``, the current momentum of each group; see :func:`momentum_of`.
+
+        For a ``MixedOptimizer``, return ``{"<part>.momentum": [...]}`` for each part.
+        """
+        return {f"{prefix}momentum": [momentum_of(group) for group in some] for prefix, some in self._by_part()}
+
+    def _by_part(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Yield the prefix of the names of each part of the optimizer, and its groups."""
+        if not isinstance(self.optimizer, MixedOptimizer):
+            yield "", self.param_groups
+            return
+        for name, part in self.optimizer.parts.items():
+            yield f"{name}.", part.param_groups
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, with its class under ``class`` and this wrapper's counts under ``counts``."""
@@ -252,12 +267,19 @@ class BaseOptimWrapper(ABC):
 
 
 def _is_schedule_free(optimizer: Optimizer) -> bool:
-    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    """Return whether the optimizer, or one of its parts, has separate evaluation weights."""
+    return any(map(_has_modes, parts_of(optimizer).values()))
 
 
 def _switch(optimizer: Optimizer, mode: str) -> None:
-    if _is_schedule_free(optimizer):
-        getattr(optimizer, mode)()
+    for part in parts_of(optimizer).values():
+        if _has_modes(part):
+            getattr(part, mode)()
+
+
+def _has_modes(optimizer: Any) -> bool:
+    """Return whether an optimizer is schedule-free."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:

@@ -32,12 +32,13 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
     scale,
 )
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.prepared import PreparedUpdate
 from stratagem.step import apply_gradients, update_params
 from stratagem.tensors.dtensor import is_plain
 from stratagem.utils.torch_private import backward_from_scalar, is_plain_scalar, stored_values
 
-__all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
+__all__ = ["AccumulatingOptimWrapper", "OptimWrapper", "split_by_part"]
 
 logger = logging.getLogger(__name__)
 
@@ -425,3 +426,18 @@ def _power_of_two_above(weight: float | Tensor, device: torch.device) -> float:
 @final
 class OptimWrapper(AccumulatingOptimWrapper):
     """Train in the precision of the model's parameters. See ``AccumulatingOptimWrapper`` for the arguments."""
+
+
+def split_by_part(wrapper: BaseOptimWrapper, name: str = "") -> dict[str, BaseOptimWrapper]:
+    """Return wrappers of the parts of a ``MixedOptimizer``, to read and change their options; for others, the wrapper itself.
+
+    Args:
+        wrapper: the wrapper.
+        name: the name of the optimizer if there are several; names of parts are appended to it.
+    """
+    if not isinstance(wrapper.optimizer, MixedOptimizer):
+        return {name: wrapper}
+    return {
+        f"{name}.{part}" if name else part: OptimWrapper(optimizer, accumulative_counts=wrapper.accumulative_counts)
+        for part, optimizer in wrapper.optimizer.parts.items()
+    }

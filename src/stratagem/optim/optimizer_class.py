@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch.optim import Optimizer
 
+from stratagem.optim.mixed import PART, MixedOptimizer
 from stratagem.optim.probe import state_keys_of
 
 __all__ = ["continues_equally", "describe_difference", "optimizer_class"]
@@ -32,6 +33,9 @@ def optimizer_class(optimizer: Optimizer) -> str:
     if isinstance(inner, Optimizer):  # ZeroRedundancyOptimizer
         return optimizer_class(inner)
     name = type(optimizer).__name__
+    if isinstance(optimizer, MixedOptimizer):
+        parts = ", ".join(f"{part}={optimizer_class(own)}" for part, own in optimizer.parts.items())
+        return f"{name}({parts})"
     if name not in _ADAM:
         return _SAME.get(name, name)
     decoupled = any(group.get(_DECOUPLED) for group in optimizer.param_groups)
@@ -55,12 +59,20 @@ def saved_class(state: Mapping[str, Any]) -> str | None:
     return None if len(flags) != 1 or flags == {None} else "AdamW" if flags == {True} else "Adam"
 
 
+def _describe_parts(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
+    saved, own = ([group.get(PART) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    return None if saved == own else f"its parameter groups belong to the parts {saved} instead of {own}"
+
+
 def describe_difference(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
     """Return the reason why a saved state does not belong to this optimizer; None if it fits.
 
     If the state does not contain its class, its options and the entries that it stores for each parameter are compared with
     those of the optimizer.
     """
+    is_mixed = isinstance(optimizer, MixedOptimizer) or any(PART in group for group in state["param_groups"])
+    if is_mixed and "class" not in state:
+        return _describe_parts(optimizer, state)
     own, saved = optimizer_class(optimizer), saved_class(state)
     if saved is not None and own != saved:
         return f"it belongs to {saved}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigValueError
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.utils.torch_private import without_global_step_hooks
 
 __all__ = ["probe_copy", "require_step_without_closure", "state_keys_of"]
@@ -20,8 +21,15 @@ __all__ = ["probe_copy", "require_step_without_closure", "state_keys_of"]
 def probe_copy(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]]) -> Optimizer:
     """Return a copy of an optimizer with other parameters, in groups with the same options, and without state or hooks.
 
-    Groups without parameters are omitted. Call the copy within :func:`~stratagem.utils.torch_private.without_global_step_hooks`.
+    Groups without parameters are omitted, and so are parts of a ``MixedOptimizer`` without groups. Call the copy within
+    :func:`~stratagem.utils.torch_private.without_global_step_hooks`.
     """
+    if isinstance(optimizer, MixedOptimizer):
+        given = iter(parameters)
+        by_part = {name: [next(given) for _ in part.param_groups] for name, part in optimizer.parts.items()}
+        return MixedOptimizer(
+            {name: probe_copy(optimizer.parts[name], some) for name, some in by_part.items() if any(some)}
+        )
     groups = [
         {**{key: _copied(value) for key, value in group.items()}, "params": list(some)}
         for group, some in zip(optimizer.param_groups, parameters, strict=True)

@@ -32,6 +32,7 @@ from stratagem.model.recomputation import update_buffers_once
 from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.optim.amp import autocast_dtype
 from stratagem.optim.gradient_policy import NO_CONTEXT
+from stratagem.optim.mixed import parts_of
 from stratagem.optim.probe import require_step_without_closure
 from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel import AnyOptim, Placement, Steps
@@ -43,7 +44,7 @@ from stratagem.strategies.setup.building import parse_compile, require_optimizer
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
-from stratagem.strategies.state.optim_state import require_same_class
+from stratagem.strategies.state.optim_state import require_same_class, require_same_parts
 from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.strategies.state.trainable_state import apply_trainable, find_trainable_difference, read_trainable
@@ -165,9 +166,11 @@ class ComposedStrategy(BaseStrategy):
             wrapper.use_device(self.world.device)
             if getattr(type(model), "train_step", None) is BaseModel.train_step:
                 require_step_without_closure(wrapper.optimizer)
-            route = prepare_sharded_updates(wrapper.optimizer, names, name, form=self._placement.matrix_updates)
-            if route is not None:
-                self.logger.info(route)
+            for part, optimizer in parts_of(wrapper.optimizer).items():
+                whose = ".".join(filter(None, (name, part)))
+                route = prepare_sharded_updates(optimizer, names, whose, form=self._placement.matrix_updates)
+                if route is not None:
+                    self.logger.info(route)
         if isinstance(model, BaseModel):
             model.needs_loss_weight = accumulates or self.world.size > 1
         if accumulates and self._replays_graphs and not self._placement.has_gradients:
@@ -310,6 +313,7 @@ class ComposedStrategy(BaseStrategy):
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
         if "optimizer" in parts:
             require_same_class(self.optim_wrapper, parts["optimizer"])
+            require_same_parts(self.optim_wrapper, parts["optimizer"], self.unwrap_model())
         # Load strictly, because the optimizer state of a different model must not be applied to these parameters.
         report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
-from stratagem.optim import OptimWrapper
+from stratagem.optim import MixedOptimizer, OptimWrapper
 from stratagem.optim.gradients import Clipping
 from stratagem.utils import did_you_mean
 
@@ -292,8 +292,13 @@ def require_plain_wrapper(built: object) -> OptimWrapper:
     """Return the configured optimizer wrapper, whose settings ColossalAI's wrapper uses.
 
     Raises:
-        PlacementError: if it is not an ``OptimWrapper``.
+        PlacementError: if it is not an ``OptimWrapper``, or its optimizer is a ``MixedOptimizer``.
     """
+    if isinstance(built, OptimWrapper) and isinstance(built.optimizer, MixedOptimizer):
+        raise PlacementError(
+            "ColossalAIStrategy cannot train with a MixedOptimizer, because ColossalAI supports a single optimizer. Use "
+            "DDPStrategy or FSDPStrategy, or an optimizer such as AdamW."
+        )
     if isinstance(built, OptimWrapper):
         return built
     instead = {

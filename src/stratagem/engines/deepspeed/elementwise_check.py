@@ -43,10 +43,13 @@ _REASONS: Final = {
     "OnebitAdam": _ONE_BIT,
     "OnebitLamb": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
+    "MixedOptimizer": "DeepSpeed supports a single optimizer. Use DDPStrategy or FSDPStrategy, or an optimizer such as AdamW.",
     "ZeroRedundancyOptimizer": "DeepSpeed already shards the optimizer state. Use the wrapped optimizer directly.",
 }
 # Optimizers that are rejected at every stage.
-_NEVER: Final = frozenset({"LBFGS", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "ZeroRedundancyOptimizer"})
+_NEVER: Final = frozenset(
+    {"LBFGS", "MixedOptimizer", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "ZeroRedundancyOptimizer"}
+)
 
 
 def refuse_by_name(optim_wrapper: Any) -> None:

@@ -18,7 +18,15 @@ from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.groups.parameter_info import ParameterInfo, ParameterTraits, iter_parameters
 from stratagem.optim.groups.paramwise import ParamwiseRules, parse_paramwise
+from stratagem.optim.groups.parts import (
+    PartRules,
+    assign_parameters,
+    describe_assignment,
+    parse_parts,
+    require_matrices,
+)
 from stratagem.optim.implementation import implementation_options
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.schedules.chain import record_references
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
@@ -93,15 +101,38 @@ class DefaultOptimWrapperConstructor:
                 f"optimizer must be a mapping with a type or an optimizer object, got {self._optimizer!r}."
             )
         options = dict(self._optimizer)
-        kind = options.get("type")
-        target = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
-        if not callable(target):
-            return OPTIMIZERS.build(options)  # Raises an error.
-        signature = inspect.signature(target).parameters
+        if _target_of(options) is MixedOptimizer:
+            return self._build_mixed(parse_parts(options), model)
         infos = self._freeze(iter_parameters(model))
-        groups = group_parameters(infos, self._rules, options, signature)
+        depth = self._rules.depth_multipliers([info.name for info in infos])
+        built, used = self._build_one(options, infos, depth)
+        self._warn_of_unused_keys(used)
+        return built
+
+    def _build_mixed(self, rules: PartRules, model: nn.Module) -> MixedOptimizer:
+        infos = self._freeze(iter_parameters(model))
+        assignment = assign_parameters(infos, rules, model)
+        logger.info(describe_assignment(rules, assignment))
+        depth = self._rules.depth_multipliers([info.name for info in infos])
+        parts, used = {}, set[str | None]()
+        for name, some in assignment.infos.items():
+            require_matrices(name, rules.parts[name], some)
+            parts[name], keys = self._build_one(dict(rules.parts[name]), some, depth, name)
+            used |= keys
+        self._warn_of_unused_keys(used)
+        return MixedOptimizer(parts)
+
+    def _build_one(
+        self, options: dict[str, Any], infos: Sequence[ParameterInfo], depth: Mapping[str, float], part: str = ""
+    ) -> tuple[Any, set[str | None]]:
+        """Return an optimizer, and the custom keys that match its parameters."""
+        target = _target_of(options)
+        if not callable(target):
+            return OPTIMIZERS.build(options), set()  # Raises an error.
+        signature = inspect.signature(target).parameters
+        groups, used = group_parameters(infos, self._rules, options, signature, depth)
         if self._has_rules and logger.isEnabledFor(logging.INFO):
-            logger.info("%s\n%s", kind, describe_groups(groups))
+            logger.info("%s\n%s", f"{part} ({options['type']})" if part else options["type"], describe_groups(groups))
         options |= implementation_options(
             target,
             options,
@@ -113,7 +144,12 @@ class DefaultOptimWrapperConstructor:
         built = OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
         if isinstance(built, Optimizer):
             record_references(built)
-        return built
+        return built, used
+
+    def _warn_of_unused_keys(self, used: set[str | None]) -> None:
+        for key in self._rules.custom_keys:
+            if key not in used:
+                logger.warning("paramwise_cfg: custom_keys[%r] does not match any parameter.", key)
 
     def _freeze(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
         """Disable the gradients of parameters that match ``freeze``, and return the remaining parameters."""
@@ -132,8 +168,11 @@ def group_parameters(
     rules: ParamwiseRules,
     options: Mapping[str, Any],
     signature: Mapping[str, inspect.Parameter],
-) -> list[Group]:
+    depth: Mapping[str, float],
+) -> tuple[list[Group], set[str | None]]:
     """Group parameters by their options; the group with the optimizer's default options comes first.
+
+    Also return the custom keys that match a parameter.
 
     Parameters with ``requires_grad=False`` are included, so that they can be unfrozen later.
 
@@ -142,6 +181,7 @@ def group_parameters(
         rules: the rules for their options.
         options: the configuration of the optimizer, with the base learning rate and weight decay.
         signature: the parameters of the optimizer's constructor.
+        depth: the learning rate multiplier of each name according to ``layer_decay``; 1 if it is missing.
 
     Raises:
         ConfigValueError: if there are no parameters, a multiplier has no base value, or two names of a shared parameter
@@ -152,7 +192,6 @@ def group_parameters(
         raise ConfigValueError(
             "The model has no parameters to train. Check the model and the option 'freeze' in paramwise_cfg."
         )
-    depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
     # Most parameters of a large model share the same key, traits and depth, so compute the options once per combination.
@@ -176,8 +215,8 @@ def group_parameters(
                 f"{first_group.options} and {group.options}. Make them equal, or set bypass_duplicate=True to use the "
                 "options of the first name."
             )
-    _warn_of_unused_keys(rules, {key for key, _, _ in cache})
-    return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
+    filled = (group for group in groups.values() if group.parameters)
+    return sorted(filled, key=lambda group: bool(group.options)), {key for key, _, _ in cache}
 
 
 def unwrap_data_parallel(model: nn.Module) -> nn.Module:
@@ -203,10 +242,10 @@ def describe_groups(groups: Sequence[Group]) -> str:
     )
 
 
-def _warn_of_unused_keys(rules: ParamwiseRules, used: set[str | None]) -> None:
-    for key in rules.custom_keys:
-        if key not in used:
-            logger.warning("paramwise_cfg: custom_keys[%r] does not match any parameter.", key)
+def _target_of(options: Mapping[str, Any]) -> Any:
+    """Return what the ``type`` of an optimizer's configuration refers to."""
+    kind = options.get("type")
+    return OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
 
 
 def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

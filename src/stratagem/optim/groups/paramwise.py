@@ -98,6 +98,10 @@ class ParamwiseRules:
         matching = [key for key in self.custom_keys if _matches(key, name, self.match)]
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
+    def depth_multipliers(self, names: Sequence[str]) -> Mapping[str, float]:
+        """Return the learning rate multiplier of each name according to ``layer_decay``; empty without it."""
+        return {} if self.layer_decay is None else self.layer_decay.multipliers(names)
+
     def multipliers(self, traits: ParameterTraits) -> Options:
         """Return ``lr_mult`` and ``decay_mult`` according to the rules for a parameter's type."""
         options: Options = {}

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.schedules.chain import chain_of
 from stratagem.utils.names import did_you_mean
 
@@ -76,6 +77,12 @@ class ParamScheduler(ABC):
             raise ConfigTypeError(
                 f"{type(self).__name__} requires an optimizer or its wrapper, got {type(optimizer).__name__}."
             )
+        own = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+        if isinstance(own, MixedOptimizer):
+            raise ConfigValueError(
+                f"{type(self).__name__}: the parts of a MixedOptimizer have separate schedules. Pass one of its parts, such as "
+                f"optimizer.parts[{next(iter(own.parts))!r}], or the configuration of the schedule."
+            )
         if not end > begin >= 0:
             raise ConfigValueError(
                 f"{type(self).__name__}: begin={begin}, end={end} is not a valid range; it must satisfy end > begin >= 0."
@@ -95,7 +102,7 @@ class ParamScheduler(ABC):
         self.position = 0 if last_step == -1 else begin + last_step + 1
         self._span = end - begin
         self._in_range = -1
-        self._chain = chain_of(optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer, param_name)
+        self._chain = chain_of(own, param_name)
         self._chain.begin(resumed=last_step != -1)
         self._chain.links.append(self)
         self._move_to(self.position)

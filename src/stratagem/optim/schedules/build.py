@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.mixed import MixedOptimizer, parts_of
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.optim.schedules.base import ParamScheduler, unit_of
 from stratagem.optim.schedules.chain import all_or_none
@@ -34,7 +36,8 @@ def build_param_schedulers(
 
     A mapping from optimizer names to specifications sets the schedulers of each optimizer. Otherwise, each
     configuration is built for every optimizer, and a scheduler that is already built is used for its optimizer. A
-    scheduler without ``end`` ends at the end of the run.
+    scheduler without ``end`` ends at the end of the run. For a ``MixedOptimizer``, each configuration is built for every part,
+    or for the part that it names under ``part``.
 
     Args:
         spec: a scheduler, a configuration, or a sequence of them.
@@ -49,23 +52,25 @@ def build_param_schedulers(
         ConfigTypeError: if an item is neither a scheduler nor a configuration.
         ConfigValueError: if a required length is unknown, or a built scheduler belongs to a different optimizer or is
             given twice.
-        ConfigKeyError: if a mapping has an unknown optimizer name or lacks an optimizer.
+        ConfigKeyError: if a mapping has an unknown optimizer name or lacks an optimizer, or a part is unknown.
     """
     run_length = {"epoch": max_epochs, "iter": max_iters, "step": max_steps}
     wrappers = dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
-    if not isinstance(optim, OptimWrapperDict):
-        with all_or_none(optim.optimizer):
-            items = _as_list(spec)
-            _check_owners({"": items}, wrappers)
-            return [_build_one(item, optim, run_length, epoch_length) for item in items]
-    by_name = _by_optimizer(spec, optim)
+    by_name = _by_optimizer(spec, optim) if isinstance(optim, OptimWrapperDict) else {"": _as_list(spec)}
     _check_owners(by_name, wrappers)
     with ExitStack() as stack:
-        for name in optim:
-            stack.enter_context(all_or_none(optim[name].optimizer))
-        return {
-            name: [_build_one(item, optim[name], run_length, epoch_length) for item in by_name[name]] for name in optim
+        for wrapper in wrappers.values():
+            for part in parts_of(wrapper.optimizer).values():
+                stack.enter_context(all_or_none(part))
+        built = {
+            name: [
+                scheduler
+                for item in by_name[name]
+                for scheduler in _build_for_parts(item, wrapper, run_length, epoch_length)
+            ]
+            for name, wrapper in wrappers.items()
         }
+    return built if isinstance(optim, OptimWrapperDict) else built[""]
 
 
 def _by_optimizer(spec: Any, optim: OptimWrapperDict) -> dict[str, list[Any]]:
@@ -133,11 +138,35 @@ def _wrong_optimizer(schedule: ParamScheduler, where: str, owner: str | None) ->
     )
 
 
-def _build_one(
+def _build_for_parts(
     item: Any, optim: BaseOptimWrapper, run_length: Mapping[str, int | None], epoch_length: int | None
-) -> ParamScheduler:
+) -> list[ParamScheduler]:
+    """Return a scheduler for each part of a ``MixedOptimizer`` that a configuration applies to; otherwise a single one."""
     if isinstance(item, ParamScheduler):
-        return item
+        return [item]
+    parts = optim.optimizer.parts if isinstance(optim.optimizer, MixedOptimizer) else {}
+    if isinstance(item, Mapping) and "part" in item:
+        part = item["part"]
+        if part not in parts:
+            raise ConfigKeyError(
+                f"param_scheduler: part={part!r} is unknown. {did_you_mean(str(part), parts)}"
+                if parts
+                else f"param_scheduler: part={part!r} requires a MixedOptimizer, and the optimizer is "
+                f"{type(optim.optimizer).__name__}. Omit part."
+            )
+        item = {key: value for key, value in item.items() if key != "part"}
+        parts = {part: parts[part]}
+    owners: list[BaseOptimWrapper | Optimizer] = [*parts.values()] or [optim]
+    return [_build_one(item, owner, optim, run_length, epoch_length) for owner in owners]
+
+
+def _build_one(
+    item: Any,
+    owner: BaseOptimWrapper | Optimizer,
+    optim: BaseOptimWrapper,
+    run_length: Mapping[str, int | None],
+    epoch_length: int | None,
+) -> ParamScheduler:
     if isinstance(item, LRScheduler):
         raise _torch_scheduler(type(item))
     if not isinstance(item, Mapping):
@@ -157,7 +186,7 @@ def _build_one(
                 f"{item!r}: convert_to_iter_based requires epoch_length, the number of iterations per epoch."
             )
         options = _scheduler_type(options).in_iterations(options, epoch_length)
-    built: ParamScheduler = PARAM_SCHEDULERS.build(options, default_args={"optimizer": optim})
+    built: ParamScheduler = PARAM_SCHEDULERS.build(options, default_args={"optimizer": owner})
     return built
 
 

@@ -27,6 +27,7 @@ from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.model import convert_sync_batchnorm, is_model_wrapper
 from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
+from stratagem.optim.mixed import parts_of
 from stratagem.parallel.deferred_init.materialize import InitialWeights, make_contiguous, require_same_model
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, require_no_gradient_hooks
@@ -420,7 +421,7 @@ class FSDPPlacement(Placement):
     def _bind(self, wrapper: BaseOptimWrapper, now: Mapping[str, nn.Parameter]) -> None:
         """Replace the original parameters in an optimizer with the sharded ones."""
         optimizer = wrapper.optimizer
-        if _reads_values(optimizer):
+        if any(map(_reads_values, parts_of(optimizer).values())):
             optimizer.register_step_pre_hook(_begin_step)
             optimizer.register_step_post_hook(_end_step)
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, ParamScheduler
 from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.schedules.chain import scale_option
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
@@ -226,7 +227,11 @@ def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rul
     factor = real_batch / base_batch
     if rule == "sqrt":
         factor = math.sqrt(factor)
-    scale_option(wrapper.optimizer, wrapper.param_groups, "lr", factor)
+    if isinstance(wrapper.optimizer, MixedOptimizer):
+        for part in wrapper.optimizer.parts.values():
+            scale_option(part, part.param_groups, "lr", factor)
+    else:
+        scale_option(wrapper.optimizer, wrapper.param_groups, "lr", factor)
     return factor
 
 

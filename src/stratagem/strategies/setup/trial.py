@@ -8,7 +8,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from stratagem.optim import (
     AmpOptimWrapper,
@@ -20,6 +20,8 @@ from stratagem.optim import (
 )
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
+from stratagem.optim.groups.parts import parse_parts
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.parallel import AnyOptim
 from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from stratagem.strategies.setup.building import build_optim_wrapper
@@ -128,7 +130,17 @@ def _known(cfg: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = known["optimizer"]
     kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
     target = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
-    if target is not None and _package(target)[:2] != ["torch", "optim"]:
+    if target is MixedOptimizer:
+        # Which parameters belong to a part depends on the model, so the parts are built without its rules.
+        parts = parse_parts(optimizer).parts
+        known["optimizer"] = MixedOptimizer(
+            {
+                name: build_optim_wrapper(_known({**known, "optimizer": part}), _model([])).each()[""].optimizer
+                for name, part in parts.items()
+            }
+        )
+        known.pop("implementation", None)
+    elif target is not None and _package(target)[:2] != ["torch", "optim"]:
         known.pop("implementation", None)
         known["optimizer"] = StandInOptimizer([nn.Parameter(torch.zeros(1, 1))], lr=0.1)
     if wrapper is AmpOptimWrapper and known.get("dtype") is None:
@@ -179,6 +191,17 @@ def _option(item: Any) -> str | None:
 def _copy(wrapper: BaseOptimWrapper | None, options: set[Any]) -> OptimWrapper:
     """Return a wrapper of a copy of an optimizer. The groups of a stand-in have all options."""
     optimizer = None if wrapper is None else wrapper.optimizer
+    if isinstance(optimizer, MixedOptimizer):
+        parts = {name: _copy_optimizer(part, options) for name, part in optimizer.parts.items()}
+        copied: Optimizer = MixedOptimizer(parts)
+    else:
+        copied = _copy_optimizer(optimizer, options)
+    built = OptimWrapper(copied)
+    built.accumulative_counts = 1 if wrapper is None else wrapper.accumulative_counts
+    return built
+
+
+def _copy_optimizer(optimizer: Optimizer | None, options: set[Any]) -> Optimizer:
     groups = [{}] if optimizer is None else [dict(group) for group in optimizer.param_groups]
     if optimizer is not None and _package(type(optimizer))[:2] == ["torch", "optim"]:
         copied = copy.copy(optimizer)
@@ -187,9 +210,7 @@ def _copy(wrapper: BaseOptimWrapper | None, options: set[Any]) -> OptimWrapper:
         copied = StandInOptimizer([nn.Parameter(torch.zeros(1, 1))], lr=0.1)
         defaults = {**dict.fromkeys(options, 0.1), **copied.param_groups[0]}
         copied.param_groups = [{**defaults, **group} for group in groups]
-    built = OptimWrapper(copied)
-    built.accumulative_counts = 1 if wrapper is None else wrapper.accumulative_counts
-    return built
+    return copied
 
 
 def _lengths(train_cfg: Any, accumulative_counts: int) -> tuple[int | None, int]:

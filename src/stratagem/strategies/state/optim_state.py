@@ -16,12 +16,14 @@ from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, paramete
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
 from stratagem.optim.base import TRAINING_WEIGHT
+from stratagem.optim.mixed import PART, MixedOptimizer, parts_of
 from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
 from stratagem.parallel import AnyOptim
 from stratagem.tensors.dtensor import copy_into, is_plain, is_sharded, shard_like, to_local
+from stratagem.utils.names import some_names
 from stratagem.utils.torch_private import storage_id
 
-__all__ = ["read_optim", "require_one_optimizer", "require_same_class", "write_optim"]
+__all__ = ["read_optim", "require_one_optimizer", "require_same_class", "require_same_parts", "write_optim"]
 
 logger = logging.getLogger(__name__)
 _STEP: Final = "step"
@@ -62,7 +64,7 @@ def write_optim(
     names_here = parameter_names(optim.optimizer, model)
     by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, allow_missing=allow_missing)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
-    casts = type(optim.optimizer).load_state_dict is Optimizer.load_state_dict
+    casts = all(type(part).load_state_dict is Optimizer.load_state_dict for part in parts_of(optim.optimizer).values())
     kept: set[int] = set()
     writable = _separate_tensors(optim.optimizer)
     slots = {
@@ -101,6 +103,34 @@ def require_same_class(optim: AnyOptim, state: Mapping[str, Any]) -> None:
             f"This run uses the optimizer {used}, but the optimizer state in the checkpoint does not fit: {difference}. Use the "
             f"same optimizer, or set resume_optimizer=False to start {own} without a state."
         )
+
+
+def require_same_parts(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Require that a saved state has the parameters in the same parts of a mixed optimizer. Call this before anything is loaded.
+
+    Raises:
+        CheckpointMismatchError: if a parameter belongs to another part.
+    """
+    for name, wrapper in optim.each().items():
+        saved = state.get(name) if name else state
+        if not isinstance(wrapper.optimizer, MixedOptimizer) or not isinstance(saved, Mapping):
+            continue
+        groups = saved.get("param_groups", ())
+        before = {each: group.get(PART) for group in groups for each in group["params"] if isinstance(each, str)}
+        names = parameter_names(wrapper.optimizer, model)
+        now = {
+            each: group[PART]
+            for group, some in zip(wrapper.optimizer.param_groups, names, strict=True)
+            for each in some
+        }
+        moved = [each for each in now if each in before and before[each] != now[each]]
+        if moved:
+            shown = some_names([f"{each} (checkpoint: {before[each]}, this run: {now[each]})" for each in moved], 3)
+            raise CheckpointMismatchError(
+                f"{len(moved)} of {len(now)} parameters belong to another part of the MixedOptimizer than in the checkpoint: "
+                f"{shown}. Use hidden_matrices, others and rules as in the configuration of the checkpoint, or set "
+                "resume_optimizer=False to start the optimizer without a state."
+            )
 
 
 def require_one_optimizer(state: Mapping[str, Any]) -> None:

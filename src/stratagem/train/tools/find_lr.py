@@ -16,7 +16,8 @@ from stratagem.data import EpochLoader
 from stratagem.distributed import all_reduce
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.model import Trainable
-from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim import BaseOptimWrapper
+from stratagem.optim.optim_wrapper import split_by_part
 from stratagem.strategies import BaseStrategy
 from stratagem.train.tools.preserve_state import preserve_training_state
 from stratagem.utils import did_you_mean
@@ -84,7 +85,8 @@ def find_learning_rate(
         smoothing: the decay of the moving average, in [0, 1).
         divergence: the multiple of the minimum loss that counts as diverged.
         loss: the name of the loss in the outputs of ``train_step``.
-        optimizer: the name of the optimizer whose rate is swept, if there are several; the other optimizers keep their rates.
+        optimizer: the name of the optimizer whose rate is swept, if there are several, or of the part of a ``MixedOptimizer``;
+            the others keep their rates.
 
     Raises:
         ConfigValueError: if a number is out of range, or the optimizer has no learning rate.
@@ -99,16 +101,16 @@ def find_learning_rate(
         raise ConfigValueError(
             f"Expected 0 <= smoothing < 1 and divergence > 1, got smoothing={smoothing!r} and divergence={divergence!r}."
         )
-    wrapper = _wrapper(strategy, optimizer)
+    wrapper, swept = _wrappers(strategy, optimizer)
     rates = np.geomspace(low, high, steps)
     losses: list[float] = []
     with preserve_training_state(strategy, dataloader):
         strategy.model.train()
         batches = _endless(dataloader)
-        ratios = _ratios(wrapper)
+        ratios = _ratios(swept)
         check = _DivergenceCheck(smoothing, divergence)
         for rate in rates:
-            _set_rates(wrapper, rate * ratios)
+            _set_rates(swept, rate * ratios)
             try:
                 value = _one_step(strategy, wrapper, batches, loss)
             except TrainingError:
@@ -186,15 +188,19 @@ def _mean_of_past(values: NDArray[np.float64], smoothing: float) -> NDArray[np.f
     return means
 
 
-def _wrapper(strategy: BaseStrategy, name: str | None) -> BaseOptimWrapper:
-    optim = strategy.optim_wrapper
-    if not isinstance(optim, OptimWrapperDict):
+def _wrappers(strategy: BaseStrategy, name: str | None) -> tuple[BaseOptimWrapper, BaseOptimWrapper]:
+    """Return the wrapper whose steps are counted, and the one whose rates are swept, which may be that of a part."""
+    wrappers = strategy.optim_wrapper.each()
+    found = {key: (one, part) for own, one in wrappers.items() for key, part in split_by_part(one, own).items()}
+    if "" in found:
         if name is not None:
             raise ConfigKeyError(f"Got optimizer={name!r}, but there is only one optimizer, which has no name.")
-        return optim
+        return found[""]
     if name is None:
-        raise ConfigValueError(f"There are several optimizers: set optimizer to one of {', '.join(optim)}.")
-    return optim[name]
+        raise ConfigValueError(f"There are several optimizers: set optimizer to one of {', '.join(found)}.")
+    if name not in found:
+        raise ConfigKeyError(f"Got optimizer={name!r}, which is unknown. {did_you_mean(name, found)}")
+    return found[name]
 
 
 def _ratios(wrapper: BaseOptimWrapper) -> NDArray[np.float64]:

@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 
 from stratagem.data import build_dataloader
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedulers, preview_schedules
+from stratagem.optim import (
+    BaseOptimWrapper,
+    ParamScheduler,
+    build_param_schedulers,
+    preview_schedules,
+)
+from stratagem.optim.optim_wrapper import split_by_part
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.building import build_model, build_optim_wrapper
@@ -127,12 +133,15 @@ def preview_run(
     schedulers = built if isinstance(built, dict) else {"": built}
     everything = [each for some in schedulers.values() for each in some]
     check_epoch_schedules(everything, max_epochs)
-    iterations = _iterations(max_iters, everything, loader.length or 1)
+    counts = [each.accumulative_counts for name, each in wrappers.items() for _ in schedulers[name]]
+    iterations = _iterations(max_iters, list(zip(everything, counts, strict=True)), loader.length or 1)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     courses: list[Course] = []
     for name, wrapper in wrappers.items():
-        shown = preview_schedules(wrapper, schedulers[name], iterations.tolist(), epoch_length=loader.length)
-        courses += _courses(name, wrapper, shown, names)
+        for part, own in split_by_part(wrapper, name).items():
+            some = [each for each in schedulers[name] if own is wrapper or each.optimizer is own.optimizer]
+            shown = preview_schedules(own, some, iterations.tolist(), epoch_length=loader.length)
+            courses += _courses(part, own, shown, names)
     return RunPreview(
         iterations=iterations,
         max_iters=max_iters,
@@ -140,10 +149,11 @@ def preview_run(
         accumulative_counts={name: wrapper.accumulative_counts for name, wrapper in wrappers.items()},
         courses=tuple(courses),
         on_metrics=tuple(
-            (name, each.param_name, type(each).__name__)
-            for name, some in schedulers.items()
-            for each in some
-            if each.need_val_args
+            (part, each.param_name, type(each).__name__)
+            for name, wrapper in wrappers.items()
+            for part, own in split_by_part(wrapper, name).items()
+            for each in schedulers[name]
+            if each.need_val_args and (own is wrapper or each.optimizer is own.optimizer)
         ),
         scaling=tuple(scaling),
     )
@@ -177,19 +187,22 @@ def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Mapping[str, Any
         return module, build_optim_wrapper(optim_wrapper, module)
 
 
-def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_length: int) -> NDArray[np.int64]:
-    """Return evenly spaced iterations, and the iterations around the beginning and end of each schedule."""
+def _iterations(
+    max_iters: int, schedulers: Sequence[tuple[ParamScheduler, int]], epoch_length: int
+) -> NDArray[np.int64]:
+    """Return evenly spaced iterations, and the iterations around the beginning and end of each schedule.
+
+    Each schedule comes with the number of micro-batches per optimizer step.
+    """
     spread = np.linspace(0, max_iters - 1, min(max_iters, _POINTS)).round().astype(np.int64)
-    edges = np.asarray([edge for each in schedulers for edge in _edges(each, epoch_length)], dtype=np.int64)
+    edges = np.asarray(
+        [edge for each, count in schedulers for edge in _edges(each, count, epoch_length)], dtype=np.int64
+    )
     return np.unique(np.concatenate([spread, edges[(edges >= 0) & (edges < max_iters)]]))
 
 
-def _edges(scheduler: ParamScheduler, epoch_length: int) -> Iterator[int]:
-    unit = {"epoch": epoch_length, "iter": 1}.get(scheduler.unit)
-    if unit is None:
-        # The unit is an optimizer step. A schedule that was passed as an object may refer to a plain torch optimizer, which
-        # has no accumulative_counts.
-        unit = getattr(scheduler.optimizer, "accumulative_counts", 1)
+def _edges(scheduler: ParamScheduler, accumulative_counts: int, epoch_length: int) -> Iterator[int]:
+    unit = {"epoch": epoch_length, "iter": 1, "step": accumulative_counts}[scheduler.unit]
     for position in (scheduler.begin, scheduler.end - 1, scheduler.end):
         yield from (position * unit - 1, position * unit)
 
