@@ -60,7 +60,7 @@ def write_step(writer: TraceWriter, found: Mapping[str, Any]) -> None:
     writer.set_generator(found["generator"], draws=found["draws"])
     writer.set_grad_norm(found["grad_norm"])
     if found["lr"] is not None:
-        writer.add_groups([Group(parameters=("w", "b"), options={"lr": found["lr"]})])
+        writer.add_groups([Group(parameters=found.get("names", ("w", "b")), options={"lr": found["lr"]})])
     for section in ("before", "local", "buffers", "reduced", "clipped", "after", "averaged"):
         if found[section] is None:
             writer.set_absent(section, "the engine hides it")
@@ -310,6 +310,24 @@ def test_a_longer_trace_is_compared_up_to_the_end_of_the_shorter_one(tmp_path: P
     assert result.equal
     assert result.num_steps == 1
     assert result.not_compared == ("steps 2 to 2, which only one trace has",)
+
+
+@pytest.mark.parametrize("nested", ["one", "other"])
+def test_a_prefix_of_all_names_is_ignored(tmp_path: Path, nested: str) -> None:
+    """The same model as an attribute of another module has the same values under longer names."""
+
+    def nest(found: dict[str, Any]) -> None:
+        for section in ("before", "local", "buffers", "reduced", "clipped", "after", "averaged"):
+            found[section] = {f"net.inner.{name}": value for name, value in found[section].items()}
+        found["names"] = ("net.inner.w", "net.inner.b")
+
+    files = {
+        "one": write(tmp_path / "one.json", changes={(1, 0): nest, (2, 0): nest} if nested == "one" else None),
+        "other": write(tmp_path / "other.json", changes={(1, 0): nest, (2, 0): nest} if nested == "other" else None),
+    }
+    result = compare(read_trace(files["one"]), read_trace(files["other"]))
+    assert result.largest is None
+    assert Part.SCHEDULE in result.sizes
 
 
 def summarized(folder: Path, name: str, tensor: Tensor, *, full: bool = False) -> Path:

@@ -40,6 +40,8 @@ class Classifier(BaseModel):
         super().__init__()
         self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
         self.dropout = nn.Dropout(dropout)
+        # Its weight is read without calling it.
+        self.shift = nn.Embedding(2, 8)
         self.register_buffer("calls", torch.zeros(()))
         self.weighted = weighted
 
@@ -47,7 +49,7 @@ class Classifier(BaseModel):
         """Return the loss."""
         self.calls += 1
         labels = labels if self.weighted else labels.clamp(min=0)
-        loss = cross_entropy(self.last(self.dropout(self.first(inputs).tanh())), labels)
+        loss = cross_entropy(self.last(self.dropout((self.first(inputs) + self.shift.weight[0]).tanh())), labels)
         return {"loss": loss, "weight": (labels >= 0).sum()} if self.weighted else {"loss": loss}
 
 
@@ -114,7 +116,7 @@ def test_a_run_is_recorded_in_all_parts(tmp_path: Path) -> None:
     assert [len(batch) for batch in step.samples or ()] == [16]
     assert set(step.all_samples or ()) <= {str(index) for index in range(64)}
     assert step.losses == (step.loss,)
-    names = {"first.weight", "first.bias", "last.weight", "last.bias"}
+    names = {"first.weight", "first.bias", "last.weight", "last.bias", "shift.weight"}
     for section in ("before", "local", "reduced", "clipped", "after", "averaged"):
         assert (step.section(section) or {}).keys() >= names, section
     assert (step.buffers or {})["calls"].numbers.item() == 2

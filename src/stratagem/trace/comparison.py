@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stratagem.trace.format import Group, Part, RankStep, Trace
+from stratagem.trace.names import with_names_of
 from stratagem.trace.values import Value, summarize
 
 __all__ = ["Comparison", "Difference", "Tolerances", "compare"]
@@ -140,12 +141,15 @@ class Comparison:
 def compare(a: Trace, b: Trace, tolerances: Tolerances | None = None) -> Comparison:
     """Compare two traces, step by step up to the end of the shorter one.
 
+    If a prefix is the only difference between the parameter names of the traces, it is ignored.
+
     Args:
         a: the reference.
         b: the other trace.
         tolerances: what counts as rounding; by default, all values must be equal.
     """
     tolerances = tolerances or Tolerances()
+    b = with_names_of(a, b)
     num_steps = min(a.num_steps, b.num_steps)
     sizes: dict[Part, list[float]] = {}
     skipped: dict[str, None] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, final
@@ -47,7 +48,8 @@ class RankGradients:
                 full_name = name_of(f"{name}.{key}" if name else key)
                 self._hook(full_name, parameter)
                 sharded = sharded or is_sharded(parameter)
-            if sharded and id(module) not in self._modules:
+            # An FSDP module gathers the parameters of its submodules, which may not be called themselves.
+            if (sharded or _is_fsdp_module(module)) and id(module) not in self._modules:
                 self._modules.add(id(module))
                 self._handles.append(module.register_forward_pre_hook(partial(self._find_gathered, name)))
 
@@ -90,9 +92,8 @@ class RankGradients:
 
     def _find_gathered(self, prefix: str, module: nn.Module, _: Any) -> None:
         name_of = self._name_of or canonical_names(self._model)
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                self._hook(name_of(f"{prefix}.{key}" if prefix else key), parameter)
+        for key, parameter in module.named_parameters(prefix):
+            self._hook(name_of(key), parameter)
 
     @torch.no_grad()
     def _add(self, name: str, gradient: Tensor) -> None:
@@ -102,3 +103,9 @@ class RankGradients:
             parts[0] = parts[0] + part
         else:
             parts.append(part.clone())
+
+
+def _is_fsdp_module(module: nn.Module) -> bool:
+    # Modules of this class exist only if it has been imported, which is slow.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -106,7 +106,6 @@ class Recording:
         self._stack = ExitStack()
         self._step = _OpenStep()
         self._closed = False
-        self._in_training_step = False
         self._given_samples: list[tuple[str, ...]] = []
         self._attach()
         atexit.register(self.close)
@@ -164,9 +163,13 @@ class Recording:
         if callable(method):
             self._model.training_step = self._observed_training_step(method)  # type: ignore[assignment]
             stack.callback(lambda: self._model.__dict__.pop("training_step", None))
+        else:
+            for hook in (
+                self._called.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self._called.register_forward_hook(self._after_forward),
+            ):
+                stack.callback(hook.remove)
         for handle in (
-            self._called.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._called.register_forward_hook(self._after_forward),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ):
@@ -199,22 +202,19 @@ class Recording:
             if self._closed or not torch.is_grad_enabled():
                 return method(*args, **kwargs)
             self._begin_forward(args[0] if args else kwargs)
-            self._in_training_step = True
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._in_training_step = False
-                self._end_forward()
+            result = method(*args, **kwargs)
+            self._end_forward()
+            return result
 
         return observed
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Evaluation does not belong to a step.
-        if not self._in_training_step and torch.is_grad_enabled() and self._model.training:
+        if torch.is_grad_enabled() and self._model.training:
             self._begin_forward((args, kwargs))
 
     def _after_forward(self, *_: Any) -> None:
-        if not self._in_training_step and torch.is_grad_enabled() and self._model.training:
+        if torch.is_grad_enabled() and self._model.training:
             self._end_forward()
 
     def _begin_forward(self, batch: Any) -> None:
