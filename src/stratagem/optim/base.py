@@ -22,7 +22,7 @@ from stratagem.optim.implementation import KEPT_KEYS
 from stratagem.optim.mixed import MixedOptimizer, parts_of
 from stratagem.optim.optimizer_class import optimizer_class
 
-__all__ = ["BaseOptimWrapper", "momentum_of"]
+__all__ = ["BaseOptimWrapper", "is_schedule_free", "momentum_of"]
 
 # Maps each key in a saved state to the attribute whose value is saved under it.
 _COUNTS: Final = {"inner_count": "inner_count", "attempts": "num_steps_attempted", "updates": "num_steps_applied"}
@@ -149,7 +149,7 @@ class BaseOptimWrapper(ABC):
         The training weights are restored bit for bit afterwards. Calling ``eval`` and then ``train`` does not guarantee
         this, because each computes its weights from those of the other mode.
         """
-        if not _is_schedule_free(self.optimizer) or self._training_weights is not None:
+        if not is_schedule_free(self.optimizer) or self._training_weights is not None:
             yield
             return
         self._training_weights = [parameter.detach().clone() for parameter in self._parameters()]
@@ -266,7 +266,7 @@ class BaseOptimWrapper(ABC):
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
 
 
-def _is_schedule_free(optimizer: Optimizer) -> bool:
+def is_schedule_free(optimizer: Optimizer) -> bool:
     """Return whether the optimizer, or one of its parts, has separate evaluation weights."""
     return any(map(_has_modes, parts_of(optimizer).values()))
 

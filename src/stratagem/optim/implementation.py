@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adafactor, Adam, AdamW, Rprop
 
 from stratagem.errors import ConfigValueError
 from stratagem.tensors.dtensor import mesh_of
@@ -27,6 +27,8 @@ _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")
 _FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 # The only optimizers with fused kernels for DTensor parameters in torch 2.13.
 _FUSED_ON_SHARDS: Final = (Adam, AdamW)
+# These update plain tensors even if the parameters are sharded; see stratagem.optim.whole_updates.
+_WHOLE_UPDATES: Final = (Adafactor, Rprop)
 # Plain SGD performs one addition per tensor. On the CPU, a loop is faster than the fused implementation up to about
 # this number of tensors (4 tensors: 51 us fused, 32 us loop; 20 tensors: 70 and 92; torch 2.13).
 _MAX_LOOP_TENSORS: Final = 10
@@ -79,7 +81,8 @@ def implementation_options(
         if fused and (not shards or optimizer_type in _FUSED_ON_SHARDS):
             return {"fused": True}
         # Operations on a DTensor have a large dispatch overhead, and foreach dispatches once for all tensors.
-        return {"foreach": True} if shards and "foreach" in offered else {}
+        dispatches = shards and optimizer_type not in _WHOLE_UPDATES
+        return {"foreach": True} if dispatches and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
             f"implementation={implementation!r} conflicts with the optimizer option {', '.join(decided)}. Set only one of them."

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 
+from stratagem.optim.whole_updates import MatrixUpdates
 from stratagem.tensors.dtensor import is_sharded, to_local
 from stratagem.tensors.shard_transport import ShardLayout, ShardTransport, assign_owners, shard_group
 
-__all__ = ["MATRIX_UPDATES", "MatrixUpdates", "ShardedMuon", "orthogonalize"]
+__all__ = ["ShardedMuon", "orthogonalize"]
 
-MatrixUpdates = Literal["owned", "gathered"]
-MATRIX_UPDATES: Final = ("owned", "gathered")
 # The number of elements that are gathered at a time, so that the whole matrices need at most 128 MiB unless one is larger.
 _MOST_GATHERED: Final = 2**26
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, final
+from functools import partial
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
 from stratagem.errors import PlacementError
-from stratagem.optim.probe import probe_copy
-from stratagem.optim.sharded_muon import MatrixUpdates, ShardedMuon
+from stratagem.optim.base import is_schedule_free
+from stratagem.optim.probe import Dependence, dependence_of, probe_copy, set_lr
+from stratagem.optim.sharded_muon import ShardedMuon
+from stratagem.optim.whole_updates import MatrixUpdates, WholeUpdates
 from stratagem.tensors.dtensor import full_tensor, is_sharded, shard_as, to_local
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.torch_private import gather_scalars, replace_step, without_global_step_hooks
@@ -26,13 +29,16 @@ _LR: Final = 0.01
 # The tolerance relative to the largest update. Optimizers that use norms of whole tensors differ by float32 rounding, about 1e-6.
 _TOLERANCE: Final = 1e-4
 _MOST_CASES: Final = 32
+# Is reduced instead of a Dependence by ranks on which the optimizer cannot be tried.
+_FAILED: Final = max(Dependence) + 1
 _MUON_FORMS: Final[Mapping[MatrixUpdates, str]] = {
     "owned": "orthogonalizes each matrix on one rank (matrix_updates='owned').",
     "gathered": "orthogonalizes all matrices on every rank (matrix_updates='gathered').",
 }
-
-# Replaces the step of an optimizer.
-Step = Callable[[Optimizer], None]
+_WHOLE_FORMS: Final[Mapping[MatrixUpdates, str]] = {
+    "owned": "updates each whole parameter on one rank, which alone stores its optimizer state (matrix_updates='owned').",
+    "gathered": "updates all whole parameters on every rank, and every rank stores the whole optimizer state.",
+}
 
 
 @final
@@ -55,20 +61,29 @@ class _Case:
         return (angles.cos() * (0.01 if step else 0.1)).view(self.shape).to(self.device)
 
 
+class _Update(Protocol):
+    """An object that performs the steps of an optimizer."""
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Update the parameters. Collective."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Route:
     """One way to update sharded parameters.
 
     Attributes:
-        step: replaces the step of the optimizer; None for the optimizer's own step.
+        make: creates the object whose ``step`` replaces that of the optimizer; None for the optimizer's own step.
         tolerance: the accepted difference, relative to the largest update.
-        description: what is logged if this route is taken; empty to log nothing.
+        description: what is logged if this route is taken.
+        omits_parameters: whether a rank may have no parameter of a group.
     """
 
-    step: Step | None
-    tolerance: float
+    make: Callable[[], _Update] | None
+    tolerance: float = 0.0
     description: str = ""
+    omits_parameters: bool = False
 
 
 def prepare_sharded_updates(
@@ -95,35 +110,70 @@ def prepare_sharded_updates(
     cases = _cases(optimizer, names)
     if not cases:
         return None
-    random = generator_state()
-    try:
-        whole = _updated(optimizer, cases, None, sharded=False)
-    except Exception:  # noqa: BLE001 -- the optimizer cannot be tried on small tensors, whether they are sharded or not
-        return None
-    finally:
-        restore_generator_state(random)
     which = f"{type(optimizer).__name__} ({whose})" if whose else type(optimizer).__name__
+    random = generator_state()
+    dependence, whole, error = _try_whole(optimizer, cases)
+    restore_generator_state(random)
+    if dependence is None or whole is None:
+        reason = "on another rank" if error is None else _first_line(error)
+        raise _refusal(which, cases[0], f"it cannot be tried on small tensors ({reason})") from error
     failed: list[tuple[_Case, str]] = []
-    error: Exception | None = None
-    for route in _routes(optimizer, form):
+    for route in _routes(optimizer, form, dependence):
         failed, error = _try_sharded(optimizer, cases, whole, route)
         restore_generator_state(random)
-        if not failed:
-            if route.step is not None:
-                replace_step(optimizer, route.step)
-            return f"{which} {route.description}" if route.description else None
+        if failed:
+            continue
+        if route.make is None:
+            return None
+        update = route.make()
+        replace_step(optimizer, update.step)
+        if isinstance(update, WholeUpdates):
+            update.register(optimizer)
+        return f"{which} {route.description}"
     raise _refusal(which, *failed[0]) from error
 
 
-def _routes(optimizer: Optimizer, form: MatrixUpdates) -> list[_Route]:
+def _try_whole(
+    optimizer: Optimizer, cases: Sequence[_Case]
+) -> tuple[Dependence | None, _Result | None, Exception | None]:
+    """Return what the updates depend on, the same on all ranks, and the updated whole tensors; or an error. Collective."""
+    tensors: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    for case in cases:
+        tensors[case.group].append(case.values(0))
+    random = generator_state()
+    dependence: int = _FAILED
+    whole: _Result | None = None
+    error: Exception | None = None
+    try:
+        dependence = dependence_of(optimizer, tensors, lr=_LR)
+        restore_generator_state(random)
+        whole = _updated(optimizer, cases, None, sharded=False)
+    except Exception as raised:  # noqa: BLE001 -- any exception of the optimizer becomes the cause
+        dependence, error = _FAILED, raised
+    found = torch.tensor(int(dependence), device=cases[0].device)
+    all_reduce(found, "max")
+    return (None if found.item() == _FAILED else Dependence(int(found.item()))), whole, error
+
+
+def _routes(optimizer: Optimizer, form: MatrixUpdates, dependence: Dependence) -> list[_Route]:
     """Return the ways in which the optimizer may update sharded parameters; the first exact one is taken."""
     if ShardedMuon.supports(optimizer):
-        return [_Route(ShardedMuon(form).step, 0.0, _MUON_FORMS[form])]
-    return [_Route(None, _TOLERANCE)]
+        return [_Route(partial(ShardedMuon, form), description=_MUON_FORMS[form])]
+    own = _Route(None, _TOLERANCE)
+    if is_schedule_free(optimizer):
+        return [own]  # train() and eval() change the parameters outside of a step.
+    owned = _Route(partial(WholeUpdates, "owned"), description=_WHOLE_FORMS["owned"], omits_parameters=True)
+    gathered = _Route(partial(WholeUpdates, "gathered"), description=_WHOLE_FORMS["gathered"])
+    divisible = dependence is not Dependence.ALL and form == "owned"
+    return [
+        *([own] if dependence is Dependence.ELEMENT else []),
+        *([owned] if divisible else []),
+        gathered,
+    ]
 
 
 def _try_sharded(
-    optimizer: Optimizer, cases: Sequence[_Case], whole: Sequence[Tensor], route: _Route
+    optimizer: Optimizer, cases: Sequence[_Case], whole: _Result, route: _Route
 ) -> tuple[list[tuple[_Case, str]], Exception | None]:
     """Return the small tensors whose sharded updates fail or differ from those of whole tensors. Collective."""
     error: Exception | None = None
@@ -131,9 +181,17 @@ def _try_sharded(
         sharded = _updated(optimizer, cases, route, sharded=True)
         faults = [
             _difference(case, *pair, route.tolerance)
-            for case, pair in zip(cases, zip(sharded, whole, strict=True), strict=True)
+            for case, pair in zip(cases, zip(sharded.values, whole.values, strict=True), strict=True)
         ]
         failed = [(case, fault) for case, fault in zip(cases, faults, strict=True) if fault]
+        if route.make is not None and not failed and not _are_equal(sharded.options, whole.options):
+            failed = [(cases[0], "the options of its parameter groups change differently")]
+        if (
+            route.omits_parameters
+            and not failed
+            and not _are_equal(_updated(optimizer, cases, None, sharded=False, omit=True).options, whole.options)
+        ):
+            failed = [(cases[0], "the options of a parameter group depend on its parameters")]
     except Exception as raised:  # noqa: BLE001 -- any exception of the optimizer becomes the cause
         failed, error = _failing(optimizer, cases, route), raised
     found = torch.tensor(int(bool(failed)), device=cases[0].device)
@@ -167,9 +225,23 @@ def _small(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
     )
 
 
-def _updated(optimizer: Optimizer, cases: Sequence[_Case], route: _Route | None, *, sharded: bool) -> list[Tensor]:
-    """Return the values of the small tensors after some updates. Collective if they are sharded."""
-    replacement = None if route is None else route.step
+@final
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The whole small tensors after some updates, and the options of the parameter groups."""
+
+    values: list[Tensor]
+    options: list[dict[str, Any]]
+
+
+def _updated(
+    optimizer: Optimizer, cases: Sequence[_Case], route: _Route | None, *, sharded: bool, omit: bool = False
+) -> _Result:
+    """Update the small tensors, or with ``omit``, no tensors in groups with the same options.
+
+    Collective if the tensors are sharded.
+    """
+    update = None if route is None or route.make is None else route.make()
 
     def placed(case: _Case, values: Tensor) -> Tensor:
         return shard_as(values, case.mesh, case.placements) if sharded else values
@@ -179,17 +251,30 @@ def _updated(optimizer: Optimizer, cases: Sequence[_Case], route: _Route | None,
     for case, parameter in zip(cases, parameters, strict=True):
         by_group[case.group].append(parameter)
     probe: Any = probe_copy(optimizer, by_group)
-    for group in probe.param_groups:
-        if isinstance(group.get("lr"), Tensor):
-            group["lr"].fill_(_LR)
-        elif "lr" in group:
-            group["lr"] = _LR
+    set_lr(probe, _LR)
+    for group in probe.param_groups if omit else ():
+        group["params"] = []
     for step in range(1, _STEPS + 1):
         for case, parameter in zip(cases, parameters, strict=True):
             parameter.grad = placed(case, case.values(step))
         with without_global_step_hooks(), _whole_scalars() if sharded else nullcontext():
-            probe.step() if replacement is None else replacement(probe)
-    return [full_tensor(parameter.detach()) for parameter in parameters]
+            probe.step() if update is None else update.step(probe)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in probe.param_groups]
+    return _Result([full_tensor(parameter.detach()) for parameter in parameters], options)
+
+
+def _are_equal(these: Sequence[Mapping[str, Any]], those: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether parameter groups have equal options."""
+    return len(these) == len(those) and all(
+        one.keys() == other.keys() and all(_is_equal(value, other[key]) for key, value in one.items())
+        for one, other in zip(these, those, strict=True)
+    )
+
+
+def _is_equal(this: Any, that: Any) -> bool:
+    if isinstance(this, Tensor) and isinstance(that, Tensor):
+        return torch.equal(this, that)
+    return bool(this == that)
 
 
 @contextmanager
@@ -208,15 +293,19 @@ def _failing(optimizer: Optimizer, cases: Sequence[_Case], route: _Route) -> lis
         try:
             _updated(optimizer, [case], route, sharded=True)
         except Exception as error:  # noqa: BLE001
-            lines = str(error).strip().splitlines() or [""]
-            return [(case, f"it raises {type(error).__name__}: {lines[0][:200]}")]
+            return [(case, f"it raises {_first_line(error)}")]
     return [(cases[0], "it fails with several parameters")]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _difference(case: _Case, sharded: Tensor, whole: Tensor, tolerance: float) -> str:
     update = float((whole - case.values(0)).abs().max())
     off = float((sharded - whole).abs().max())
-    if off <= tolerance * update:
+    if off <= tolerance * update or torch.equal(sharded.nan_to_num(), whole.nan_to_num()):
         return ""
     return f"its update differs by {off / update if update else off:.2g} of the largest change from that of the whole parameter"
 

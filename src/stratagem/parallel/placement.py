@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from stratagem.distributed import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
-from stratagem.optim.sharded_muon import MatrixUpdates
+from stratagem.optim.whole_updates import MatrixUpdates
 from stratagem.parallel.trainable import TrainableChange
 
 __all__ = ["AnyOptim", "Placed", "Placement", "Steps"]

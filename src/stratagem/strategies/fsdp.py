@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 from stratagem.errors import ConfigValueError, PlacementError
-from stratagem.optim.sharded_muon import MatrixUpdates
+from stratagem.optim.whole_updates import MatrixUpdates
 from stratagem.parallel import DDP_OPTIONS, Placement
 from stratagem.parallel.deferred_init.materialize import InitSource
 from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard, require_equal_randomness

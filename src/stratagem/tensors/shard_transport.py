@@ -100,7 +100,7 @@ class ShardTransport:
         for offset, shard in zip(offsets, shards, strict=True):
             _write(sent, offset, shard)
         received = torch.empty(self.size * total, dtype=torch.uint8, device=self.device)
-        torch_dist.all_gather_into_tensor(received, sent, self._group)
+        torch_dist.all_gather_single(received, sent, self._group)
         rows = received.view(self.size, total)
         return [
             self._assemble(layout, shard.dtype, rows[:, offset : offset + length])
@@ -221,9 +221,15 @@ def shard_group(tensor: Tensor) -> tuple[torch_dist.ProcessGroup | None, torch.d
     return (mesh.get_group(sharded[0]) if len(sharded) == 1 else None), device
 
 
-def assign_owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """Return an owner for each item, so that the ranks have about equal costs: the largest first, each to the least loaded."""
-    loads = [0.0] * ranks
+def assign_owners(costs: Sequence[float], ranks: int, before: Sequence[float] | None = None) -> list[int]:
+    """Return an owner for each item, so that the ranks have about equal costs: the largest first, each to the least loaded.
+
+    Args:
+        costs: the costs of the items.
+        ranks: the number of ranks.
+        before: the costs that the ranks already have; 0 by default.
+    """
+    loads = [0.0] * ranks if before is None else [*before]
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
         owner = min(range(ranks), key=lambda rank: (loads[rank], rank))

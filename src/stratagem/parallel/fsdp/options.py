@@ -12,7 +12,7 @@ from torch import nn
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model.norms import require_sync_bn
 from stratagem.optim.amp import HALF_DTYPES
-from stratagem.optim.sharded_muon import MATRIX_UPDATES, MatrixUpdates
+from stratagem.optim.whole_updates import MATRIX_UPDATES, MatrixUpdates
 from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
 from stratagem.parallel.fsdp.activation_checkpointing import parse_checkpointing
 from stratagem.parallel.fsdp.wrap_policy import check_policy, matches_name

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint import ShardedTensorState, TensorBox, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.distributed import all_gather_object
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
 from stratagem.optim.base import TRAINING_WEIGHT
 from stratagem.optim.mixed import PART, MixedOptimizer, parts_of
 from stratagem.optim.optimizer_class import continues_equally, describe_difference, optimizer_class
+from stratagem.optim.whole_updates import divides_state
 from stratagem.parallel import AnyOptim
 from stratagem.tensors.dtensor import copy_into, is_plain, is_sharded, shard_like, to_local
 from stratagem.utils.names import some_names
@@ -33,7 +36,51 @@ def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
     """Return the optimizer state, keyed by parameter name; for several optimizers, a dict from optimizer names to states."""
     if isinstance(optim, OptimWrapperDict):
         return {name: read_optim(wrapper, model) for name, wrapper in optim.items()}
-    return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))
+    state = optim.state_dict()
+    if any(map(divides_state, parts_of(optim.optimizer).values())):
+        state = {**state, "state": _with_states_of_all_ranks(state["state"])}
+    return optimizer_by_name(state, parameter_names(optim.optimizer, model))
+
+
+def _with_states_of_all_ranks(own: Mapping[int, Any]) -> dict[int, Any]:
+    """Return the states of all parameters, of which each rank has some. Collective.
+
+    Each tensor is a ``ShardedTensorState`` that contains all values on the ranks that have the state.
+    """
+    shown = {index: tree_map_only(Tensor, _TensorMeta.of, state) for index, state in own.items()}
+    known = {index: state for each in reversed(all_gather_object(shown)) for index, state in each.items()}
+    owned = {index: tree_map_only(Tensor, _as_one_box, state) for index, state in own.items()}
+    absent = {
+        index: tree_map_only(_TensorMeta, _TensorMeta.absent, state)
+        for index, state in known.items()
+        if index not in owned
+    }
+    return dict(sorted({**absent, **owned}.items()))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _TensorMeta:
+    """The dtype and shape of a tensor, and the value if it has no dimensions."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    value: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _TensorMeta:
+        return cls(tensor.dtype, tuple(tensor.shape), None if tensor.ndim else tensor.cpu())
+
+    def absent(self) -> Tensor | ShardedTensorState:
+        """Return the entry of a rank that does not have the tensor."""
+        return self.value if self.value is not None else ShardedTensorState.empty(self.dtype, self.shape)
+
+
+def _as_one_box(tensor: Tensor) -> Tensor | ShardedTensorState:
+    """Return the entry of a rank that has the whole tensor, or a shard if the state has just been loaded."""
+    if not tensor.ndim or is_sharded(tensor):
+        return tensor
+    return ShardedTensorState(tensor.dtype, tensor.shape, {TensorBox.whole(tensor.shape): tensor})
 
 
 def write_optim(
