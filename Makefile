@@ -17,7 +17,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults matrix bits check format bench bench-gpu bench-peers clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults hangs matrix bits check format bench bench-gpu bench-peers clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -112,6 +112,9 @@ test-wheel: ## Build the wheel, install it into a clean environment, and train w
 
 faults: setup ## Inject every fault into every way of saving (15 minutes).
 	PYTHONPATH=src:. $(BIN)/python tests/support/fault_sweep.py
+
+hangs: setup ## Stop a rank in another collective each time, and check the reports (6 minutes).
+	PYTHONPATH=src:. $(BIN)/python tests/support/hang_sweep.py
 
 check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .

@@ -86,6 +86,9 @@ def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
     # Gloo reports the timeout of a receive or of a send.
     assert re.search("Timed out waiting 3000ms|Application timeout caused pair closure", output), output
     assert "rank 1: 6 iterations completed, last heartbeat" in output
+    assert re.search(r"failed: rank 1 did not join all_reduce number \d+ of the default group with ", output), output
+    assert "Rank 1 is at " in output
+    assert (next(tmp_path.glob("run/*/hang.txt"))).read_text().startswith("rank 1 did not join all_reduce")
     assert "dist_cfg=dict(timeout=<seconds>)" in output
     stacks = {path.name: path.read_text() for path in tmp_path.glob("run/*/stacks_rank*.txt")}
     assert sorted(stacks) == ["stacks_rank0.txt", "stacks_rank1.txt"]

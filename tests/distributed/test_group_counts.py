@@ -12,11 +12,12 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from stratagem import Runner
-from stratagem.distributed import AsyncMaxReduce, RankGroup
+from stratagem.distributed import AsyncMaxReduce, RankGroup, World
 from stratagem.distributed import cpu_groups as groups
 from stratagem.model import BaseModel
+from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.train import Hook
-from stratagem.utils.torch_private import default_store
+from stratagem.utils.torch_private import default_store, flight_record
 from tests.support.ranks import Ranks
 
 _COLLECTIVES = (
@@ -154,3 +155,19 @@ def test_a_dedicated_group_is_destroyed(ranks: Ranks) -> None:
     """Closing a dedicated group removes it from torch's groups; the default group remains."""
     assert ranks.run(closed_twice) == [0, 0]
     assert ranks.run(torch_dist.get_world_size) == [2, 2]
+
+
+def timeouts_of_mesh() -> list[int]:
+    """Return the timeouts in milliseconds of collectives in the groups of a mesh."""
+    rank = torch_dist.get_rank()
+    meshes = Meshes.make(Layout(replicate=1, shard=1, tp=2), World(launcher="pytorch", rank=rank, size=2))
+    for mesh in (meshes.shard, meshes.tp):
+        torch_dist.all_reduce(torch.ones(1), group=mesh.get_group())
+    return [entry["timeout_ms"] for entry in flight_record(stacks=False)[-2:]]
+
+
+@pytest.mark.slow
+def test_the_groups_of_a_mesh_have_the_timeout_of_the_run(ranks: Ranks) -> None:
+    """A hang in a subgroup of HSDP or tensor parallelism is reported after the configured timeout, not after 30 minutes."""
+    milliseconds = round(ranks.run(timeout_of_default_group)[0].total_seconds() * 1000)
+    assert ranks.run(timeouts_of_mesh) == [[milliseconds] * 2] * 2

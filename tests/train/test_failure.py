@@ -47,7 +47,7 @@ def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, reported: s
 class ClosedMonitor:
     """A monitor of rank 1 whose main thread has raised an error."""
 
-    rank = 1
+    rank, size = 1, 2
 
     def wait_closed(self, seconds: float) -> bool:
         return True

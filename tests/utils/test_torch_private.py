@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stratagem.distributed.polling import poll_until
 from stratagem.utils import torch_private
 
 SOURCE = Path(torch_private.__file__)
@@ -407,6 +409,28 @@ def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None
     store = torch_private.default_store()
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_flight_record_lists_the_collectives_of_a_group(one_rank: None) -> None:
+    """An entry has the number, operation, input and state of a collective, and the stack on request; groups have names."""
+    dist.all_reduce(torch.ones(2, 3))
+    # A thread of Gloo marks it as completed.
+    assert poll_until(lambda: torch_private.flight_record(stacks=False)[-1]["retired"], 10, longest_pause_s=0.1)
+    assert "frames" not in torch_private.flight_record(stacks=False)[-1]
+    entry = torch_private.flight_record(stacks=True)[-1]
+    assert entry["profiling_name"] == "gloo:all_reduce"
+    assert (entry["input_dtypes"], entry["input_sizes"]) == (["Float"], [[2, 3]])
+    assert any(frame["filename"] == __file__ for frame in entry["frames"])
+    name, description = entry["process_group"]
+    assert torch_private.process_groups()[name] == (description, (0,)) == ("default_pg", (0,))
+
+
+def test_set_group_timeout_changes_the_timeout_of_the_backend(one_rank: None) -> None:
+    """The timeout of collectives of a group that was created with another one changes."""
+    group = dist.new_group([0])
+    torch_private.set_group_timeout(group, timedelta(seconds=7))
+    dist.all_reduce(torch.ones(1), group=group)
+    assert torch_private.flight_record(stacks=False)[-1]["timeout_ms"] == 7000
 
 
 def test_the_wrappers_inside_a_model_hold_the_module_in_an_attribute() -> None:

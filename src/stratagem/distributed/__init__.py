@@ -18,6 +18,7 @@ from stratagem.distributed.collectives import (
     start_sum,
     sync_random_seed,
 )
+from stratagem.distributed.health.hang_report import HangReport, report_hang, report_wait
 from stratagem.distributed.health.process_identity import ProcessIdentity
 from stratagem.distributed.health.rank_monitor import Failure, RankMonitor
 from stratagem.distributed.means import mean_by_name
@@ -49,6 +50,7 @@ __all__ = [
     "AsyncMaxReduce",
     "EventAgreement",
     "Failure",
+    "HangReport",
     "RAY_JOB_VARIABLE",
     "Launch",
     "ProcessIdentity",
@@ -83,6 +85,8 @@ __all__ = [
     "current_device",
     "pick_device",
     "read_launch",
+    "report_hang",
+    "report_wait",
     "start_sum",
     "sync_random_seed",
 ]

@@ -7,10 +7,13 @@ to avoid an additional call.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial, wraps
+from operator import itemgetter
 from types import MethodType
 from typing import Any, Final, cast
 
@@ -37,6 +40,7 @@ __all__ = [
     "accumulate_in_reduce_dtype",
     "default_store",
     "flatten_mesh",
+    "flight_record",
     "gather_scalars",
     "group_by_device_and_dtype",
     "group_ranks",
@@ -60,11 +64,13 @@ __all__ = [
     "observe_backward",
     "observe_grad_norms",
     "operator_schema",
+    "process_groups",
     "rebuild_ddp_reducer",
     "refresh_fsdp_dtypes",
     "reduce_held_gradients",
     "set_grad_enabled",
     "settle_ddp_buckets",
+    "set_group_timeout",
     "step_function",
     "storage_id",
     "storage_key",
@@ -540,6 +546,44 @@ def group_ranks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ..
     name = next(each for each in reversed(given) if isinstance(each, str))
     resolve = import_object("torch.distributed.distributed_c10d:_resolve_process_group")
     return tuple(torch_dist.get_process_group_ranks(resolve(name)))
+
+
+def flight_record(*, stacks: bool) -> list[dict[str, Any]]:
+    """Return the collectives that this rank has begun, as torch's flight recorder lists them; empty if it is disabled.
+
+    Args:
+        stacks: whether to include the Python stacks. The first time, this imports torch's compiler.
+
+    Private: ``_dump_fr_trace`` and, if torch supports NCCL, ``_dump_nccl_trace`` of ``torch._C._distributed_c10d``. Torch writes
+    the records to files only after an error of NCCL.
+    """
+    c10d: Any = torch._C._distributed_c10d
+    dumps = [getattr(c10d, name, None) for name in ("_dump_fr_trace", "_dump_nccl_trace")]
+    # The bytes come from torch in this process.
+    found = [pickle.loads(dump(True, stacks, False)) for dump in dumps if dump is not None]  # noqa: S301
+    return sorted((entry for each in found for entry in each.get("entries", ())), key=itemgetter("time_created_ns"))
+
+
+def process_groups() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the description and the ranks of each process group of this rank, by the name in the flight recorder.
+
+    Private: ``torch.distributed.distributed_c10d._world``. No public function lists the groups.
+    """
+    world = import_object("torch.distributed.distributed_c10d:_world")
+    return {
+        world.pg_names[group]: (group.group_desc, tuple(sorted(ranks)))
+        for group, ranks in dict(world.pg_group_ranks).items()
+        if group in world.pg_names
+    }
+
+
+def set_group_timeout(group: Any, timeout: timedelta) -> None:
+    """Set the timeout of the collectives of a process group of this rank.
+
+    Private: ``torch.distributed.distributed_c10d._set_pg_timeout``. Device meshes create their groups with the default timeout of
+    torch: 10 minutes for NCCL and 30 minutes for Gloo.
+    """
+    import_object("torch.distributed.distributed_c10d:_set_pg_timeout")(timeout, group)
 
 
 @contextmanager

@@ -159,6 +159,41 @@ class RankMonitor:
         except (RuntimeError, torch_dist.DistError):
             return
 
+    def publish(self, key: str, text: str) -> None:
+        """Write a string to the store for the other ranks, if the store responds."""
+        with suppress(RuntimeError, torch_dist.DistError):
+            self._request(lambda: self._store.set(key, text))
+
+    def claim(self, key: str) -> bool:
+        """Return whether this rank is the first to claim a key; also True if the store does not respond."""
+        try:
+            return self._request(lambda: self._store.add(key, 1)) == 1
+        except (RuntimeError, torch_dist.DistError):
+            return True
+
+    def wait_for(self, key: str, seconds: float) -> str | None:
+        """Wait until a rank has published a key, and return its value; None if the timeout expires first."""
+        end = time.monotonic() + seconds
+        with suppress(RuntimeError, torch_dist.DistError):
+            while True:
+                if self._request(lambda: self._has(key)):
+                    return self._request(lambda: self._store.get(key)).decode()
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.05)
+        return None
+
+    def responding_ranks(self) -> list[int]:
+        """Return the ranks whose monitors have sent a heartbeat recently."""
+        return [rank for rank in range(self.size) if self._is_responding(rank)]
+
+    def _is_responding(self, rank: int) -> bool:
+        try:
+            heartbeat = self._request(partial(self._heartbeat_of, rank))
+        except (RuntimeError, torch_dist.DistError):
+            return False
+        return bool(heartbeat) and time.time() - heartbeat["time"] < max(_RESPONSE_S, 4 * self._poll_s)
+
     def heartbeats(self) -> list[str]:
         """Return a line for each rank with its completed iterations and the age of its last heartbeat."""
         lines = []

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from stratagem.distributed import World
 from stratagem.errors import PlacementError
 from stratagem.parallel.fsdp.options import require_rank_counts
-from stratagem.utils.torch_private import flatten_mesh
+from stratagem.utils.torch_private import default_store, flatten_mesh, set_group_timeout
 
 __all__ = ["Layout", "Meshes"]
 
@@ -76,11 +76,15 @@ class Meshes:
 
     @classmethod
     def make(cls, layout: Layout, world: World) -> Meshes:
-        """Create the meshes and their process groups. Collective."""
+        """Create the meshes and their process groups, with the timeout of the default group. Collective."""
         sizes = (layout.replicate, layout.shard, layout.tp)
         mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=_AXES)
         shard = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+        groups = [mesh.get_group(axis) for axis in _AXES]
         data = None
         if layout.tp > 1:
             data = (flatten_mesh(shard, "data") if layout.replicate > 1 else shard).get_group()
+            groups.append(data)
+        for group in groups:
+            set_group_timeout(group, default_store().timeout)
         return cls(shard=shard, tp=mesh["tp"], data=data)

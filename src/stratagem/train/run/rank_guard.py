@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.distributed import EventAgreement, Failure, RankMonitor, barrier, get_world_size
+from stratagem.distributed import (
+    EventAgreement,
+    Failure,
+    HangReport,
+    RankMonitor,
+    barrier,
+    get_world_size,
+    report_hang,
+    report_wait,
+)
 from stratagem.errors import RankFailedError, StratagemError
+from stratagem.storage import write_atomic
 from stratagem.train.run.hard_exit import dump_stacks, exit_now
 from stratagem.utils import mask_text
 
@@ -38,6 +50,9 @@ _GLOO_MESSAGES = (
 # The seconds to wait for a rank to report the cause of a communication error, for the other ranks to learn of a failure,
 # and for the main thread to raise an error.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
+# The seconds in which the main thread of another waiting rank may notice a timeout too.
+_SAME_TIME_S = 1.0
+_FAILED = "communication between the ranks failed: "
 _MOST_ENTRIES = 8
 # The beginning of an error that all ranks raise because one of them failed.
 _RELAYED_ERROR = re.compile(r"Rank \d+ failed: ")
@@ -60,6 +75,12 @@ class RankGuard:
         self.failure: Failure | None = None
         self._iteration = iteration
         self._log_dir = Path(log_dir)
+        self._report: HangReport | None = None
+        self._has_report = False
+        self._report_lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._raised = threading.Event()
+        self._wait = ""
 
     @contextmanager
     def monitored(self) -> Iterator[None]:
@@ -70,6 +91,8 @@ class RankGuard:
                 errors of this rank are raised unchanged.
         """
         self.failure = None
+        self._report, self._has_report, self._error, self._wait = None, False, None, ""
+        self._raised.clear()
         if get_world_size() == 1:
             yield
             return
@@ -99,25 +122,26 @@ class RankGuard:
         watchdog = self._watchdog_advice(failure.rank) if failure.kind == "died" and _has_watchdog() else ""
         return (
             f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: "
-            f"{first_line}{watchdog}"
+            f"{first_line}{watchdog}{f'. {self._wait}' if self._wait else ''}"
         )
 
     def _settle(self, monitor: RankMonitor, error: BaseException) -> Failure:
         """Return the failure that stops the run; if it is an error of this rank, report it to the other ranks."""
         silent = _is_timeout(error)
+        self._error = error if silent or _is_communication_error(error) else None
+        self._raised.set()
         # Wait for the report of the rank where the failure occurred, which has more information.
         follows = _is_communication_error(error) or (
             isinstance(error, StratagemError) and _RELAYED_ERROR.match(str(error)) is not None
         )
         known = monitor.wait_for_failure(_REASON_S) if follows and not silent else monitor.failure
         if known is not None:
-            return known
+            return self._explain(monitor, known)
         if silent or _is_communication_error(error):
-            lines = "\n  ".join(
-                [f"communication between the ranks failed: {mask_text(str(error))}", *monitor.heartbeats()]
-            )
+            lines = "\n  ".join([f"{_FAILED}{mask_text(str(error))}", *monitor.heartbeats()])
             posted = monitor.post(Failure(rank=monitor.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
             dump_stacks(self._stacks_of(monitor.rank), error)
+            posted = self._explain(monitor, posted)
         else:
             posted = monitor.post(
                 Failure(rank=monitor.rank, kind="raised", text=f"{type(error).__name__}: {mask_text(str(error))}")
@@ -131,8 +155,33 @@ class RankGuard:
         self.failure = failure
         if failure.kind in ("silent", "lost") or (failure.kind == "died" and _has_watchdog()):
             dump_stacks(self._stacks_of(monitor.rank))
+        self.failure = self._explain(monitor, failure)
         if not monitor.wait_closed(_GRACE_S):
             exit_now(RankFailedError.exit_status, self.reason(monitor.rank))
+
+    def _explain(self, monitor: RankMonitor, failure: Failure) -> Failure:
+        """Return a timeout with the incomplete collective, and the rank that did not join it, in its text."""
+        with self._report_lock:  # The main thread and the thread of the monitor may both call this method.
+            if failure.kind not in ("silent", "died") or self._wait or self._has_report:
+                pass
+            elif failure.kind == "silent":
+                # Other ranks that wait in the same collective notice the timeout at about the same time.
+                self._raised.wait(_SAME_TIME_S)
+                self._report, self._has_report = report_hang(monitor, self._error), True
+                self._write_details(self._report)
+            else:
+                self._wait = report_wait(monitor, self._error)
+        if self._report is None or failure.kind != "silent":
+            return failure
+        summary, *further = self._report.sentences
+        before, _, after = failure.text.partition("\n")
+        error = f"The error of rank {failure.rank}: {before.removeprefix(_FAILED)}"
+        return replace(failure, text="\n  ".join([_FAILED + summary, *further, error]) + f"\n{after}")
+
+    def _write_details(self, report: HangReport | None) -> None:
+        if report is not None and report.records:
+            with suppress(OSError):  # The process must still report the error and exit.
+                write_atomic(self._log_dir / "hang.txt", mask_text(report.details()))
 
     def _stacks_of(self, rank: int) -> Path:
         return self._log_dir / f"stacks_rank{rank}.txt"
@@ -147,7 +196,8 @@ class RankGuard:
     def _advice(self) -> str:
         stacks = self._stacks_of(0).with_name("stacks_rank*.txt")
         return (
-            f"The thread stacks of each rank are in {stacks}. If a rank can legitimately take this long, increase "
+            f"The collectives of all ranks are in {stacks.with_name('hang.txt')}, and the thread stacks of each rank are in "
+            f"{stacks}. If a rank can legitimately take this long, increase "
             "the timeout: env_cfg=dict(dist_cfg=dict(timeout=<seconds>))."
         )
 
