@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from stratagem.errors import ConfigKeyError
@@ -71,3 +74,18 @@ def test_every_device_has_sources_and_links() -> None:
         if size:
             assert device.memory is not None
             assert device.memory < int(size[:-1]) * 2**30
+
+
+def test_the_documentation_has_the_table() -> None:
+    """docs/plan.md has a row for each device and link, with the values of the tables."""
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    for device in DEVICES.values():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{device.name}` |")]
+        assert device.source in line
+        assert f"{device.inside_link}, {device.across_link}" in line
+        if device.memory is not None:
+            assert f"| {device.memory / 2**30:.1f} GiB |" in line
+        for rate in device.peak_flops.values():
+            assert re.search(rf"\b{rate / 1e12:g}\b", line)
+    for link in LINKS.values():
+        assert f"| `{link.name}` | {link.bytes_per_second / 1e9:g} | {link.latency * 1e6:g} µs |" in text

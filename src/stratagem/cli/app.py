@@ -243,6 +243,106 @@ def parity(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="The numbers of ranks, as in 8,64,512. Default: the ranks of one node."),
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(metavar="G", min=1, help="The number of ranks on a node.")] = 8,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="The devices to compare, as in h100-80g,a100-40g. See docs/plan.md."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The memory of a device that is not in the table, as in 80GiB.")
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option("--strategy", metavar="NAME,...", help="The strategies to compare. Default: that of CONFIG."),
+    ] = None,
+    every_strategy: Annotated[bool, typer.Option("--all", help="Compare all strategies.")] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TENSORS",
+            help="The batch of a rank instead of the first one of the data, as in tokens=int64[8,1024].",
+        ),
+    ] = None,
+    utilization: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="The part of the dense peak rate that training reaches. Default: 0.4."),
+    ] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Compute products of float32 matrices in TF32.")] = False,
+    inside_link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINK",
+            help="The link between the devices of a node, as in nvlink4 or 400Gb/s. Default: that of DEVICE.",
+        ),
+    ] = None,
+    across_link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINK", help="The link of a network adapter, as in infiniband-ndr. Default: that of DEVICE."
+        ),
+    ] = None,
+    adapters: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Network adapters per node. Default: one per device, or one if devices use PCI Express.",
+        ),
+    ] = None,
+    links: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Use the links that stratagem doctor --record FILE measured.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="The rate at which all ranks together write a checkpoint. Default: 2GB/s."),
+    ] = None,
+    mtbf: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="The mean time between failures of one device. Default: 50000h."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write everything to one HTML file.")
+    ] = None,
+    out: Out = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with sizes in bytes and times in seconds.")
+    ] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Estimate the memory, communication and time of training CONFIG, without a GPU.
+
+    Simulates a step of each strategy as one of N ranks, with tensors that have no memory. Shows what fits a device, what is
+    sent, how long a step takes, how often to save, and what to try. Writes no files except FILE.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()))
+    settings = lazy_command("stratagem.cli.plan.command:PlanSettings")(
+        world=world,
+        gpus_per_node=gpus_per_node,
+        device=device,
+        memory=memory,
+        strategies=strategies,
+        every_strategy=every_strategy,
+        batch=batch,
+        inside_link=inside_link,
+        across_link=across_link,
+        adapters=adapters,
+        links=links,
+        utilization=utilization,
+        tf32=tf32,
+        storage=storage,
+        mtbf=mtbf,
+    )
+    lazy_command("stratagem.cli.plan.command:plan")(options, settings, as_json=as_json, html=html, out=out)
+
+
+@app.command()
 def submit(
     config: ConfigFile,
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="The number of nodes.")] = 1,

@@ -4,7 +4,7 @@ from stratagem.hardware.collective_time import Collective, Group, Topology, coll
 from stratagem.hardware.devices import DEVICES, Device, device_of, find_device
 from stratagem.hardware.links import LINKS, Link, MeasuredLinks, find_link, read_measured_links
 from stratagem.hardware.save_interval import SaveInterval, save_interval
-from stratagem.hardware.units import format_bytes, format_seconds, parse_bytes, parse_duration, parse_rate
+from stratagem.hardware.units import format_bytes, format_seconds, parse_bytes, parse_duration, parse_rate, three_digits
 
 __all__ = [
     "DEVICES",
@@ -27,4 +27,5 @@ __all__ = [
     "parse_rate",
     "read_measured_links",
     "save_interval",
+    "three_digits",
 ]

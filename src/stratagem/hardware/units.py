@@ -8,7 +8,7 @@ from typing import Final
 
 from stratagem.errors import ConfigValueError
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_duration", "parse_rate"]
+__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_duration", "parse_rate", "three_digits"]
 
 _NUMBER: Final = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?P<rest>.*?)\s*")
 _BYTES: Final[dict[str, int]] = {
@@ -75,7 +75,7 @@ def format_bytes(count: float) -> str:
     value = count / 1024**power
     if abs(value) >= 999.5 and power < 5:
         value, power = value / 1024, power + 1
-    return f"{_three_digits(value)} {' KMGTP'[power]}iB"
+    return f"{three_digits(value)} {' KMGTP'[power]}iB"
 
 
 def format_seconds(seconds: float) -> str:
@@ -83,10 +83,11 @@ def format_seconds(seconds: float) -> str:
     for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         # Two days are easier to read in hours.
         if seconds >= length * (2 if unit in {"d", "min"} else 1):
-            return f"{_three_digits(seconds / length)} {unit}"
-    return "0 s" if seconds == 0 else f"{_three_digits(seconds / 1e-6)} µs"
+            return f"{three_digits(seconds / length)} {unit}"
+    return "0 s" if seconds == 0 else f"{three_digits(seconds / 1e-6)} µs"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, and all digits before the point."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"

@@ -285,14 +285,14 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         stack.enter_context(mode)
         allocate_before(placement, model, world)
 
-    def skip(*_: Any) -> None:
+    def skip(*_: Any, **__: Any) -> None:
         """Leave the tensors without values."""
 
     def unchanged(_: BaseStrategy, model: nn.Module) -> nn.Module:
         return model
 
     return [
-        (composed, "require_equal_sharded_updates", skip),  # it compares values
+        (composed, "prepare_sharded_updates", skip),  # it compares values
         (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
         (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
         (nn.Module, "_apply", apply),

@@ -62,7 +62,7 @@ class MeasuredLink:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The measurements; None where nothing was measured.
+    """The measurements, each None if it was not possible.
 
     Attributes:
         inside: the link between the ranks of a host.
@@ -148,7 +148,7 @@ def _measure(
         _seconds(_SMALL, device, group),
         Group(size=size, per_node=per_node),
         inside_latency=inside_latency,
-        backend=get_backend(),
+        backend=get_backend() or "none",
         device=device.type,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from stratagem.errors import ConfigFileError
 from stratagem.storage import write_atomic
 from stratagem.utils import import_module
 
-__all__ = ["write_png"]
+__all__ = ["PALETTE", "save_png", "styled_figures", "write_png"]
 
 # The palette of Okabe and Ito, which is safe for all types of color blindness.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The colors of areas, in an order in which neighbors differ in brightness, also in greyscale. The last one is for what matters
+# least.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#9ca3af")
 _GREY = "#6b7280"
 _NOTE_WIDTH = 125
 _STYLE = {
@@ -42,10 +47,7 @@ def write_png(chart: Chart, path: Path) -> None:
         MissingDependencyError: if matplotlib is not installed.
         ConfigFileError: if the file cannot be written.
     """
-    matplotlib = import_module("matplotlib", extra="plot")
-    # pyplot would require a GUI backend and keep global state.
-    figures = import_module("matplotlib.figure", extra="plot")
-    with matplotlib.rc_context(_STYLE):
+    with styled_figures() as figures:
         count = len(chart.panels)
         height = 1.9 + (3.2 if count == 1 else 2.5 * count) + 0.2 * len(chart.notes)
         figure = figures.Figure(figsize=(9, height), dpi=150, layout="constrained")
@@ -62,8 +64,31 @@ def write_png(chart: Chart, path: Path) -> None:
         notes = [line for note in chart.notes for line in textwrap.wrap(note, _NOTE_WIDTH)]
         figure.supxlabel("\n".join(notes), x=0.02, ha="left", fontsize=9, color=_GREY)
         _title(axes[0], chart)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
+        save_png(figure, path)
+
+
+@contextmanager
+def styled_figures() -> Iterator[Any]:
+    """Yield the module ``matplotlib.figure``, with the style of all charts.
+
+    Raises:
+        MissingDependencyError: if matplotlib is not installed.
+    """
+    matplotlib = import_module("matplotlib", extra="plot")
+    # pyplot would require a GUI backend and keep global state.
+    figures = import_module("matplotlib.figure", extra="plot")
+    with matplotlib.rc_context(_STYLE):
+        yield figures
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a figure to ``path`` atomically.
+
+    Raises:
+        ConfigFileError: if the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     try:
         write_atomic(path, buffer.getvalue())
     except OSError as error:
