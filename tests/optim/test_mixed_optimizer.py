@@ -23,6 +23,7 @@ from stratagem.optim import (
     build_optim_wrapper,
     build_param_schedulers,
 )
+from stratagem.optim.prepared import PreparedUpdate
 from stratagem.optim.probe import probe_copy, state_keys_of
 from stratagem.strategies.setup.building import scale_lr
 from stratagem.strategies.state.optim_state import read_optim, require_same_class, require_same_parts, write_optim
@@ -236,6 +237,37 @@ def test_a_closure_is_called_once() -> None:
     assert loss_of(model, 0) < before
 
 
+def test_the_prepared_update_of_a_part_is_used_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on, AdamW is updated without its own step; every parameter equals that without ``prepared``."""
+    model = Net()
+    other = copy.deepcopy(model)
+    wrapper, plain = wrapped(model), wrapped(other, wrapper={"prepared": False})
+    applied: list[tuple[str, bool]] = []
+    own = PreparedUpdate.apply
+
+    def recorded(update: PreparedUpdate, optimizer: Optimizer) -> bool:
+        applied.append((type(optimizer).__name__, own(update, optimizer)))
+        return applied[-1][1]
+
+    monkeypatch.setattr(PreparedUpdate, "apply", recorded)
+    for step in range(4):
+        wrapper.update_params(loss_of(model, step))
+        plain.update_params(loss_of(other, step))
+    assert applied == [("AdamW", False), *[("AdamW", True)] * 3]
+    for one, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, expected)
+
+
+def test_a_step_hook_of_a_mixed_optimizer_is_called() -> None:
+    """With a hook, the optimizer is updated with its own step instead of the prepared updates of its parts."""
+    model, called = Net(), []
+    wrapper = wrapped(model)
+    wrapper.optimizer.register_step_post_hook(lambda optimizer, *_: called.append(type(optimizer).__name__))
+    for step in range(3):
+        wrapper.update_params(loss_of(model, step))
+    assert called == ["MixedOptimizer"] * 3
+
+
 # ---- schedules --------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +421,50 @@ def test_the_state_of_a_bare_mixed_optimizer_is_compared_by_its_parts() -> None:
         CheckpointMismatchError, match=r"belong to the parts \['muon', 'adamw'\] instead of \['a', 'b'\]"
     ):
         require_same_class(renamed, wrapper.optimizer.state_dict())
+
+
+class Averaging(SGD):
+    """Schedule-free in principle: in evaluation, the parameters are half of what they are in training."""
+
+    mode = "train"
+
+    def train(self) -> None:
+        """Double the parameters if they are halved."""
+        self._set("train", 2.0)
+
+    def eval(self) -> None:
+        """Halve the parameters."""
+        self._set("eval", 0.5)
+
+    @torch.no_grad()
+    def _set(self, mode: str, factor: float) -> None:
+        if mode != self.mode:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(factor)
+        self.mode = mode
+
+
+def test_a_part_may_have_separate_evaluation_weights() -> None:
+    """In an evaluation, the parameters of a schedule-free part are switched, and all others keep their values."""
+    model = Net()
+    averaging = {"type": Averaging, "lr": 0.1}
+    wrapper = wrapped(model, parts={"muon": MUON, "free": averaging}, others="free")
+    wrapper.update_params(loss_of(model, 0))
+    before = copy.deepcopy(model.state_dict())
+    with wrapper.evaluating():
+        saved = copy.deepcopy(read_optim(wrapper, model))
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name] if name in HIDDEN else before[name] / 2)
+        evaluated = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    resumed = Net()
+    again = wrapped(resumed, parts={"muon": MUON, "free": averaging}, others="free")
+    again.optimizer.parts["free"].mode = "eval"
+    resumed.load_state_dict(evaluated)
+    write_optim(again, saved, resumed)
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=name)
 
 
 # ---- the class --------------------------------------------------------------------------------------------------------

@@ -444,7 +444,10 @@ def lr(
     loss: Annotated[str, typer.Option(metavar="NAME", help="The logged value to use as the loss.")] = "loss",
     optimizer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="If there are several optimizers, the one to find the learning rate for."),
+        typer.Option(
+            metavar="NAME",
+            help="The optimizer to find the learning rate for, if there are several, or the part of a MixedOptimizer.",
+        ),
     ] = None,
     out: Out = None,
     nproc: Nproc = None,

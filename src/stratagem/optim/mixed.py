@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, NoReturn, final
 
 import torch
@@ -33,7 +34,7 @@ class MixedOptimizer(Optimizer):
         parts: a mapping from names to optimizers, which have no parameters in common.
 
     Attributes:
-        parts: the optimizers by name.
+        parts: the optimizers by name; read-only.
 
     Raises:
         ConfigTypeError: if ``parts`` is not a mapping from names to optimizers.
@@ -42,10 +43,11 @@ class MixedOptimizer(Optimizer):
 
     def __init__(self, parts: Mapping[str, Optimizer]) -> None:
         _check_parts(parts)
-        self.parts: dict[str, Optimizer] = {}
+        parts_by_name: dict[str, Optimizer] = {}
+        self.parts = MappingProxyType(parts_by_name)
         self._state: defaultdict[Tensor, Any] = defaultdict(dict)
         super().__init__([{"params": []}], {})
-        self.parts.update(parts)
+        parts_by_name.update(parts)
         for name, part in self.parts.items():
             for group in part.param_groups:
                 group[PART] = name
@@ -100,11 +102,11 @@ class MixedOptimizer(Optimizer):
         """
         if not self.parts:  # called by the constructor of Optimizer, which requires a group
             return
-        name = param_group.get(PART)
+        name = str(param_group.get(PART, ""))
         if name not in self.parts:
             raise ConfigKeyError(
                 f"The parameter group belongs to the part {name!r}, which {type(self).__name__} does not have. Set part in the "
-                f"group. {did_you_mean(str(name), self.parts)}"
+                f"group. {did_you_mean(name, self.parts)}"
             )
         params = param_group["params"]
         given = {id(each) for each in ([params] if isinstance(params, Tensor) else list(params))}
@@ -140,7 +142,7 @@ class MixedOptimizer(Optimizer):
     register_load_state_dict_post_hook = register_load_state_dict_pre_hook
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MixedOptimizer, (self.parts,)
+        return MixedOptimizer, (dict(self.parts),)
 
 
 def parts_of(optimizer: Optimizer) -> Mapping[str, Optimizer]:

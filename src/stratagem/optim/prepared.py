@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.sgd import sgd
 
+from stratagem.optim.mixed import MixedOptimizer
 from stratagem.tensors.dtensor import is_plain, is_sharded, stored_shard
 from stratagem.utils.torch_private import (
     fused_adagrad,
@@ -29,7 +30,7 @@ from stratagem.utils.torch_private import (
     step_function,
 )
 
-__all__ = ["PreparedUpdate"]
+__all__ = ["PreparedParts", "PreparedUpdate"]
 
 
 @final
@@ -67,11 +68,14 @@ class PreparedUpdate:
         self._is_on_cuda = False
 
     @classmethod
-    def of(cls, optimizer: Optimizer) -> PreparedUpdate | None:
+    def of(cls, optimizer: Optimizer) -> PreparedUpdate | PreparedParts | None:
         """Return the prepared update of an optimizer.
 
         The result is None if the class has none or a replaced ``step``, or if no group uses a supported implementation.
         """
+        if isinstance(optimizer, MixedOptimizer):
+            updates = {name: cls.of(part) for name, part in optimizer.parts.items()}
+            return PreparedParts(optimizer, updates) if any(updates.values()) else None
         kernel = _KERNELS.get(type(optimizer))
         if kernel is None or step_function(type(optimizer)) is not kernel.step:
             return None
@@ -198,6 +202,33 @@ class PreparedUpdate:
                 for position, values in enumerate(tensors):
                     launches[key][position].extend(values)
         return launches
+
+
+@final
+class PreparedParts:
+    """The update of a ``MixedOptimizer``, with the prepared updates of its parts where these are possible.
+
+    Args:
+        optimizer: the optimizer.
+        updates: the prepared update of each part; None for a part that always uses its own step.
+    """
+
+    def __init__(self, optimizer: MixedOptimizer, updates: Mapping[str, PreparedUpdate | PreparedParts | None]) -> None:
+        self._optimizer = optimizer
+        self._updates = [(optimizer.parts[name], update) for name, update in updates.items()]
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        """Update all parts; return False, without effect, if the optimizer has step hooks or a replaced ``step``.
+
+        Args:
+            optimizer: the optimizer that is to be updated, which a user may have replaced.
+        """
+        if optimizer is not self._optimizer or is_step_observed(optimizer) or "step" in optimizer.__dict__:
+            return False
+        for part, update in self._updates:
+            if update is None or not update.apply(part):
+                part.step()
+        return True
 
 
 _Kind = tuple[torch.device, torch.dtype]
