@@ -17,7 +17,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults hangs matrix bits check format bench bench-gpu bench-peers clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix bits check format bench bench-gpu bench-peers clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -115,6 +115,9 @@ faults: setup ## Inject every fault into every way of saving (15 minutes).
 
 hangs: setup ## Stop a rank in another collective each time, and check the reports (6 minutes).
 	PYTHONPATH=src:. $(BIN)/python tests/support/hang_sweep.py
+
+proof: setup ## Prove that `stratagem parity` finds seeded bugs and raises no false alarms, and write docs/proof.md (5 minutes).
+	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python tests/support/seeded_bugs/proof.py --write docs/proof.md
 
 check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ __all__ = [
     "MissingDependencyError",
     "WorkDirError",
     "TraceError",
+    "ParityError",
     "TrainingError",
     "RankFailedError",
 ]
@@ -126,6 +127,14 @@ class TrainingError(StratagemError, RuntimeError):
 
 class TraceError(StratagemError, ValueError):
     """A trace cannot be read, or two traces cannot be compared."""
+
+    exit_status = 2
+
+
+class ParityError(StratagemError, RuntimeError):
+    """The variants of a training cannot be compared, because one of them cannot be trained."""
+
+    exit_status = 2
 
 
 class RankFailedError(StratagemError, RuntimeError):

@@ -205,41 +205,105 @@ def schedule(
 
 @app.command()
 def parity(
-    config: ConfigFile,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CONFIG | A.json B.json",
+            help="The configuration whose variants are compared, or two traces that stratagem.trace.record wrote.",
+        ),
+    ],
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(metavar="K", min=2, help="The number of optimizer steps.")] = 6,
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of processes that share a batch.")] = 2,
-    eval_layers: Annotated[
-        bool, typer.Option("--eval-layers", help="Put dropout and batch normalization into evaluation mode.")
-    ] = False,
-    tolerance: Annotated[
-        float, typer.Option(metavar="X", help="The largest relative difference that is attributed to rounding.")
-    ] = 1e-4,
     strategies: Annotated[
         str,
         typer.Option(
             "--strategy", metavar="NAMES", help="The strategies to run in N processes: ddp,fsdp,deepspeed,colossalai."
         ),
     ] = "ddp",
-    as_json: AsJson = False,
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer",
+            metavar="NAMES",
+            help="Repeat the comparison with each of these optimizers, as in SGD,AdamW, with the configured learning rate.",
+        ),
+    ] = None,
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="NAMES", help="Repeat the comparison in each of these dtypes: float32,bfloat16,float16."
+        ),
+    ] = None,
+    accumulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNTS", help="The numbers of micro-batches per step to compare with, as in 2,4. Default: N."
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="COUNTS", help="The numbers of data workers to compare with, as in 0,2."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also compile the model, with compile of CONFIG if it is set.")
+    ] = False,
+    resumed: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Also stop each variant halfway and resume it.")
+    ] = True,
+    eval_layers: Annotated[
+        bool, typer.Option("--eval-layers", help="Put dropout and batch normalization into evaluation mode.")
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The largest relative difference that is attributed to rounding. Default: derived from a run in float64.",
+        ),
+    ] = None,
+    zero_gradients: Annotated[
+        str | None,
+        typer.Option(
+            "--zero-grad",
+            metavar="REGEX",
+            help="Parameters whose gradients may be zero in all steps, such as unused ones.",
+        ),
+    ] = None,
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
     record: Annotated[Path | None, typer.Option(hidden=True)] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Compare the results of several ways to train CONFIG.
+    """Find out whether several ways to train CONFIG give the same numbers, or where two traces first differ.
 
-    Trains for a few steps in a single process, then repeats the same steps: unchanged, stopped and resumed, with gradient
-    accumulation, and in N processes. All variants process the same samples in each step. Shows where two of them first
-    differ, and exits with status 1 if a difference is unexplained. Writes no files.
+    Trains for a few steps in a single process, then repeats the same steps: in float64, unchanged, stopped and resumed,
+    with gradient accumulation, and in N processes. All variants process the same samples in each step. Compares samples,
+    losses, gradient norms, every gradient, parameter, buffer and average, and learning rates, and prints the first
+    difference, its size and the part of the step in which it arises: data, forward, backward, reduction, clip, schedule,
+    update or average. Writes no files except FILE.
+
+    Exits with status 0 if all variants are equal up to rounding; 1 if one is different, if no parameter moves, if a
+    gradient is zero in all steps, or if samples repeat within an epoch; and 2 if variants cannot be compared.
     """
-    options = RunOptions(config=config, overrides=tuple(overrides or ()))
-    settings = lazy_command("stratagem.cli.parity.variants:ParitySettings")(
+    options = RunOptions(config=files[0], overrides=tuple(overrides or ()))
+    variants = "stratagem.cli.parity.variants"
+    numbers = lazy_command(f"{variants}:parse_numbers")
+    settings = lazy_command(f"{variants}:ParitySettings")(
         steps=steps,
         nproc=nproc,
         eval_layers=eval_layers,
         tolerance=tolerance,
-        strategies=lazy_command("stratagem.cli.parity.variants:parse_strategies")(strategies),
+        strategies=lazy_command(f"{variants}:parse_strategies")(strategies),
+        optimizers=lazy_command(f"{variants}:parse_names")(optimizers),
+        dtypes=lazy_command(f"{variants}:parse_dtypes")(dtypes),
+        accumulate=None if accumulate is None else numbers("--accumulate", accumulate, least=1),
+        workers=numbers("--workers", workers, least=0),
+        compiled=compiled,
+        resumed=resumed,
     )
-    lazy_command("stratagem.cli.parity.command:parity")(options, settings, record=record, as_json=as_json)
+    lazy_command("stratagem.cli.parity.command:parity")(
+        files, options, settings, record=record, as_json=as_json, out=out, zero_gradients=zero_gradients
+    )
 
 
 @app.command()

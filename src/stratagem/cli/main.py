@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def spell_out_resume(words: list[str]) -> list[str]:
-    """Replace ``--resume`` without a path with ``--resume=auto``, because typer has no options with an optional value."""
+    """Replace ``--resume`` without a path with ``--resume=auto``, because typer has no options with an optional value.
+
+    ``parity`` has an option ``--resume`` without a value.
+    """
+    if words[:1] == ["parity"]:
+        return words
     spelled: list[str] = []
     for word, following in zip(words, [*words, None][1:], strict=True):
         bare = word == "--resume" and (following is None or following.startswith("-") or _is_config(following))

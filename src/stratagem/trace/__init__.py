@@ -4,7 +4,7 @@
 step in which it arises.
 """
 
-from stratagem.trace.comparison import Comparison, Difference, Tolerances, compare
+from stratagem.trace.comparison import AnyTolerances, Comparison, Difference, Tolerances, compare
 from stratagem.trace.format import FORMAT, SECTIONS, VERSION, Group, Part, RankStep, RankTrace, Trace
 from stratagem.trace.reader import read_trace
 from stratagem.trace.recorder import Recording, record
@@ -12,6 +12,7 @@ from stratagem.trace.values import Value
 from stratagem.trace.writer import FULL_LIMIT, TraceWriter
 
 __all__ = [
+    "AnyTolerances",
     "Comparison",
     "Difference",
     "FORMAT",

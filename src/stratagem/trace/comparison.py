@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from stratagem.trace.format import Group, Part, RankStep, Trace
 from stratagem.trace.names import with_names_of
 from stratagem.trace.values import Value, summarize
 
-__all__ = ["Comparison", "Difference", "Tolerances", "compare"]
+__all__ = ["AnyTolerances", "Comparison", "Difference", "Tolerances", "compare"]
 
 _TINY: Final = torch.finfo(torch.float32).tiny
 # The groups of tensors that are compared, the part to which a difference belongs, and the part whose result was the input.
@@ -67,9 +67,21 @@ class Tolerances:
     by_part: Mapping[Part, float] = field(default_factory=dict)
     floor: float = 0.0
 
-    def of(self, part: Part) -> float:
-        """Return the tolerance for a part of the step."""
+    def of(self, part: Part, name: str, step: int) -> float:
+        """Return the tolerance for a value in a step, which only depends on the part."""
+        del name, step
         return self.by_part.get(part, self.relative)
+
+
+class AnyTolerances(Protocol):
+    """What determines the largest relative differences that count as rounding: a :class:`Tolerances`, or a similar object."""
+
+    @property
+    def floor(self) -> float:
+        """See :class:`Tolerances`."""
+
+    def of(self, part: Part, name: str, step: int) -> float:
+        """Return the tolerance for the value with a name in a part of a step, counted from 1."""
 
 
 @final
@@ -123,6 +135,7 @@ class Comparison:
         largest: the largest relative difference, even if it is within the tolerance; None if no number differs.
         sizes: the largest relative difference in each part that could be compared, for each step.
         num_steps: the number of compared steps.
+        by_step: all differences in each step, in the order of the parts, the largest of each part first.
         not_compared: what could not be compared, and why.
     """
 
@@ -130,6 +143,7 @@ class Comparison:
     largest: Difference | None
     sizes: Mapping[Part, tuple[float, ...]]
     num_steps: int
+    by_step: tuple[tuple[Difference, ...], ...] = ()
     not_compared: tuple[str, ...] = ()
 
     @property
@@ -138,7 +152,7 @@ class Comparison:
         return self.first is None
 
 
-def compare(a: Trace, b: Trace, tolerances: Tolerances | None = None) -> Comparison:
+def compare(a: Trace, b: Trace, tolerances: AnyTolerances | None = None) -> Comparison:
     """Compare two traces, step by step up to the end of the shorter one.
 
     If a prefix is the only difference between the parameter names of the traces, it is ignored.
@@ -155,6 +169,7 @@ def compare(a: Trace, b: Trace, tolerances: Tolerances | None = None) -> Compari
     skipped: dict[str, None] = {}
     if a.num_steps != b.num_steps:
         skipped[f"steps {num_steps + 1} to {max(a.num_steps, b.num_steps)}, which only one trace has"] = None
+    by_step: list[tuple[Difference, ...]] = []
     first = largest = None
     for index in range(num_steps):
         pair = _StepPair(a, b, index, tolerances)
@@ -165,7 +180,8 @@ def compare(a: Trace, b: Trace, tolerances: Tolerances | None = None) -> Compari
             worst = max((each.relative for each in found[part]), default=0.0)
             sizes.setdefault(part, [0.0] * num_steps)[index] = worst
         skipped |= dict.fromkeys(pair.skipped)
-        every = [each for part in Part for each in sorted(found[part], key=lambda each: -each.relative)]
+        every = tuple(each for part in Part for each in sorted(found[part], key=lambda each: -each.relative))
+        by_step.append(every)
         if first is None:
             first = next((each for each in every if _exceeds(each, tolerances)), None)
             if first is not None:
@@ -178,12 +194,14 @@ def compare(a: Trace, b: Trace, tolerances: Tolerances | None = None) -> Compari
         largest=largest,
         sizes={part: tuple(sizes[part]) for part in Part if part in sizes},
         num_steps=num_steps,
+        by_step=tuple(by_step),
         not_compared=tuple(skipped),
     )
 
 
-def _exceeds(difference: Difference, tolerances: Tolerances) -> bool:
-    allowed = 0.0 if difference.part is Part.DATA else tolerances.of(difference.part)
+def _exceeds(difference: Difference, tolerances: AnyTolerances) -> bool:
+    part = difference.part
+    allowed = 0.0 if part is Part.DATA else tolerances.of(part, difference.name, difference.step)
     return not difference.relative <= allowed
 
 
@@ -196,7 +214,7 @@ class _StepPair:
         skipped: what could not be compared, and why.
     """
 
-    def __init__(self, a: Trace, b: Trace, index: int, tolerances: Tolerances) -> None:
+    def __init__(self, a: Trace, b: Trace, index: int, tolerances: AnyTolerances) -> None:
         self._number = index + 1
         self._floor = tolerances.floor
         self._a = [rank.steps[index] for rank in a.ranks]

@@ -1,13 +1,13 @@
-"""Implement ``stratagem parity``: train the variants, compare them, and print a table of the differences."""
+"""Implement ``stratagem parity``: train the variants, compare their traces, and print the differences."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+import re
 import tempfile
-from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import final
 
@@ -15,177 +15,175 @@ import typer
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import Table, echo, print_table
-from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
+from stratagem.cli.parity.comparing import compare_all, compare_files, note_failure
+from stratagem.cli.parity.output import show
+from stratagem.cli.parity.processes import ProgressLine, read_settings, train_in_processes
+from stratagem.cli.parity.report import ParityReport
+from stratagem.cli.parity.schedules import schedules_in_steps
+from stratagem.cli.parity.training import train_variant
+from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variants_for
 from stratagem.config import Config
 from stratagem.config_schema import require_valid
 from stratagem.data import build_dataloader
 from stratagem.distributed import close_dist, infer_launcher, init_dist
-from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
+from stratagem.errors import ConfigKeyError, ConfigValueError, ParityError, StratagemError
 from stratagem.registry import switch_scope
-from stratagem.runner import Runner
-from stratagem.train.tools.trace_comparison import (
-    BatchDependence,
-    Comparison,
-    StepRecorder,
-    compare_traces,
-    require_movement,
-)
 
-__all__ = ["ParityReport", "parity", "train_variant"]
+__all__ = ["parity"]
 
 _NEEDED = ("model", "train_dataloader", "optim_wrapper")
 
 
-@final
-@dataclass(slots=True)
-class ParityReport:
-    """The results of all variants.
-
-    Attributes:
-        comparisons: the differences between each variant and its reference, keyed by variant.
-        batch_dependence: the layers of the model whose results depend on how the batch is split.
-    """
-
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    batch_dependence: BatchDependence = field(
-        default_factory=lambda: BatchDependence(uses_rng=False, num_batch_norms=0)
-    )
-
-    def verdict(self, variant: Variant, *, tolerance: float) -> str:
-        """Return the result of a variant for the table; ``"DIFFERENT"`` if the difference is unexplained."""
-        if variant.against is None:
-            return "reference"
-        most = self.comparisons[variant.key].most
-        if most is None:
-            return "bitwise identical"
-        if not variant.exact and most.relative <= tolerance:
-            return "equal up to rounding"
-        if not variant.exact and (self.batch_dependence.uses_rng or self.batch_dependence.num_batch_norms > 0):
-            return "not comparable"
-        return "DIFFERENT"
-
-
-def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None, as_json: bool = False) -> None:
-    """Train all variants and print how they compare.
+def parity(
+    files: Sequence[Path],
+    options: RunOptions,
+    settings: ParitySettings,
+    *,
+    record: Path | None,
+    as_json: bool = False,
+    out: Path | None = None,
+    zero_gradients: str | None = None,
+) -> None:
+    """Train all variants, or read two traces, and print how they compare.
 
     Args:
-        options: the configuration.
+        files: the configuration, or two traces.
+        options: the configuration with its overrides.
         settings: the settings of the comparison.
         record: if given, this process only trains the variants with several processes, and records them in this folder.
-        as_json: whether to print the comparisons as JSON, without notes.
+        as_json: whether to print the results as JSON.
+        out: the PNG file to write, if any.
+        zero_gradients: a regular expression of the names of parameters whose gradients may be zero in all steps.
 
     Raises:
         ConfigError: or a subclass, if the configuration is invalid or its batches cannot be split.
-        TrainingError: if training in several processes fails, or training does not change any parameter.
-        typer.Exit: with status 1, if a difference is unexplained.
+        ParityError: if training a variant fails, or the traces cannot be compared.
+        typer.Exit: with status 1 if a difference is unexplained or a training is wrong by itself, and with status 2 if
+            variants cannot be compared.
     """
-    config = read_config(options)
-    if record is not None:
-        if infer_launcher() == "none":
-            launch_ranks(settings.nproc, by=None)
-        else:
-            _train_in_one_group(config, settings, record)
+    _require_pattern(zero_gradients)
+    if len(files) == 2:
+        report = compare_files(files[0], files[1], settings.tolerance, zero_gradients)
+    elif len(files) != 1:
+        raise ConfigValueError(
+            f"parity compares the variants of one configuration, or two traces; got {len(files)} files."
+        )
+    elif record is not None:
+        _train_as_rank(options, settings.nproc, record)
         return
-    require_valid(config)
-    steps = _steps(config, settings)
-    settings = replace(settings, steps=steps)
-    with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as folder:
-        report = _compare(options, config, settings, Path(folder))
-    _show(options, config, settings, report, as_json=as_json)
-    if "DIFFERENT" in _verdicts(config, settings, report):
-        raise typer.Exit(1)
+    else:
+        report = _compare_variants(options, settings, zero_gradients, quiet=as_json)
+    show(report, json=as_json, out=out)
+    if report.exit_status:
+        raise typer.Exit(report.exit_status)
 
 
-def _train_in_one_group(config: Config, settings: ParitySettings, folder: Path) -> None:
-    """Train the variants with several processes, as one of their ranks. Collective."""
+def _require_pattern(pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ConfigValueError(f"--zero-grad {pattern!r} is not a regular expression: {error}.") from error
+
+
+def _train_as_rank(options: RunOptions, nproc: int, folder: Path) -> None:
+    """Train the variants with several processes: start the ranks or, as one of them, train. Collective."""
+    if infer_launcher() == "none":
+        launch_ranks(nproc, by=None)
+        return
+    config = read_config(options)
+    plan = _Plan.of(config, read_settings(folder))
     # All variants share one process group, which the individual runs neither create nor destroy.
     init_dist(**(config.get("env_cfg") or {}).get("dist_cfg", {}))
     try:
-        for variant in variants_for(config, settings):
+        for variant in plan.variants:
             if variant.nproc > 1:
-                train_variant(config, variant, settings, folder)
+                train_variant(config, variant, plan.settings, folder, epoch_length=plan.epoch_length)
     finally:
         close_dist()
 
 
-def _compare(options: RunOptions, config: Config, settings: ParitySettings, folder: Path) -> ParityReport:
-    report = ParityReport()
-    for variant in variants_for(config, settings):
-        if variant.nproc == 1:
-            batch_dependence = train_variant(config, variant, settings, folder)
-            if variant.against is None:
-                report.batch_dependence = batch_dependence
-                require_movement(folder / variant.key, settings.steps)
-        elif not (folder / variant.key).exists():
-            _train_in_processes(options, replace(settings, strategies=(variant.strategy,)), folder)
-        if variant.against is not None:
-            report.comparisons[variant.key] = compare_traces(
-                folder / variant.against, folder / variant.key, settings.steps
-            )
+@final
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The variants to train, with settings that fit the data."""
+
+    settings: ParitySettings
+    variants: tuple[Variant, ...]
+    epoch_length: int | None
+
+    @classmethod
+    def of(cls, config: Config, settings: ParitySettings) -> _Plan:
+        """Return the plan for a configuration.
+
+        Raises:
+            ConfigKeyError: if the configuration lacks a section that training needs.
+            ConfigValueError: if a batch cannot be split, or the dataset has too few samples for two steps.
+        """
+        _require_mappings(config)
+        epoch_length = _epoch_length(config, settings)
+        steps = settings.steps if epoch_length is None else min(settings.steps, epoch_length)
+        settings = replace(settings, steps=steps)
+        return cls(settings, tuple(variants_for(config, settings)), epoch_length)
+
+
+def _compare_variants(
+    options: RunOptions, settings: ParitySettings, zero_gradients: str | None, *, quiet: bool
+) -> ParityReport:
+    config = read_config(options)
+    require_valid(config)
+    plan = _Plan.of(config, settings)
+    progress = ProgressLine(len(plan.variants), quiet=quiet)
+    with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as name:
+        folder = Path(name)
+        with progress.shown():
+            num_batch_norms = _train(options, config, plan, folder, progress)
+            report = compare_all(
+                f"{options.config}: {plan.settings.steps} steps of {_samples_per_step(config, plan.settings)} samples",
+                config, plan.settings, plan.variants, folder, num_batch_norms, zero_gradients,
+            )  # fmt: skip
+    report.notes += _notes(config, plan)
     return report
 
 
-def train_variant(config: Config, variant: Variant, settings: ParitySettings, folder: Path) -> BatchDependence:
-    """Train one variant in this process, and record its steps in a subfolder of ``folder`` named after its key."""
-    half = settings.steps // 2
-    recorder = StepRecorder(
-        folder / variant.key, eval_layers=settings.eval_layers, stop_after=half if variant.resumed else None
-    )
-    batch_dependence = _run(variant_config(config, variant, settings, folder), recorder)
-    if variant.resumed:
-        again = variant_config(config, variant, settings, folder)
-        again["resume"] = True
-        _run(again, StepRecorder(folder / variant.key, eval_layers=settings.eval_layers))
-    return batch_dependence
-
-
-def _run(config: Config, recorder: StepRecorder) -> BatchDependence:
-    hooks = list(config.get("custom_hooks") or ())
-    config["custom_hooks"] = [*hooks, recorder]
-    runner = Runner.from_cfg(config)
-    try:
-        runner.train()
-    finally:
-        runner.close()
-    return recorder.batch_dependence
-
-
-def _train_in_processes(options: RunOptions, settings: ParitySettings, folder: Path) -> None:
-    """Train the variants of a strategy in several processes, by running this command with ``--record``.
+def _train(options: RunOptions, config: Config, plan: _Plan, folder: Path, progress: ProgressLine) -> int:
+    """Train all variants, and return the number of layers of the model that normalize over the batch.
 
     Raises:
-        TrainingError: with its error output, if the command fails.
+        ParityError: if a variant fails.
     """
-    words = [sys.executable, "-m", "stratagem", "parity", str(options.config), "--record", str(folder)]
-    words += [
-        "--steps",
-        str(settings.steps),
-        "--nproc",
-        str(settings.nproc),
-        "--strategy",
-        ",".join(settings.strategies),
-    ]
-    words += [word for override in options.overrides for word in ("--set", override)]
-    words += ["--eval-layers"] if settings.eval_layers else []
-    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 -- this program
-    if done.returncode:
-        names = ", ".join(settings.strategies)
-        raise TrainingError(f"Training in {settings.nproc} processes with {names} failed:\n{done.stderr.strip()}")
+    num_batch_norms = 0
+    for variant in plan.variants:
+        if variant.nproc > 1:
+            continue
+        progress.start(variant.name)
+        try:
+            found = train_variant(config, variant, plan.settings, folder, epoch_length=plan.epoch_length)
+        except Exception as error:
+            if variant.double:
+                # The comparison works without it, with constant tolerances.
+                note_failure(folder, variant, error)
+                continue
+            if isinstance(error, StratagemError) and error.exit_status == ParityError.exit_status:
+                raise
+            raise ParityError(f"{variant.name}: training failed: {type(error).__name__}: {error}") from error
+        num_batch_norms = max(num_batch_norms, found)
+    several = [variant for variant in plan.variants if variant.nproc > 1]
+    for _, group in groupby(sorted(several, key=lambda each: each.strategy), key=lambda each: each.strategy):
+        train_in_processes(options, plan.settings, folder, list(group), progress)
+    return num_batch_norms
 
 
-def _verdicts(config: Config, settings: ParitySettings, report: ParityReport) -> set[str]:
-    return {report.verdict(variant, tolerance=settings.tolerance) for variant in variants_for(config, settings)}
+def _samples_per_step(config: Config, settings: ParitySettings) -> int:
+    batch_size: int = config["train_dataloader"]["batch_size"]
+    return batch_size * settings.nproc * accumulation_count(config)
 
 
-def _steps(config: Config, settings: ParitySettings) -> int:
-    """Return the number of steps to train: the requested number, or fewer if the epoch is shorter.
+def _epoch_length(config: Config, settings: ParitySettings) -> int | None:
+    """Return the number of steps in an epoch; None if the dataset has no length.
 
     Raises:
-        ConfigKeyError: if the configuration lacks a section that training needs.
         ConfigValueError: if the batch size is not a number, or the dataset has too few samples for two steps.
     """
-    _require_mappings(config)
     loader = config["train_dataloader"]
     size = loader.get("batch_size")
     if not isinstance(size, int):
@@ -195,16 +193,15 @@ def _steps(config: Config, settings: ParitySettings) -> int:
     with switch_scope(config.get("default_scope")):
         dataset = build_dataloader(copy.deepcopy(loader), seed=0, training=True).dataset
     if not isinstance(dataset, Sized):
-        return settings.steps
-    whole = len(dataset) // (size * settings.nproc * accumulation_count(config))
+        return None
+    per_step = _samples_per_step(config, settings)
     # The resumed variants train at least one step before the stop and one after it.
-    if whole < 2:
-        needed = 2 * settings.nproc * size * accumulation_count(config)
+    if len(dataset) // per_step < 2:
         raise ConfigValueError(
-            f"The dataset has {len(dataset)} samples, but two steps in {settings.nproc} processes need {needed}. Use a smaller "
-            "batch: --set train_dataloader.batch_size=1"
+            f"The dataset has {len(dataset)} samples, but two steps in {settings.nproc} processes need {2 * per_step}. Use a "
+            "smaller batch: --set train_dataloader.batch_size=1"
         )
-    return min(settings.steps, whole)
+    return len(dataset) // per_step
 
 
 def _require_mappings(config: Config) -> None:
@@ -219,52 +216,18 @@ def _require_mappings(config: Config) -> None:
         )
 
 
-def _show(
-    options: RunOptions, config: Config, settings: ParitySettings, report: ParityReport, *, as_json: bool
-) -> None:
-    size = config["train_dataloader"]["batch_size"] * settings.nproc * accumulation_count(config)
-    table = Table(title=f"{options.config}: {settings.steps} steps of {size} samples", title_justify="left")
-    for column in ("variant", "result", "first difference", "largest difference"):
-        table.add_column(column, overflow="fold")
-    for variant in variants_for(config, settings):
-        compared = report.comparisons.get(variant.key, Comparison(None, None))
-        ends = [each.describe() if each is not None else "" for each in (compared.first, compared.most)]
-        table.add_row(variant.name, report.verdict(variant, tolerance=settings.tolerance), *ends)
-    print_table(table, as_json=as_json)
-    for note in () if as_json else _notes(config, settings, report):
-        echo(note)
-
-
-def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> list[str]:
-    """Return notes that explain the results and list what was not compared."""
-    verdicts = _verdicts(config, settings, report)
-    notes = []
-    if "equal up to rounding" in verdicts:
-        notes.append(
-            "Splitting a batch differently changes the summation order and thus the rounding. Relative differences up to "
-            f"{settings.tolerance:g} count as rounding (--tolerance)."
-        )
-    if "not comparable" in verdicts:
-        causes = [
-            *(["draws random numbers (as in dropout)"] if report.batch_dependence.uses_rng else []),
-            *(
-                [f"normalizes over the batch in {report.batch_dependence.num_batch_norms} layers"]
-                if report.batch_dependence.num_batch_norms
-                else []
-            ),
-        ]
-        notes.append(
-            f"A training step of this model {' and '.join(causes)}, so the results legitimately depend on how the batch is "
-            "split. Use --eval-layers to put dropout and batch normalization into evaluation mode and compare the other layers."
-        )
-    if "DIFFERENT" in verdicts:
-        notes.append("DIFFERENT: neither rounding nor layers that depend on the batch explain the difference.")
+def _notes(config: Config, plan: _Plan) -> Iterator[str]:
+    """Yield what differs from the training that the configuration describes."""
     if "optimizer" not in config["optim_wrapper"]:
-        notes.append(
+        yield (
             "Gradient accumulation was not compared: the configuration has no optim_wrapper.optimizer, for which "
             "optim_wrapper.accumulative_counts could be set."
         )
-    left_out = [key for key in ("param_scheduler", "auto_scale_lr") if config.get(key) is not None]
-    if left_out:
-        notes.append(f"Disabled, because they depend on how the batch is split: {', '.join(left_out)}.")
-    return notes
+    if config.get("auto_scale_lr") is not None:
+        yield "auto_scale_lr is disabled, because it depends on how the batch is split."
+    converted = schedules_in_steps(config.get("param_scheduler"), plan.epoch_length)
+    if converted.omitted:
+        names = ", ".join(converted.omitted)
+        yield f"Omitted from param_scheduler, because they depend on metrics or on an unknown length: {names}."
+    if converted.schedules and accumulation_count(config) > 1:
+        yield "Schedules count optimizer steps here, not micro-batches, so that they do not depend on accumulation."

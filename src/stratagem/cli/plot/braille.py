@@ -137,6 +137,10 @@ def _x_axis(chart: Chart, width: int, low: float, high: float) -> Iterator[Text]
     yield Text(" " * _AXIS + " └" + "─" * width, style=_FAINT)
     positions = [0.0, 0.25, 0.5, 0.75, 1.0] if width >= 60 else [0.0, 0.5, 1.0]
     values = [low * (high / low) ** each if chart.log_x else low + (high - low) * each for each in positions]
+    if not chart.log_x and low < high <= low + len(positions) and low == int(low):
+        # Several ticks would have the same label.
+        values = [float(each) for each in range(int(low), int(high) + 1)]
+        positions = [(each - low) / (high - low) for each in values]
     short = chart.x_label if len(chart.x_label) <= _AXIS else ""
     yield _ticks(positions, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, short)
     if not short:

@@ -58,6 +58,7 @@ def write_png(chart: Chart, path: Path) -> None:
             axes[-1].set_xscale("log")
             _plain_numbers(axes[-1].xaxis)
         else:
+            axes[-1].xaxis.get_major_locator().set_params(integer=True)
             axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes[-1].set_xlim(*_widened(*chart.x_range, log=chart.log_x))
         axes[-1].set_xlabel(chart.x_label)
