@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from stratagem.optim import OptimSpec
+from stratagem.optim import OptimSpec, sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
@@ -292,7 +292,9 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         return model
 
     return [
-        (composed, "prepare_sharded_updates", skip),  # it compares values
+        # Decide how sharded parameters are updated, without comparing the values of trial updates.
+        (composed, "prepare_sharded_updates", without_fake_tensors(composed.prepare_sharded_updates)),
+        (sharded_updates, "_try_sharded", lambda *_: ([], None)),
         (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
         (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
         (nn.Module, "_apply", apply),
