@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from stratagem.model import loss_weight
 from stratagem.optim import OptimSpec, sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
@@ -295,6 +296,8 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
         (composed, "prepare_sharded_updates", without_fake_tensors(composed.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", lambda *_: ([], None)),
+        # As on accelerators, where the number of targets is not read.
+        (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),
         (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
         (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
         (nn.Module, "_apply", apply),
