@@ -118,6 +118,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (_mixed(rules={"(": "adamw"}), "optim_wrapper.optimizer.rules"),
     (_mixed(parts={**MIXED["parts"], "muon": {"type": "Muon", "lr": -1.0}}), "optim_wrapper"),
     ({**_mixed(), "param_scheduler": {"type": "ConstantLR", "part": "moun"}}, "param_scheduler.part"),
+    ({**_mixed(), "param_scheduler": {"muon": {"type": "ConstantLR"}, "adamw": []}}, "param_scheduler"),
     # phases and the model
     ({**VALIDATION, "val_dataloader": None}, "val_cfg"),
     ({**VALIDATION, "val_evaluator": None}, "val_dataloader"),

@@ -145,6 +145,11 @@ def _build_for_parts(
     if isinstance(item, ParamScheduler):
         return [item]
     parts = optim.optimizer.parts if isinstance(optim.optimizer, MixedOptimizer) else {}
+    if parts and isinstance(item, Mapping) and "type" not in item:
+        raise ConfigValueError(
+            f"param_scheduler: a schedule with the keys {', '.join(map(str, item))} has no type. The schedules for the parts of "
+            f"a MixedOptimizer are a list, in which each one may name a part: [dict(type=..., part={next(iter(parts))!r}), ...]."
+        )
     if isinstance(item, Mapping) and "part" in item:
         part = item["part"]
         if part not in parts:
