@@ -40,8 +40,8 @@ train-text: setup ## Train a small language model on the King James Bible and ge
 	$(BIN)/stratagem train examples/gpt/config.py --resume
 	$(BIN)/stratagem sample examples/gpt/config.py work_dirs/gpt --prompt "In the beginning"
 
-test: setup ## Run the test suite, except the launcher and engine tests.
-	$(BIN)/python -m pytest
+test: setup ## Run the test suite, except the launcher and engine tests, in two processes.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: setup ## Run only the fast tests, in parallel (under a minute on two cores).
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,15 +25,16 @@ class Shell:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
         source = str(Path(package.__file__).parents[1])
-        temporary = folder.with_name(f"{folder.name}-temporary")
-        temporary.mkdir()
-        self.temporary = temporary
+        # Data workers create sockets there, whose paths are limited to 107 characters.
+        temporary = tempfile.TemporaryDirectory(prefix="shell-", ignore_cleanup_errors=True)
+        self.temporary = Path(temporary.name)
+        self._remove_temporary = temporary.cleanup
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([source, str(HERE)]),
             "OMP_NUM_THREADS": "1",
             "NO_COLOR": "1",
-            "TMPDIR": str(temporary),
+            "TMPDIR": temporary.name,
         }
 
     def start(self, *words: str, launch: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
@@ -88,7 +90,7 @@ class Shell:
         return process.returncode, "".join(seen) + output
 
     def close(self) -> None:
-        """Kill all running commands."""
+        """Kill all running commands, and remove their temporary files."""
         for process in self.started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -99,3 +101,4 @@ class Shell:
         for left in self._processes():
             with suppress(psutil.Error):
                 left.kill()
+        self._remove_temporary()

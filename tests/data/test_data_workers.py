@@ -410,3 +410,59 @@ def test_an_explicit_fork_or_no_workers_are_not_reported() -> None:
 def test_forking_workers_without_an_accelerator_is_not_reported() -> None:
     """On the CPU, workers are forked without a warning."""
     assert warnings_of_fork(num_workers=1) == []
+
+
+class Unsendable(Dataset):
+    """Samples of which the fourth cannot be sent to another process, as a custom collate function may return."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return (lambda: index) if index == 3 else index
+
+
+@pytest.mark.parametrize("build_loader", [from_configuration, used_as_it_is])
+def test_a_batch_that_cannot_be_sent_raises_an_error(build_loader: Callable[[Any], EpochLoader]) -> None:
+    """The error names the batch and the cause. Without it, the training process would wait for the batch forever."""
+    batches = build_loader(Unsendable()).batches(0)
+    with pytest.raises(TrainingError, match=r"cannot send batch \d+ of the epoch to the training process: .*<lambda>"):
+        list(batches)
+
+
+def test_tensors_are_not_awaited_if_no_socket_can_be_created(tmp_path: Path) -> None:
+    """If the path of the directory for temporary files is too long for a socket, the error names TMPDIR."""
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    script = (
+        "import torch\n"
+        "from torch.utils.data import TensorDataset\n"
+        "from stratagem.data import build_dataloader\n"
+        "cfg = {'dataset': TensorDataset(torch.ones(4, 2)), 'num_workers': 1}\n"
+        "list(build_dataloader(cfg, seed=0, training=True).batches(0))\n"
+    )
+    environment = {**scripts_environment(), "TMPDIR": str(folder)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 1
+    assert "Set TMPDIR to a short path such as /tmp." in run.stderr
+
+
+def test_indices_that_cannot_be_sent_raise_an_error() -> None:
+    """The worker that should receive them fails, and its error names the batch and the cause."""
+    sampler = [[0, 1], [2, lambda: 3]]
+    loader = DataLoader(Unsendable(), batch_sampler=sampler, num_workers=1, collate_fn=list)
+    batches = build_dataloader(loader, seed=0, training=True).batches(0)
+    with pytest.raises(TrainingError, match="Data worker 0 .*exited with status 1"):
+        list(batches)
+
+
+def test_other_queues_only_print_their_errors(capfd: pytest.CaptureFixture[str]) -> None:
+    """A queue of user code keeps the behavior of Python before, during and after the start of workers."""
+    list(used_as_it_is(list(range(8))).batches(0))
+    queue = get_context("fork").Queue()
+    queue.put(lambda: 0)
+    queue.put(1)
+    assert queue.get(timeout=30) == 1
+    assert "<lambda>" in capfd.readouterr().err

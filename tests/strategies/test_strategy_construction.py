@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ UNLIMITED = environment.resource.RLIM_INFINITY if environment._HAS_RESOURCE else
 needs_resource = pytest.mark.skipif(not environment._HAS_RESOURCE, reason="Windows has no limits on resources")
 
 Make = Callable[..., BaseStrategy]
+
+
+@pytest.fixture
+def no_start_method() -> Iterator[None]:
+    """A process whose start method is undetermined, as in a new one; another test may have started a process."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(None, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 def test_without_a_launcher_there_is_one_process(single: Make) -> None:
@@ -166,6 +175,7 @@ def test_unknown_float32_precisions_are_rejected(single: Make, env: dict[str, An
         single(env=env)
 
 
+@pytest.mark.usefixtures("no_start_method")
 def test_the_start_method_is_set_and_restored(single: Make) -> None:
     """The start method in ``mp_cfg`` is active until the strategy is closed."""
     assert multiprocessing.get_start_method(allow_none=True) is None
@@ -333,6 +343,7 @@ def test_close_is_idempotent(single: Make) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@pytest.mark.usefixtures("no_start_method")
 def test_a_failed_construction_restores_the_process(tmp_path: Path) -> None:
     """If construction fails, all settings are restored."""
     for bad in ({"env": {"resource_limit": "many"}}, {"log_kwargs": {"log_level": "LOUD"}}, {"seed": -1}):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import math
+import pickle
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -581,6 +582,13 @@ def test_step_function_ignores_the_wrapper_that_calls_hooks() -> None:
             pass
 
     assert torch_private.step_function(Own) is not before
+
+
+def test_exception_wrapper_carries_an_error_to_another_process() -> None:
+    """The error that is raised has the class and the text of the one in the wrapper, which pickle supports."""
+    wrapper = torch_private.ExceptionWrapper((ValueError, ValueError("seven"), None), where="in a data worker")
+    with pytest.raises(ValueError, match=r"in a data worker[\s\S]*seven"):
+        pickle.loads(pickle.dumps(wrapper)).reraise()
 
 
 def test_every_name_has_a_test() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from stratagem.data.streams import StreamedDataset, seed_stream
+from stratagem.data.unsent_items import report_unsent_batches, report_unsent_indices
 from stratagem.data.worker_lifetime import ParentPipe
 from stratagem.distributed import get_rank
 from stratagem.errors import StratagemError, TrainingError
@@ -67,6 +68,7 @@ class WorkerInit:
     def __call__(self, worker: int) -> None:
         """Initialize a worker in its process."""
         _ignore_signals(self._parent_pipe)
+        report_unsent_batches()
         seed_stream(self._seed, self._epoch, self._rank, worker)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, StreamedDataset):
@@ -87,6 +89,7 @@ class _ChainedWorkerInit:
 
     def __call__(self, worker: int) -> None:
         _ignore_signals(self._parent_pipe)
+        report_unsent_batches()
         if self._user_init is not None:
             self._user_init(worker)
 
@@ -95,7 +98,7 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return ``iter(loader)`` with workers that ignore signals and exit with this process. The loader is not changed."""
     _warn_if_forked(loader)
     # Persistent workers of an earlier epoch may have died since.
-    with report_dead_workers(workers_of(getattr(loader, "_iterator", None))):
+    with report_dead_workers(workers_of(getattr(loader, "_iterator", None))), report_unsent_indices():
         batches = _iterate(loader)
     for number, worker in enumerate(workers_of(batches)):
         _terminate_with_sigkill(worker)

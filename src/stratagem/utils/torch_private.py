@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch._utils import ExceptionWrapper
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.autograd import profiler as _profiler
 from torch.autograd.graph import _engine_run_backward as _run_backward
@@ -32,6 +33,7 @@ from stratagem.utils.imports import import_object
 
 __all__ = [
     "CALL_ATTRIBUTE",
+    "ExceptionWrapper",
     "backward_from_scalar",
     "backward_pass_id",
     "copy_gradient_hooks",
