@@ -231,25 +231,44 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
         memory=MemoryPlan(parameters=0, gradients=0, optimizer_state=0),
     )
     try:
-        with simulating(request.job, {**strategy, "type": name}, world, ranks_per_node=request.ranks_per_node) as sim:
-            planned = _simulated(request, sim, base)
+        planned, failed = _try_plan(request, {**strategy, "type": name}, base)
+        if failed is not None:
+            # The failed step may have left gathered parameters, so the static sizes are those of a new simulation.
+            planned, _ = _try_plan(replace(request, batch=None), {**strategy, "type": name}, base, failed)
     except StratagemError as error:
         planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
     return [replace(each, seconds=time.perf_counter() - start) for each in planned]
 
 
-def _simulated(request: _Request, sim: Simulation, base: StepPlan) -> list[StepPlan]:
-    record: StepRecord | None = None
-    failure = None if request.batch is not None else "Without a batch, no step was simulated."
-    if request.batch is not None:
+def _try_plan(
+    request: _Request,
+    strategy: Mapping[str, Any],
+    base: StepPlan,
+    failure: str | None = "Without a batch, no step was simulated.",
+) -> tuple[list[StepPlan], str | None]:
+    """Return the plans of a strategy, or why its step could not be simulated.
+
+    Args:
+        request: what is planned; without a batch, no step is simulated.
+        strategy: the configuration of the strategy.
+        base: the plan without sizes.
+        failure: why there is no batch.
+    """
+    with simulating(request.job, strategy, base.world, ranks_per_node=request.ranks_per_node) as sim:
+        if request.batch is None:
+            return _finished(request, sim, replace(base, failure=failure), None), None
         try:
             record = sim.step(request.batch.batch)
         except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
-            failure = describe_failure(error, type(sim.model).__name__)
+            return [], describe_failure(error, type(sim.model).__name__)
+        return _finished(request, sim, base, record), None
+
+
+def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRecord | None) -> list[StepPlan]:
+    """Return the plan with the sizes of a simulation, for each memory limit."""
     gradients = sim.gradients_only() if record is None else record.gradients
-    ema = 0
-    if request.average is not None:
-        ema = storage_bytes(request.average.build_average(sim.model).averages.values())
+    averages = [] if request.average is None else list(request.average.build_average(sim.model).averages.values())
+    ema = storage_bytes(averages)
     offload = bool(base.options.get("cpu_offload"))
     # The search changes the size of the batch, so it comes after everything that reads the recorded step.
     memory = _memory(request, sim, record, gradients=gradients, ema=ema, offload=offload)
@@ -266,8 +285,7 @@ def _simulated(request: _Request, sim: Simulation, base: StepPlan) -> list[StepP
         collectives=() if record is None else _collectives(record, request.ranks_per_node),
         flops=None if record is None else record.flops,
         compute_dtype="float32" if record is None else record.trace.main_dtype,
-        checkpoint_bytes=sim.checkpoint_bytes() + ema * (base.world if _is_sharded(sim) else 1),
-        failure=failure,
+        checkpoint_bytes=sim.checkpoint_bytes() + sum(each.nbytes for each in averages),
         notes=request.notes,
     )
     return [

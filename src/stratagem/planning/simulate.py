@@ -232,6 +232,7 @@ def simulating(
         stack.enter_context(warnings.catch_warnings())
         # Comparing addresses shows whether a tensor was copied; for fake tensors, the address is always 0.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", "Set timeout is now only supported")  # of a simulated process group
         stack.callback(restore_generator_state, generators)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stratagem-plan-"))
         if distributed:
@@ -294,7 +295,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
 
     return [
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
-        (composed, "prepare_sharded_updates", without_fake_tensors(composed.prepare_sharded_updates)),
+        (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", lambda *_: ([], None)),
         # As on accelerators, where the number of targets is not read.
         (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),

@@ -1,0 +1,31 @@
+"""The search for the largest micro-batch."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratagem.planning.search import largest_that_fits
+
+
+@given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 64), st.integers(0, 5000), st.integers(0, 30))
+def test_the_result_fits_and_one_more_does_not(fixed: int, each: int, start: int, limit: int, jump: int) -> None:
+    """For peaks that grow with the size, linearly or with a jump, the result is the largest size that fits."""
+
+    def peak(size: int) -> int:
+        return fixed + each * size + (100 if size > jump else 0)
+
+    found = largest_that_fits(peak, limit, start)
+    assert found == max((size for size in range(1, 5001) if peak(size) <= limit), default=0)
+
+
+def test_a_linear_peak_needs_few_measurements() -> None:
+    """Sizes are extrapolated instead of bisected."""
+    sizes: list[int] = []
+
+    def peak(size: int) -> int:
+        sizes.append(size)
+        return 1000 + 7 * size
+
+    assert largest_that_fits(peak, 1_000_000, 8) == 142_714
+    assert len(sizes) <= 8
