@@ -56,12 +56,13 @@ class Classifier(BaseModel):
 def train(
     folder: Path,
     *hooks: Any,
-    strategy: str = "SingleDeviceStrategy",
+    strategy: Any = "SingleDeviceStrategy",
     batch_size: int = 16,
     counts: int = 1,
     weighted: bool = False,
     dropout: float = 0.0,
     steps: int = 3,
+    average: bool = True,
     clip: Any = {"max_norm": 0.5},  # noqa: B006 -- not changed
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -78,11 +79,11 @@ def train(
             "accumulative_counts": counts,
         },
         "train_cfg": {"by_epoch": False, "max_iters": steps * counts},
-        "strategy": {"type": strategy},
+        "strategy": {"type": strategy} if isinstance(strategy, str) else strategy,
         "randomness": {"seed": 0},
         "log_level": "ERROR",
         "default_hooks": {"checkpoint": None},
-        "custom_hooks": [{"type": "EMAHook", "momentum": 0.1}, *hooks],
+        "custom_hooks": [*([{"type": "EMAHook", "momentum": 0.1}] if average else []), *hooks],
         **options,
     }
     runner = Runner.from_cfg(config)

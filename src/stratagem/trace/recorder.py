@@ -29,7 +29,7 @@ from stratagem.trace.writer import FULL_LIMIT, TraceWriter
 from stratagem.utils import canonical_names
 from stratagem.utils.torch_private import observe_backward, observe_grad_norms
 
-__all__ = ["Recording", "groups_of", "record"]
+__all__ = ["Recording", "groups_of", "numeric_options", "record"]
 
 logger = logging.getLogger(__name__)
 
@@ -466,10 +466,15 @@ def groups_of(optimizer: Optimizer, names: Mapping[str, Tensor]) -> list[Group]:
     return [
         Group(
             parameters=tuple(name_of[id(each)] for each in group["params"] if id(each) in name_of),
-            options=dict(_numeric(group)),
+            options=numeric_options(group),
         )
         for group in optimizer.param_groups
     ]
+
+
+def numeric_options(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numeric options of a parameter group that an update may use."""
+    return dict(_numeric(group))
 
 
 def _numeric(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

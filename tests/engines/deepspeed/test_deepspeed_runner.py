@@ -15,6 +15,8 @@ import torch
 from stratagem import Runner
 from stratagem.checkpoint import SaveOrder, list_checkpoints
 from stratagem.errors import StratagemError
+from stratagem.trace import Part, Tolerances, compare, read_trace
+from stratagem.train.hooks import TraceHook
 from tests.engines.deepspeed.engine_runs import placed
 from tests.support.ranks import Ranks
 
@@ -246,3 +248,24 @@ def test_the_optimizer_section_of_deepspeed_is_used(two: Ranks, alone: dict[str,
         optim_wrapper={"clip_grad": {"max_norm": 1.0}},
     )[0]
     assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+def record_on_rank(folder: Path) -> None:
+    """Record a run of each ZeRO stage on this rank."""
+    for stage in (1, 2, 3):
+        hooks = [TraceHook(folder / f"zero{stage}.json", steps=3)]
+        run(placed(f"ZeRO-{stage}"), folder / f"work{stage}", custom_hooks=hooks)
+
+
+@pytest.mark.slow
+def test_traces_of_zero_equal_those_of_one_process(tmp_path: Path, ranks: Ranks) -> None:
+    """Samples, losses, local gradients, learning rates and parameters are recorded; gradients inside of the engine are not."""
+    run(placed("single"), tmp_path / "work", size=1, custom_hooks=[TraceHook(tmp_path / "one.json", steps=3)])
+    # Importing the engine may take a minute on a busy machine.
+    ranks.run_within(240, record_on_rank, tmp_path)
+    for stage in (1, 2, 3):
+        trace = read_trace(tmp_path / f"zero{stage}.json")
+        result = compare(read_trace(tmp_path / "one.json"), trace, Tolerances(relative=1e-4, floor=1e-3))
+        assert result.first is None, result.first
+        assert set(result.sizes) == set(Part) - {Part.REDUCTION, Part.AVERAGE}
+        assert set(trace.ranks[1].steps[0].absent) == {"reduced", "clipped"}

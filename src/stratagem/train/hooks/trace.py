@@ -17,9 +17,9 @@ from stratagem.checkpoint import ShardedTensorState
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.tensors.dtensor import full_tensor
-from stratagem.trace import FULL_LIMIT, TraceWriter
+from stratagem.trace import FULL_LIMIT, Group, TraceWriter
 from stratagem.trace.gradients import RankGradients
-from stratagem.trace.recorder import groups_of
+from stratagem.trace.recorder import groups_of, numeric_options
 from stratagem.trace.samples import generator_digest, sample_digests
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -152,7 +152,7 @@ class _RunObserver:
         if self._step.generator is None:
             self._step.generator = self._step.generator_now
         if self._is_engine:
-            self._step.before = self._engine_parameters()
+            self._begin_engine_micro_batch()
 
     def end(self, outputs: Any) -> None:
         """Record the loss of a micro-batch, and finish the step if the parameters were updated."""
@@ -184,6 +184,7 @@ class _RunObserver:
     def _observe(self, wrapper: Any) -> None:
         if not isinstance(wrapper, AccumulatingOptimWrapper) or hasattr(wrapper, "engine"):
             self._is_engine = True
+            self._observe_weights(wrapper)
             return
         complete = wrapper.gradient_policy.complete
 
@@ -207,6 +208,20 @@ class _RunObserver:
         ):
             self._stack.callback(handle.remove)
 
+    def _observe_weights(self, wrapper: Any) -> None:
+        """Note the weights of the micro-batches before the update of an engine resets them."""
+        weight_factor = getattr(wrapper, "weight_factor", None)
+        if weight_factor is None:
+            return
+
+        def observed(micro_batches: int) -> Tensor:
+            self._note_weight(self._total_weight())
+            factor: Tensor = weight_factor(micro_batches)
+            return factor
+
+        wrapper.weight_factor = observed
+        self._stack.callback(partial(delattr, wrapper, "weight_factor"))
+
     def _restore_policy(self, wrapper: AccumulatingOptimWrapper, complete: Callable[[], None] | None) -> None:
         wrapper.gradient_policy = replace(wrapper.gradient_policy, complete=complete)
 
@@ -214,14 +229,19 @@ class _RunObserver:
         """Record the local gradients, after the reduction, while the weights of the micro-batches are known."""
         self._note_weight(self._total_weight())
         scale = 1.0 if wrapper.grad_scaler is None else 1.0 / wrapper.grad_scaler.get_scale()
-        weights = self._step.weights
-        if weights is not None:
-            total = sum(weights)
-            # The gradients are those of the sum of the losses, multiplied by their weights.
-            scale = scale * wrapper.weight_unit / total if total else 0.0
         local = self._gradients.take()
         if local:
-            self.writer.put("local", local if scale == 1.0 else {name: each * scale for name, each in local.items()})
+            self._put_local(local, scale * self._weight_scale(wrapper, self._step))
+
+    def _weight_scale(self, wrapper: AccumulatingOptimWrapper, step: _RunStep) -> float:
+        """Return the factor that turns the gradients of the sum of weighted losses into those of their mean."""
+        if step.weights is None:
+            return 1.0
+        total = sum(step.weights)
+        return wrapper.weight_unit / total if total else 0.0
+
+    def _put_local(self, local: Mapping[str, Tensor], scale: float) -> None:
+        self.writer.put("local", local if scale == 1.0 else {name: each * scale for name, each in local.items()})
 
     def _before_clipping(self, wrapper: AccumulatingOptimWrapper, factor: Tensor | None) -> None:
         gradients = self._read_gradients(wrapper)
@@ -258,13 +278,49 @@ class _RunObserver:
         state = self._run.strategy.model_state_dict()
         return {name: _whole(value) for name, value in state.items() if name in trained}
 
-    def _write_engine_step(self) -> None:
-        self._gradients.discard()
-        for name in ("local", "reduced", "clipped"):
+    def _begin_engine_micro_batch(self) -> None:
+        step = self._step
+        # The schedules change the options after an iteration, so the update uses these.
+        step.groups = [group for wrapper in self._wrappers.values() for group in self._engine_groups(wrapper)]
+        if len(step.samples) + step.has_unknown_samples == 1:
+            parameters = self._engine_parameters()
+            step.shapes = {name: value.shape for name, value in parameters.items()}
+            self.writer.put("before", parameters)
+
+    def _engine_groups(self, wrapper: Any) -> list[Group]:
+        """Return the parameter groups of an engine, which may contain master weights instead of parameters."""
+        names: dict[int, str] = {id(each): name for name, each in named_parameters(self._model).items()}
+        for shard in getattr(wrapper, "param_shards", {}).values():
+            names[id(shard.master)] = names[id(shard.working)] = shard.name
+        originals = getattr(wrapper, "groups", None)
+        if originals is not None:
+            members = [group.parameters for group in originals]
+        else:
+            members = [group["params"] for group in wrapper.param_groups]
+        return [
+            Group(
+                parameters=tuple(names[id(each)] for each in those if id(each) in names),
+                options=numeric_options(group),
+            )
+            for group, those in zip(wrapper.param_groups, members, strict=True)
+        ]
+
+    def _write_engine_step(self, step: _RunStep) -> None:
+        for name in ("reduced", "clipped"):
             self.writer.set_absent(name, _HIDDEN)
-        if self._step.before is not None:
-            self.writer.put("before", self._step.before)
+        self.writer.add_groups(step.groups)
+        self._write_engine_gradients(step)
         self.writer.put("after", self._engine_parameters())
+
+    def _write_engine_gradients(self, step: _RunStep) -> None:
+        """Record the local gradients if they are whole and there is no loss scale."""
+        local = self._gradients.take()
+        [wrapper, *others] = self._wrappers.values()
+        are_whole = bool(local) and all(step.shapes.get(name) == each.shape for name, each in local.items())
+        if are_whole and not others and wrapper.loss_scale is None and isinstance(wrapper, AccumulatingOptimWrapper):
+            self._put_local(local, self._weight_scale(wrapper, step))
+        else:
+            self.writer.set_absent("local", _HIDDEN)
 
     # Steps.
 
@@ -272,7 +328,7 @@ class _RunObserver:
         step, self._step = self._step, _RunStep()
         writer = self.writer
         if self._is_engine:
-            self._write_engine_step()
+            self._write_engine_step(step)
         if self._continues_window:
             self._continues_window = False
             writer.set_absent("local", "the accumulation window began before the recording")
@@ -345,7 +401,9 @@ class _RunStep:
         self.generator_now: str | None = None
         self.draws = False
         self.clipped: set[int] = set()
-        self.before: dict[str, Tensor] | None = None
+        # Only for engines.
+        self.groups: list[Group] = []
+        self.shapes: dict[str, torch.Size] = {}
 
 
 @final
