@@ -147,3 +147,20 @@ def test_a_changed_rule_is_refused_before_the_weights_are_loaded(tmp_path: Path)
     after = strategy.unwrap_model().state_dict()
     strategy.close()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def with_adafactor(folder: str) -> tuple[list[str], list[str]]:
+    """Return the parameters that differ between DDP and FSDP, and between DDP and DDP resumed from FSDP."""
+    parts = {"muon": MIXED["parts"]["muon"], "factored": {"type": "Adafactor", "lr": 0.01}}
+    optim = {"optimizer": {**MIXED, "parts": parts, "others": "factored"}}
+    whole = trained("DDP x2", f"{folder}/ddp", optim=optim)["last"]
+    sharded = trained("FSDP x2", f"{folder}/fsdp", optim=optim)["last"]
+    stopped("FSDP x2", f"{folder}/first", f"{folder}/half", EPOCH // 2, optim=optim)
+    again = resumed("DDP x2", f"{folder}/second", f"{folder}/half", EPOCH // 2, optim=optim)["last"]
+    return tuple([name for name in whole if not torch.equal(whole[name], other[name])] for other in (sharded, again))  # type: ignore[return-value]
+
+
+def test_a_part_whose_state_is_divided_among_the_ranks_is_saved_and_resumed(ranks: Ranks, tmp_path: Path) -> None:
+    """With Adafactor, which reads whole parameters, as the other part, all parameters have the same bits under FSDP and DDP."""
+    for found in ranks.run(with_adafactor, str(tmp_path)):
+        assert found == ([], [])
