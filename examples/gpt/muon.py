@@ -7,8 +7,8 @@ optim_wrapper = dict(
     optimizer=dict(
         type="MixedOptimizer",
         parts=dict(
-            muon=dict(type="Muon", lr=0.02, weight_decay=0.1),
-            adamw=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+            muon=dict(type="Muon", lr=0.04, weight_decay=0.1),
+            adamw=dict(type="AdamW", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
         ),
         hidden_matrices="muon",
         others="adamw",
