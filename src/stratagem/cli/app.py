@@ -226,7 +226,8 @@ def parity(
         typer.Option(
             "--optimizer",
             metavar="NAMES",
-            help="Repeat the comparison with each of these optimizers, as in SGD,AdamW, with the configured learning rate.",
+            help="Repeat the comparison with each of these optimizers, as in SGD,AdamW, with the configured learning rate and "
+            "weight decay.",
         ),
     ] = None,
     dtypes: Annotated[

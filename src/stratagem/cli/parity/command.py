@@ -21,7 +21,7 @@ from stratagem.cli.parity.processes import ProgressLine, read_settings, train_in
 from stratagem.cli.parity.report import ParityReport
 from stratagem.cli.parity.schedules import schedules_in_steps
 from stratagem.cli.parity.training import train_variant
-from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variants_for
+from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, run_length, variants_for
 from stratagem.config import Config
 from stratagem.config_schema import require_valid
 from stratagem.data import build_dataloader
@@ -225,7 +225,9 @@ def _notes(config: Config, plan: _Plan) -> Iterator[str]:
         )
     if config.get("auto_scale_lr") is not None:
         yield "auto_scale_lr is disabled, because it depends on how the batch is split."
-    converted = schedules_in_steps(config.get("param_scheduler"), plan.epoch_length)
+    converted = schedules_in_steps(
+        config.get("param_scheduler"), plan.epoch_length, run_length(config, plan.settings, plan.epoch_length)
+    )
     if converted.omitted:
         names = ", ".join(converted.omitted)
         yield f"Omitted from param_scheduler, because they depend on metrics or on an unknown length: {names}."

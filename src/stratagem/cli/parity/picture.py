@@ -11,14 +11,20 @@ __all__ = ["picture_of"]
 
 # A difference of 0, which a logarithmic scale cannot show, is drawn at the bottom, here relative to the smallest value.
 _BELOW = 0.1
+# More lines could not be told apart.
+_MOST_LINES = 5
 _SHOWN = (Verdict.EQUAL, Verdict.DIFFERENT, Verdict.NOT_COMPARABLE)
 
 
 def picture_of(report: ParityReport) -> Chart | None:
     """Return a chart with a line for each variant that is not identical to its reference; None if there is none."""
-    shown = [result for result in report.results if result.verdict in _SHOWN and result.ratios]
-    if not shown or report.steps < 2:
+    possible = [result for result in report.results if result.verdict in _SHOWN and result.ratios]
+    if not possible or report.steps < 2:
         return None
+    highest = sorted(possible, key=lambda result: -max(result.ratios))[:_MOST_LINES]
+    drawn = {result.variant.key for result in highest}
+    shown = [result for result in possible if result.variant.key in drawn]
+    left_out = len(possible) - len(shown)
     steps = np.arange(1, report.steps + 1)
     positive = [ratio for result in shown for ratio in result.ratios if 0 < ratio < float("inf")]
     bottom, top = min([*positive, 1.0]) * _BELOW, max([*positive, 1.0]) * 10
@@ -32,7 +38,10 @@ def picture_of(report: ParityReport) -> Chart | None:
         x_range=(1.0, float(report.steps)),
         panels=(Panel(label="difference / tolerance", lines=tuple(lines), log=True),),
         subtitle="the largest difference of a value from the reference, relative to its tolerance",
-        notes=("Above the limit of 1, a difference is larger than rounding explains. At the bottom, there is none.",),
+        notes=(
+            *((f"{left_out} variants with smaller differences are not drawn.",) if left_out else ()),
+            "Above the limit of 1, a difference is larger than rounding explains. At the bottom, there is none.",
+        ),
     )
 
 

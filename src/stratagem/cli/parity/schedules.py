@@ -25,7 +25,7 @@ class StepSchedules:
     omitted: tuple[str, ...] = ()
 
 
-def schedules_in_steps(spec: Any, epoch_length: int | None) -> StepSchedules:
+def schedules_in_steps(spec: Any, epoch_length: int | None, run_length: int) -> StepSchedules:
     """Return the schedules of a configuration such that they count optimizer steps instead of iterations or epochs.
 
     Schedules that depend on validation metrics, custom schedules without a unit, and schedules that count epochs if the
@@ -34,18 +34,19 @@ def schedules_in_steps(spec: Any, epoch_length: int | None) -> StepSchedules:
     Args:
         spec: ``param_scheduler`` of a configuration.
         epoch_length: the number of steps per epoch, or None.
+        run_length: the number of steps of the configured run, at which schedules without an end have their end.
     """
     if isinstance(spec, Mapping) and "type" not in spec:
-        by_name = {name: schedules_in_steps(each, epoch_length) for name, each in spec.items()}
+        by_name = {name: schedules_in_steps(each, epoch_length, run_length) for name, each in spec.items()}
         omitted = tuple(name for each in by_name.values() for name in each.omitted)
         return StepSchedules({name: each.schedules or [] for name, each in by_name.items()}, omitted)
     items = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [] if spec is None else [spec]
-    converted = [(item, _in_steps(item, epoch_length)) for item in items]
+    converted = [(item, _in_steps(item, epoch_length, run_length)) for item in items]
     kept = [options for _, options in converted if options is not None]
     return StepSchedules(kept or None, tuple(_name_of(item) for item, options in converted if options is None))
 
 
-def _in_steps(item: Any, epoch_length: int | None) -> dict[str, Any] | None:
+def _in_steps(item: Any, epoch_length: int | None, run_length: int) -> dict[str, Any] | None:
     if not isinstance(item, Mapping):
         return None
     kind = item.get("type")
@@ -57,7 +58,10 @@ def _in_steps(item: Any, epoch_length: int | None) -> dict[str, Any] | None:
         if epoch_length is None:
             return None
         options = found.in_iterations(options, epoch_length)
-    return {**{key: value for key, value in options.items() if key not in ("by", "by_epoch")}, "by": "step"}
+    options = {key: value for key, value in options.items() if key not in ("by", "by_epoch")}
+    if options.get("end") is None:
+        options["end"] = max(run_length, options.get("begin", 0) + 1)
+    return {**options, "by": "step"}
 
 
 def _name_of(item: Any) -> str:

@@ -101,8 +101,12 @@ class StepTolerances:
         return self._kept[key]
 
     def hidden(self) -> list[str]:
-        """Return the names of the values whose rounding error alone exceeds the cap, so that they are not compared."""
-        return sorted({name for part, name in (self.noise.errors if self.noise else ()) if self._is_hidden(part, name)})
+        """Return the values whose rounding error alone exceeds the cap, so that they are not compared, with their parts."""
+        parts: dict[str, list[str]] = {}
+        for part, name in self.noise.errors if self.noise else ():
+            if self._is_hidden(part, name):
+                parts.setdefault(name, []).append(str(part))
+        return [f"{name} ({', '.join(parts[name])})" for name in sorted(parts)]
 
     def _is_hidden(self, part: Part, name: str) -> bool:
         errors = None if self.noise is None else self.noise.errors.get((part, name))

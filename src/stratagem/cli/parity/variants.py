@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from stratagem.cli.parity.schedules import hooks_in_steps, schedules_in_steps
 from stratagem.config import Config
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim.amp import HALF_DTYPES
+from stratagem.registry import OPTIMIZERS
 from stratagem.registry.strategy_names import strategy_name
 from stratagem.train.building import accumulation_of
 
@@ -25,6 +27,7 @@ __all__ = [
     "parse_names",
     "parse_numbers",
     "parse_strategies",
+    "run_length",
     "variant_config",
     "variants",
     "variants_for",
@@ -41,6 +44,8 @@ _ENGINE_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "ColossalAIStrategy": {"plugin": {"type": "LowLevelZeroPlugin", "stage": 1, "precision": "fp32"}},
 }
 _QUIET = dict.fromkeys(("runtime_info", "logger", "checkpoint"))
+# The options that --optimizer keeps.
+_SHARED = ("lr", "weight_decay")
 _AMP_KEYS = ("type", "dtype", "loss_scale")
 # A constant, because an update that a dynamic scale skips would shift all later steps.
 _LOSS_SCALE = 1024.0
@@ -322,7 +327,8 @@ def variant_config(
     }
     max_iters = settings.steps * accumulative_counts * variant.micro_batches
     result["train_cfg"] = {"by_epoch": False, "max_iters": max_iters}
-    result["param_scheduler"] = schedules_in_steps(config.get("param_scheduler"), epoch_length).schedules
+    length = run_length(config, settings, epoch_length)
+    result["param_scheduler"] = schedules_in_steps(config.get("param_scheduler"), epoch_length, length).schedules
     result["default_hooks"] = {**(config.get("default_hooks") or {}), **_QUIET}
     result["custom_hooks"] = hooks_in_steps(config.get("custom_hooks"), variant.micro_batches)
     result["randomness"] = {"seed": 0, **(config.get("randomness") or {}), "diff_rank_seed": False}
@@ -349,19 +355,35 @@ def variant_config(
     return result
 
 
+def run_length(config: Config, settings: ParitySettings, epoch_length: int | None) -> int:
+    """Return the number of steps of the configured run; if it is unknown, that of the comparison."""
+    length = config.get("train_cfg") or {}
+    if length.get("max_steps") is not None:
+        return int(length["max_steps"])
+    if length.get("max_iters") is not None:
+        return max(1, int(length["max_iters"]) // accumulation_count(config))
+    if length.get("max_epochs") is not None and epoch_length is not None:
+        return int(length["max_epochs"]) * epoch_length
+    return settings.steps
+
+
 def _without_worker_options(loader: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in loader.items() if key not in ("persistent_workers", "prefetch_factor")}
 
 
 def _other_optimizer(configured: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the configuration of an optimizer with the configured learning rate, or the configured one if it is the same."""
+    """Return the configuration of an optimizer with those of the configured options that it is likely to share."""
     if configured.get("type") == name:
         return dict(configured)
-    return {"type": name, **({"lr": configured["lr"]} if "lr" in configured else {})}
+    target = OPTIMIZERS.get(name)
+    accepted = inspect.signature(target).parameters if target is not None else {}
+    return {"type": name, **{key: configured[key] for key in _SHARED if key in configured and key in accepted}}
 
 
 def _set_dtype(config: Config, dtype: str) -> None:
-    """Train in float32, or under autocast with another dtype."""
+    """Train in float32, or under autocast with another dtype. Wrappers of several optimizers are not changed."""
+    if "optimizer" not in config["optim_wrapper"]:
+        return
     optim = {key: value for key, value in config["optim_wrapper"].items() if key not in _AMP_KEYS}
     kind = config["optim_wrapper"].get("type", "OptimWrapper")
     if dtype != "float32":
