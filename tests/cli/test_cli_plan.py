@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from stratagem.cli.plan.command import _resized
+
 
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -41,6 +43,16 @@ def test_options_that_cannot_be_used_are_refused(
     outcome = stratagem("plan", config, *words)
     assert outcome.status == 2
     assert message in " ".join(outcome.err.split())
+
+
+def test_half_of_a_described_batch() -> None:
+    """Only the first dimension of tensors changes, and only if it is the number of samples."""
+    assert (
+        _resized("tokens=int64[8,8],mask=bool[8],scale=float32[80]", 8, 4)
+        == "tokens=int64[4,8],mask=bool[4],scale=float32[80]"
+    )
+    assert _resized("tokens=int64[8,8]", 8, None) == "tokens=int64[8,8]"
+    assert _resized(None, 8, 4) is None
 
 
 @pytest.mark.slow

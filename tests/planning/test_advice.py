@@ -184,3 +184,13 @@ def test_if_no_change_is_enough_all_options_are_tried_together() -> None:
     )
     assert (first.saves, first.fits) == (7 * GIB, True)
     assert not any(suggestion.fits for suggestion in others)
+
+
+def test_changes_that_would_take_too_long_are_listed() -> None:
+    """They have no number of bytes, and the user can plan them."""
+    (each,) = estimates(step("FSDP", SHARDED, options={"mixed_precision": "bfloat16", "cpu_offload": True}))
+    advice = advise(each, [each], lambda *_: None)
+    assert advice.suggestions == ()
+    assert [change.partition(",")[0].partition(" ")[0] for change in advice.untried] == [
+        "activation_checkpointing=True", "reshard_after_forward=True", "batch_size=1",
+    ]  # fmt: skip

@@ -99,11 +99,12 @@ def test_checkpoints_and_the_start() -> None:
     assert (found.start_bytes, found.start_seconds) == (20 * 10**9, pytest.approx(0.5))
 
 
-def test_a_single_process_broadcasts_nothing() -> None:
-    """With one rank, the weights are not broadcast."""
-    found = estimate(step("Single", MEMORY, world=1, dp_size=1), CLUSTER, start_bytes=20 * 10**9).checkpoint
-    assert found is not None
-    assert found.start_bytes == 0
+def test_ranks_that_compute_their_weights_receive_nothing() -> None:
+    """With one rank, or if every rank computes its initial weights, they are not broadcast."""
+    for changes in ({"world": 1, "dp_size": 1}, {"options": {"initial_weights": "per_rank"}}):
+        found = estimate(step("FSDP", MEMORY, **changes), CLUSTER, start_bytes=20 * 10**9).checkpoint
+        assert found is not None
+        assert found.start_bytes == 0
 
 
 def test_memory_is_compared_with_the_device() -> None:

@@ -29,7 +29,7 @@ SEGMENTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 )
 
 # Plans a variant of a step: with changed options of its strategy, and another micro-batch or None for the same. Returns None if
-# the variant cannot be planned.
+# planning it would take too long.
 Replan = Callable[[StepPlan, Mapping[str, Any], int | None], StepPlan | None]
 
 # The options of FSDPStrategy that save memory, with what they cost. Each is tried if it is not set already.
@@ -82,12 +82,14 @@ class Advice:
         largest: the segment with the most memory.
         nbytes: its size.
         suggestions: changes that save memory, the one that saves the most first.
+        untried: changes that may save memory, but were not planned because that would take too long.
     """
 
     estimate: Estimate
     largest: str
     nbytes: int
     suggestions: tuple[Suggestion, ...]
+    untried: tuple[str, ...] = ()
 
 
 def segments_of(memory: MemoryPlan) -> dict[str, int]:
@@ -196,12 +198,14 @@ def advise(each: Estimate, others: Sequence[Estimate], replan: Replan | None) ->
     """
     parts = segments_of(each.step.memory)
     largest = max((name for name in parts if name != "driver"), key=parts.__getitem__)
-    suggestions = [*_other_strategies(each, others), *(_variants(each, replan) if replan is not None else ())]
+    tried = [] if replan is None else _variants(each, replan)
+    suggestions = [*_other_strategies(each, others), *_savings(each, tried)]
     return Advice(
         estimate=each,
         largest=largest,
         nbytes=parts[largest],
         suggestions=tuple(sorted(suggestions, key=lambda suggestion: -suggestion.saves)),
+        untried=tuple(change for change, variant in tried if variant is None),
     )
 
 
@@ -219,35 +223,39 @@ def _other_strategies(each: Estimate, others: Sequence[Estimate]) -> list[Sugges
     return [Suggestion(change=f"use {least.step.label}", saves=saves, fits=least.fits)] if saves > 0 else []
 
 
-def _variants(each: Estimate, replan: Replan) -> list[Suggestion]:
+def _variants(each: Estimate, replan: Replan) -> list[tuple[str, StepPlan | None]]:
+    """Return changes with their plans: options of the strategy one by one, half of the micro-batch, and all options together."""
     step, memory = each.step, each.cluster.memory
-    tried: list[tuple[str, StepPlan | None]] = []
     options = [
         (name, value, cost)
         for name, value, cost in (_FSDP_OPTIONS if step.strategy == "FSDPStrategy" else ())
         if step.options.get(name) is None or step.options.get(name) is False
     ]
-    tried += [(f"{name}={value!r}, which {cost}", replan(step, {name: value}, None)) for name, value, cost in options]
+    tried = [(f"{name}={value!r}, which {cost}", replan(step, {name: value}, None)) for name, value, cost in options]
     if step.micro_batch is not None and step.micro_batch > 1:
         half = step.micro_batch // 2
         times = step.accumulation * step.micro_batch / half
         change = f"batch_size={half} with accumulative_counts={times:g}, which gives the same global batch"
         tried.append((change if times == int(times) else f"batch_size={half}", replan(step, {}, half)))
-    if options and memory is not None and not any(_fits(variant, memory) for _, variant in tried):
+    enough = any(_fits(variant, memory) for _, variant in tried)
+    if options and memory is not None and not enough and all(variant is not None for _, variant in tried):
         together = {name: value for name, value, _ in options}
-        tried.append(
-            (f"{', '.join(f'{name}={value!r}' for name, value in together.items())}", replan(step, together, None))
-        )
+        tried.append((", ".join(f"{name}={value!r}" for name, value in together.items()), replan(step, together, None)))
+    return tried
+
+
+def _savings(each: Estimate, tried: Sequence[tuple[str, StepPlan | None]]) -> list[Suggestion]:
+    memory = each.cluster.memory
     return [
         Suggestion(
             change=change,
-            saves=step.memory.total - variant.memory.total,
-            fits=None if memory is None else variant.memory.total <= memory,
+            saves=each.step.memory.total - variant.memory.total,
+            fits=None if memory is None else _fits(variant, memory),
         )
         for change, variant in tried
-        if variant is not None and variant.refusal is None and variant.memory.total < step.memory.total
+        if variant is not None and variant.refusal is None and variant.memory.total < each.step.memory.total
     ]
 
 
-def _fits(variant: StepPlan | None, memory: int) -> bool:
-    return variant is not None and variant.refusal is None and variant.memory.total <= memory
+def _fits(variant: StepPlan | None, memory: int | None) -> bool:
+    return memory is not None and variant is not None and variant.refusal is None and variant.memory.total <= memory

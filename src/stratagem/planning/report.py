@@ -169,4 +169,5 @@ def _advice_as_dict(advice: Advice) -> dict[str, Any]:
         "largest": advice.largest,
         "bytes": advice.nbytes,
         "suggestions": [asdict(each) for each in advice.suggestions],
+        "untried": list(advice.untried),
     }

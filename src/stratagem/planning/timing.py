@@ -239,7 +239,7 @@ def _estimate_checkpoint(step: StepPlan, cluster: Cluster, start_bytes: int) -> 
     if step.refusal is not None or not step.checkpoint_bytes:
         return None
     seconds = step.checkpoint_bytes / cluster.storage
-    sent = start_bytes if step.world > 1 else 0
+    sent = start_bytes if step.world > 1 and step.options.get("initial_weights") != "per_rank" else 0
     group = Group(size=step.world, per_node=min(step.world, step.gpus_per_node))
     start = (
         None if cluster.topology is None else collective_seconds(Collective.BROADCAST, sent, group, cluster.topology)

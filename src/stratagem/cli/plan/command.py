@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from stratagem.planning.result import Plan, StepPlan
 __all__ = ["PlanSettings", "plan"]
 
 # Variants of a strategy are planned for the advice if planning the strategy took at most this time.
-_MAX_VARIANT_S: Final = 20.0
+_MAX_VARIANT_S: Final = 60.0
 
 
 @final
@@ -185,19 +186,29 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def _replanner(config: Config, settings: PlanSettings) -> Replan:
-    def replan(step: StepPlan, changes: Mapping[str, Any], batch: int | None) -> StepPlan | None:
+    def replan(step: StepPlan, changes: Mapping[str, Any], size: int | None) -> StepPlan | None:
         if step.seconds > _MAX_VARIANT_S:
             return None
-        strategy = {"type": step.strategy, **step.options, **changes}
-        changed = config
-        if batch is not None:
-            if settings.batch is not None or not isinstance(config.get("train_dataloader"), Mapping):
-                return None
-            changed = config.copy()
-            changed.merge_from_dict({"train_dataloader.batch_size": batch}, source="stratagem plan")
         planned = plan_config(
-            changed, strategies=[strategy], worlds=[step.world], gpus_per_node=step.gpus_per_node, batch=settings.batch
+            config if size is None or settings.batch is not None else _with_batch_size(config, size),
+            strategies=[{"type": step.strategy, **step.options, **changes}],
+            worlds=[step.world],
+            gpus_per_node=step.gpus_per_node,
+            batch=_resized(settings.batch, step.micro_batch, size),
         )
         return planned.steps[0]
 
     return replan
+
+
+def _with_batch_size(config: Config, size: int) -> Config:
+    changed = config.copy()
+    changed.merge_from_dict({"train_dataloader.batch_size": size}, source="stratagem plan")
+    return changed
+
+
+def _resized(batch: str | None, before: int | None, size: int | None) -> str | None:
+    """Return a description of a batch with another number of samples, which is the first dimension of its tensors."""
+    if batch is None or size is None:
+        return batch
+    return re.sub(rf"\[{before}(?=[,\]])", f"[{size}", batch)

@@ -188,6 +188,8 @@ def advice_lines(advice: Advice) -> Iterator[str]:
     for each in advice.suggestions:
         then = "" if each.fits is None else "; fits" if each.fits else "; does not fit"
         yield f"{each.change}: saves {format_bytes(each.saves)}{then}"
+    for change in advice.untried:
+        yield f"{change}: not planned, because planning {step.label} took {format_seconds(step.seconds)}"
 
 
 def problem_lines(section: Section) -> Iterator[str]:
