@@ -387,3 +387,23 @@ def test_unusable_arguments_are_refused(tmp_path: Path, arguments: tuple[Any, ..
     model, *steps = arguments
     with pytest.raises(TraceError, match=message):
         stratagem.trace.record(tmp_path / "a.json", model, **({"steps": steps[0]} if steps else {}))
+
+
+def test_a_large_model_is_summarized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit, only tensors with more than 321 elements are summarized; a fault is still found in its part."""
+    monkeypatch.setattr("stratagem.trace.recorder.FULL_LIMIT", 100)
+    for name, factor in (("a.json", 1), ("b.json", 2)):
+        torch.manual_seed(0)
+        model = nn.Linear(40, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with stratagem.trace.record(tmp_path / name, model):
+            model(torch.ones(3, 40)).square().sum().backward()
+            model.weight.grad.mul_(factor)  # type: ignore[union-attr]
+            clip_grad_norm_(model.parameters(), 1e6)
+            optimizer.step()
+    a, b = read_trace(tmp_path / "a.json"), read_trace(tmp_path / "b.json")
+    step = a.ranks[0].steps[0]
+    assert {name: value.is_summary for name, value in (step.after or {}).items()} == {"weight": True, "bias": False}
+    first = compare(a, b).first
+    assert first is not None
+    assert (first.part, first.name, first.note) == (Part.REDUCTION, "weight", "2 times the value in the first trace")
