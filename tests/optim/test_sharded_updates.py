@@ -280,3 +280,25 @@ def test_optimizers_are_tried_and_correct_under_hsdp_and_tensor_parallelism(tmp_
             continue
         for key, expected in by_hand(name).items():
             torch.testing.assert_close(weights[key], expected, rtol=0, atol=1e-6, msg=f"{layout}, {name}: {key}")
+
+
+def with_own_step(folder: str) -> str:
+    """Prepare an optimizer whose step a user has replaced; return the error."""
+    model = SupervisedModel(nn.Linear(16, 8, bias=False), nn.MSELoss())
+    optimizer: Any = torch.optim.Muon(model.parameters(), lr=0.1)
+    optimizer.step = print
+    strategy = FSDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"}, env_kwargs={"launcher": "pytorch"})
+    try:
+        strategy.prepare(model, optim_wrapper={"optimizer": optimizer})
+    except PlacementError as error:
+        return str(error)
+    finally:
+        strategy.close()
+    return ""
+
+
+def test_a_step_that_a_user_has_replaced_is_not_replaced_again(ranks: Ranks, tmp_path: Path) -> None:
+    """If the step of an optimizer would have to be replaced, a function that a user has set raises an error."""
+    for error in ranks.run(with_own_step, str(tmp_path)):
+        assert "Muon cannot update sharded parameters such as network.weight" in error
+        assert "step of the Muon has been replaced by <built-in function print>" in error

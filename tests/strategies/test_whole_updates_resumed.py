@@ -46,6 +46,9 @@ def run(
         for step in steps:
             set_gradients(strategy.unwrap_model(), step)
             wrapper.step()
+        if start and name == "Whitening":
+            # The state of a rank is a part of that of the strategy, which can be loaded again.
+            strategy.load_optim_state_dict(strategy.optim_state_dict())
         if end:
             save(strategy, folder / end, background=background)
         named = strategy.unwrap_model().named_parameters()

@@ -126,7 +126,10 @@ def prepare_sharded_updates(
         if route.make is None:
             return None
         update = route.make()
-        replace_step(optimizer, update.step)
+        try:
+            replace_step(optimizer, update.step)
+        except ValueError as replaced:
+            raise _refusal(which, cases[0], f"{replaced}, and its own step is not exact") from replaced
         if isinstance(update, WholeUpdates):
             update.register(optimizer)
         return f"{which} {route.description}"

@@ -41,6 +41,7 @@ from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.environment import check_environment, set_up_environment
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
+from stratagem.strategies.state.optim_state import whole_optim_state
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, iter_buffers, require_buffer_source
 from stratagem.utils import absolute, collect_env, refuse_unknown, with_canonical_keys
@@ -539,7 +540,7 @@ class BaseStrategy(ABC):
         )
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """Return the optimizer wrapper's state.
+        """Return the optimizer wrapper's state. Collective if each rank has the state of some parameters.
 
         Raises:
             ConfigTypeError: if there is no optimizer wrapper.
@@ -547,7 +548,7 @@ class BaseStrategy(ABC):
         optim = self.optim_wrapper_or_none
         if optim is None:
             raise ConfigTypeError("There is no optimizer wrapper. Call prepare(model, optim_wrapper=...) first.")
-        return optim.state_dict()
+        return whole_optim_state(optim)
 
     def scheduler_state_dict(self) -> list[dict[str, Any]] | dict[str, list[dict[str, Any]]]:
         """Return the states of the schedulers: a list, or for several optimizers a dict of lists keyed by name."""

@@ -14,5 +14,4 @@ JOB = optimizer_job(
     "`Lamb`, whose steps depend on the norm of each parameter",
     optimizer,
     tolerance=1e-5,
-    refused={"FSDP x2": "Lamb cannot update sharded parameters"},
 )

@@ -318,7 +318,7 @@ def refuse_whole_parameters(optimizer: Optimizer) -> None:
     if name in _WHOLE_PARAMETERS:
         raise PlacementError(
             f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
-            "plugin='torch-ddp', or an elementwise optimizer such as AdamW."
+            "plugin='torch-ddp', DDPStrategy or FSDPStrategy, or an elementwise optimizer such as AdamW."
         )
 
 

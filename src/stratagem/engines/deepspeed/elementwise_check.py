@@ -35,8 +35,8 @@ _ONE_BIT: Final = (
 )
 _REASONS: Final = {
     "Adagrad": "DeepSpeed rebuilds it without the options of its parameter groups. Use RMSprop or AdamW, or stage=0.",
-    "Adafactor": "its updates depend on whole rows and columns. Use AdamW, stage=0, or DDPStrategy.",
-    "Muon": "its updates depend on whole matrices. Use AdamW, stage=0, or DDPStrategy.",
+    "Adafactor": "its updates depend on whole rows and columns. Use AdamW, stage=0, DDPStrategy or FSDPStrategy.",
+    "Muon": "its updates depend on whole matrices. Use AdamW, stage=0, DDPStrategy or FSDPStrategy.",
     "LBFGS": "it calls the model several times per update. Use AdamW.",
     "SparseAdam": "it requires sparse gradients, but the gradients of shards are dense. Use AdamW, or stage=0.",
     "FusedLamb": "its updates depend on the norms of whole tensors. Use stage=0.",
@@ -89,5 +89,5 @@ def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool
     if stage and name not in _ELEMENTWISE and not allow_unknown:
         raise PlacementError(
             f"ZeRO requires an elementwise optimizer from stage 1 on, and {name} is not known to be elementwise. If it "
-            "is, set config=dict(zero_allow_untested_optimizer=True). Otherwise use stage 0."
+            "is, set config=dict(zero_allow_untested_optimizer=True). Otherwise use stage 0, DDPStrategy or FSDPStrategy."
         )

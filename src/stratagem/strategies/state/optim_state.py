@@ -26,7 +26,14 @@ from stratagem.tensors.dtensor import copy_into, is_plain, is_sharded, shard_lik
 from stratagem.utils.names import some_names
 from stratagem.utils.torch_private import storage_id
 
-__all__ = ["read_optim", "require_one_optimizer", "require_same_class", "require_same_parts", "write_optim"]
+__all__ = [
+    "read_optim",
+    "require_one_optimizer",
+    "require_same_class",
+    "require_same_parts",
+    "whole_optim_state",
+    "write_optim",
+]
 
 logger = logging.getLogger(__name__)
 _STEP: Final = "step"
@@ -81,6 +88,20 @@ def _as_one_box(tensor: Tensor) -> Tensor | ShardedTensorState:
     if not tensor.ndim or is_sharded(tensor):
         return tensor
     return ShardedTensorState(tensor.dtype, tensor.shape, {TensorBox.whole(tensor.shape): tensor})
+
+
+def whole_optim_state(optim: AnyOptim) -> dict[str, Any]:
+    """Return ``optim.state_dict()`` with the states of all parameters on every rank.
+
+    Collective if states are divided among the ranks; their tensors are then whole tensors in CPU memory.
+    """
+    if isinstance(optim, OptimWrapperDict):
+        return {name: whole_optim_state(wrapper) for name, wrapper in optim.items()}
+    state = optim.state_dict()
+    if any(map(divides_state, parts_of(optim.optimizer).values())):
+        combined = _with_states_of_all_ranks(state["state"])
+        state["state"] = tree_map_only(ShardedTensorState, ShardedTensorState.full_tensor, combined)
+    return state
 
 
 def write_optim(
