@@ -425,3 +425,26 @@ def test_the_steps_of_all_groups_are_counted_with_one_call(monkeypatch: pytest.M
     assert prepared.apply(optimizer)
     assert counted == [5]
     assert [optimizer.state[each]["step"].item() for each in parameters] == [2.0] * 5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1, "nesterov": True}, {"weight_decay": 0.1, "dampening": 0.5}]
+)
+def test_a_parameter_that_joins_late_gets_momentum(options: dict[str, Any]):
+    """SGD with momentum, which uses the fused kernel, continues if a parameter is unfrozen; torch's own step fails."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))]
+    models.append(copy.deepcopy(models[0]))
+    loop, fused = (
+        SGD(model.parameters(), lr=0.1, momentum=0.9, fused=i == 1, **options) for i, model in enumerate(models)
+    )
+    wrapper, inputs = OptimWrapper(optimizer=fused), torch.randn(5, 3)
+    for i in range(4):
+        for model in models:
+            model[1].requires_grad_(i > 1)
+        wrapper.update_params(models[1](inputs).square().sum())
+        loop.zero_grad()
+        models[0](inputs).square().sum().backward()
+        loop.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
+from stratagem.optim import OptimWrapper
+from stratagem.strategies.state.optim_state import read_optim, write_optim
 from stratagem.train import EMAHook, Hook
+from tests.support.ranks import Ranks
 from tests.train.toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder, train_until_signal
 
 MakeRunner = Callable[..., Runner]
@@ -146,3 +151,27 @@ def test_the_schedulefree_library_is_resumed_exactly(make_runner: MakeRunner, tm
     train_until_signal(make_runner(custom_hooks=[pieces, At(9, interrupt)], **optim, **VALIDATION))
     make_runner(custom_hooks=[pieces], resume=True, **optim, **VALIDATION).train()
     assert (pieces.rows, pieces.metrics) == (whole.rows, whole.metrics)
+
+
+def training_weights_under_fsdp() -> bool:
+    """Load the state of an optimizer with whole parameters into one with shards; return whether the weights are equal."""
+    torch.manual_seed(0)
+    whole, shards = (nn.Linear(4, 4, bias=False) for _ in range(2))
+    saved = OptimWrapper(optimizer=ScheduleFreeSGD(whole.parameters()))
+    saved.train()
+    for _ in range(2):
+        saved.update_params(whole(torch.ones(2, 4)).square().sum())
+    expected = whole.weight.detach().clone()
+    with saved.evaluating():
+        state = read_optim(saved, whole)
+    fully_shard(shards)
+    resumed = OptimWrapper(optimizer=ScheduleFreeSGD(shards.parameters()))
+    write_optim(resumed, state, shards)
+    weight: Any = shards.weight
+    return torch.equal(weight.full_tensor(), expected)
+
+
+@pytest.mark.slow
+def test_training_weights_are_sharded_like_the_parameters(ranks: Ranks):
+    """A checkpoint with separate training weights that one process saved is resumed under FSDP."""
+    assert ranks.run(training_weights_under_fsdp) == [True, True]

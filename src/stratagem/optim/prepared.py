@@ -88,6 +88,13 @@ class PreparedUpdate:
         Args:
             optimizer: the optimizer that is to be updated, which a user may have replaced.
         """
+        if self._apply(optimizer):
+            return True
+        if isinstance(optimizer, SGD):
+            _start_late_momentum(optimizer)
+        return False
+
+    def _apply(self, optimizer: Optimizer) -> bool:
         attributes = optimizer.__dict__
         if optimizer is not self._optimizer or is_step_observed(optimizer):
             return False
@@ -312,6 +319,26 @@ _WITHOUT_STATE: Final[tuple[str, ...]] = ()
 _MOMENTUM: Final = ("momentum_buffer",)
 _ADAM: Final = ("exp_avg", "exp_avg_sq", "step")
 _ADAGRAD: Final = ("sum", "step")
+
+
+@torch.no_grad()
+def _start_late_momentum(optimizer: SGD) -> None:
+    """Give parameters that have their first gradient a momentum buffer, if other parameters of their group already have one.
+
+    The fused step of torch fails in this case. The values are such that the buffer is the gradient after the step, as in
+    torch's other implementations.
+    """
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        late = [each for each in trained if optimizer.state.get(each, {}).get("momentum_buffer") is None]
+        if len(late) == len(trained):
+            continue
+        for parameter in late:
+            gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+            buffer = gradient * (group["dampening"] / group["momentum"])
+            optimizer.state[parameter]["momentum_buffer"] = buffer if group["dampening"] else torch.zeros_like(gradient)
 
 
 def _sgd_options(group: Mapping[str, Any]) -> _Options | None:

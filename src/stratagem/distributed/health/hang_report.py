@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -64,15 +64,18 @@ def report_hang(monitor: RankMonitor, error: BaseException | None = None) -> Han
         monitor: the monitor of this rank.
         error: the error with which the main thread has left a collective; None if it may still be blocked.
     """
+    compares = monitor.claim("hang/claimed")
+    # The monitors of ranks that know of the failure send no more heartbeats.
+    responding = monitor.responding_ranks() if compares else []
     record = read_rank_record(monitor.rank, monitor.size, error)
     monitor.publish(_record_key(monitor.rank), record.as_json())
-    if not monitor.claim("hang/claimed"):
+    if not compares:
         result = monitor.wait_for("hang/result", _RESULT_S)
         monitor.publish(f"hang/read/{monitor.rank}", "")
         if monitor.rank == 0:  # The store may end together with this process.
             monitor.wait_for("hang/done", _LAST_S)
         return None if result is None else HangReport(sentences=json.loads(result), records={})
-    records = {monitor.rank: record, **_collect(monitor)}
+    records = {monitor.rank: record, **_collect(monitor, responding)}
     try:
         sentences = describe_hang(records)
     except Exception as failure:  # noqa: BLE001  # The timeout itself must still be reported.
@@ -95,9 +98,9 @@ def report_wait(monitor: RankMonitor, error: BaseException | None = None) -> str
     return describe_wait(read_rank_record(monitor.rank, monitor.size, error, stacks=False))
 
 
-def _collect(monitor: RankMonitor) -> dict[int, RankRecord]:
-    """Return the records of the other ranks."""
-    responding, found = monitor.responding_ranks(), {}
+def _collect(monitor: RankMonitor, responding: Collection[int]) -> dict[int, RankRecord]:
+    """Return the records of the other ranks, without ranks that do not respond."""
+    found = {}
     for rank in range(monitor.size):
         if rank != monitor.rank:
             text = monitor.wait_for(_record_key(rank), _RECORD_S if rank in responding else _SILENT_RECORD_S)

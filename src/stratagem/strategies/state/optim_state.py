@@ -255,9 +255,11 @@ def _placed(value: Any, parameter: nn.Parameter, key: str, own: Any, kept: set[i
     """
     if not isinstance(value, Tensor):
         return value
-    if key in (_STEP, TRAINING_WEIGHT):
-        # The optimizer determines the device of its step count; training weights are copied into the parameters.
-        return value.clone()
+    if key == _STEP:
+        return value.clone()  # the optimizer determines the device of its step count
+    if key == TRAINING_WEIGHT:
+        # Training weights are copied into the parameters, so they must be sharded in the same way.
+        return shard_like(value, parameter, copy=True) if is_sharded(parameter) else value.clone()
     sharded = is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value)
     dtype = parameter.dtype if casts and parameter.is_floating_point() else value.dtype
     if _can_hold(own, value, parameter.device, dtype) and is_sharded(own) == (sharded or is_sharded(value)):
