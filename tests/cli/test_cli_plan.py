@@ -68,6 +68,8 @@ def test_a_plan_of_a_configuration(stratagem: Callable[..., Any], config: str, t
     whole, half = ddp["memory"]["optimizer_state"], fsdp["memory"]["optimizer_state"]
     assert 0.5 * whole <= half < 0.6 * whole
     assert ddp["fits"]
+    assert [each["failure"] for each in (ddp, fsdp)] == [None, None]
+    assert 0 < ddp["time"]["shortest"] <= ddp["time"]["longest"]
     assert (tmp_path / "plan.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert (tmp_path / "plan.png").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.png"]

@@ -55,6 +55,12 @@ def test_of_equally_fast_strategies_the_one_with_more_free_memory_is_better() ->
     assert second.why == "about as fast as sharded; 15.0 GiB of the memory remain free."
 
 
+def test_a_single_strategy_is_not_compared() -> None:
+    """If only one strategy was planned, the sentence states its time and memory."""
+    (choice,) = best_choices(estimates(step("FSDP", SHARDED)))
+    assert choice.why == "takes 2.02 s for a step; 63.0 GiB of the memory remain free."
+
+
 def test_the_reason_compares_with_the_best() -> None:
     """2.0214 s against 2.0214 + 0.875 s are 43 %."""
     _, second = best_choices(estimates(step("half", HALF), step("sharded", SHARDED, **gathers(100 * 10**9))))

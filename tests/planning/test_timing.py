@@ -76,7 +76,7 @@ def test_what_cannot_be_estimated_has_a_reason() -> None:
     planned = step("DDP", MEMORY)
     cases = {
         "could not be simulated": (replace(planned, flops=None), CLUSTER),
-        "choose one of the table with --device": (planned, replace(CLUSTER, device=None, topology=None)),
+        "choose a device of the table with --device": (planned, replace(CLUSTER, device=None, topology=None)),
         "no rate of v100 for bfloat16": (planned, replace(CLUSTER, name="v100", device=find_device("v100-32g"))),
     }
     for reason, (case, cluster) in cases.items():

@@ -129,7 +129,7 @@ def best_choices(estimates: Sequence[Estimate], most: int = 3) -> tuple[Choice, 
     least = min(map(_cost, fitting))
     # Estimates are not precise enough to prefer a strategy that is faster by less than a few percent.
     ranked = sorted(fitting, key=lambda each: (_class_of(_cost(each), least), each.step.memory.total))
-    return tuple(Choice(estimate=each, why=_why(each, ranked)) for each in ranked[:most])
+    return tuple(Choice(estimate=each, why=_why(each, ranked, alone=len(estimates) == 1)) for each in ranked[:most])
 
 
 def _class_of(cost: float, least: float) -> int:
@@ -151,9 +151,12 @@ def _why_small(each: Estimate, ranked: Sequence[Estimate]) -> str:
     return f"{needs}; its step could not be simulated."
 
 
-def _why(each: Estimate, ranked: Sequence[Estimate]) -> str:
+def _why(each: Estimate, ranked: Sequence[Estimate], *, alone: bool) -> str:
     best = ranked[0]
     memory = _memory_words(each)
+    if alone:
+        took = f"sends {_sent(each)} for a step" if each.time is None else f"takes {each.time} for a step"
+        return f"{took}; {memory}."
     if each is best:
         tie = sum(_cost(other) <= (1 + _SAME_SPEED) * min(map(_cost, ranked)) for other in ranked) > 1
         return f"{_best_words(each, len(ranked), tie=tie)}; {memory}."

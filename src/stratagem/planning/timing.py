@@ -226,7 +226,7 @@ def _estimate_time(
     if step.flops is None:
         return None, "the step could not be simulated, so its operations are unknown"
     if cluster.device is None or cluster.topology is None:
-        return None, f"the rates of a device with {cluster.name} are unknown; choose one of the table with --device"
+        return None, f"the rates of {cluster.name} are unknown; choose a device of the table with --device"
     peak = cluster.device.peak_of(step.compute_dtype, allow_tf32=cluster.allow_tf32)
     if peak is None:
         return None, f"the table has no rate of {cluster.name} for {step.compute_dtype}"

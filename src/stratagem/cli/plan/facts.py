@@ -198,7 +198,7 @@ def problem_lines(section: Section) -> Iterator[str]:
     for each in section.estimates:
         step = each.step
         texts = [
-            *([f"cannot train this model: {step.refusal}"] if step.refusal is not None else []),
+            *([f"cannot be used: {step.refusal}"] if step.refusal is not None else []),
             *([f"without activations and times, because {step.failure}"] if step.failure is not None else []),
             *step.notes,
         ]

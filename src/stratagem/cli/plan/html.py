@@ -77,6 +77,7 @@ ol, ul { padding-left: 1.4rem; margin: 0.5rem 0; }
 @media (max-width: 40rem) {
   .row { grid-template-columns: 1fr 5.5rem; }
   .row > :first-child { grid-column: 1 / -1; }
+  th:first-child, td:first-child { min-width: 8rem; overflow-wrap: anywhere; }
   dl { grid-template-columns: 1fr; }
   dd { margin-bottom: 0.4rem; }
 }

@@ -22,6 +22,7 @@ _LETTERS = "PGOACTXD"
 _LIMIT = "┃"
 _MAX_WIDTH = 110
 _SUBTITLE_WIDTH = 115
+_LABEL_WIDTH = 32
 # A limit that is larger than all bars by this factor is not drawn.
 _FAR = 8
 
@@ -193,7 +194,7 @@ def _draw_group(axis: Any, chart: BarChart, group: BarGroup, handles: dict[str, 
             group.limit_label, (limit, 1), xycoords=("data", "axes fraction"), xytext=(4, 2),
             textcoords="offset points", fontsize=9,
         )  # fmt: skip
-    axis.set_yticks(list(rows), [bar.label for bar in group.bars])
+    axis.set_yticks(list(rows), [textwrap.fill(bar.label, _LABEL_WIDTH) for bar in group.bars])
     axis.invert_yaxis()
     axis.grid(visible=True, axis="x")
     axis.set_title(group.title, loc="left", fontsize=10, pad=14)
