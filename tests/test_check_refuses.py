@@ -286,6 +286,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (strategy("FSDP", activation_checkpointing={"save_ops": ["matmull"]}), "strategy.activation_checkpointing"),
     (strategy("FSDP", reshard_after_forward="yes"), "strategy.reshard_after_forward"),
     (strategy("FSDP", forward_prefetch=-1), "strategy.forward_prefetch"),
+    (strategy("FSDP", matrix_updates="owner"), "strategy.matrix_updates"),
     (strategy("FSDP", cpu_offload=1), "strategy.cpu_offload"),
     (strategy("FSDP", ignored="a"), "strategy.ignored"),
     (strategy("FSDP", initial_weights="rank1"), "strategy.initial_weights"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stratagem.optim.probe import Dependence, dependence_of
-from tests.support.given_gradients import Result, by_hand, updated_in_layouts
+from stratagem.tensors.dtensor import full_tensor
+from tests.support.given_gradients import Result, by_hand, make_strategy, network, set_gradients, updated_in_layouts
 from tests.support.ranks import Ranks
 
 
@@ -54,7 +55,7 @@ class GlobalNorm(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters."""
-        parameters = [each for group in self.param_groups for each in group["params"]]
+        parameters = [each for group in self.param_groups for each in group["params"] if each.grad is not None]
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
         for parameter in parameters:
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
@@ -130,6 +131,62 @@ def test_optimizers_of_whole_tensors_on_four_ranks_are_bit_equal_to_a_single_pro
 ) -> None:
     """With equal gradients, FSDP, HSDP and FSDP with tensor parallelism on four ranks equal the same optimizers."""
     require_bits(four.run(updated_in_layouts, str(tmp_path), 4, KINDS, bias=True))
+
+
+SPECIAL: dict[str, tuple[Any, str]] = {
+    "Muon": (torch.optim.Muon, "Muon orthogonalizes each matrix on one rank"),
+    "Adafactor": (torch.optim.Adafactor, "Adafactor updates each whole parameter on one rank"),
+    "GlobalNorm": (GlobalNorm, "GlobalNorm updates all whole parameters on every rank"),
+}
+
+
+def with_late_gradients(model: torch.nn.Module, step: Any) -> dict[str, Tensor]:
+    """Update three times, the first two times without a gradient of the second matrix; return the full parameters."""
+    for index in range(3):
+        set_gradients(model, index)
+        if index < 2:
+            model.get_parameter("network.1.weight").grad = None
+        step()
+    return {name: full_tensor(each.detach()).clone() for name, each in model.named_parameters()}
+
+
+def special(folder: str, name: str, dtype: torch.dtype) -> tuple[list[str], dict[str, Tensor]]:
+    """Return what the strategy logs, and the parameters after updates without some gradients."""
+    strategy = make_strategy(folder)
+    logged: list[str] = []
+    info = strategy.logger.info
+    strategy.logger.info = lambda message, *values: logged.append(message % values if values else message)  # type: ignore[method-assign,assignment]
+    try:
+        _, wrapper = strategy.prepare(
+            network().to(dtype), optim_wrapper={"optimizer": {"type": SPECIAL[name][0], "lr": 0.05}}
+        )
+        return logged, with_late_gradients(strategy.unwrap_model(), wrapper.step)
+    finally:
+        strategy.logger.info = info  # type: ignore[method-assign]
+        strategy.close()
+
+
+def all_special(folder: str) -> dict[tuple[str, torch.dtype], tuple[list[str], dict[str, Tensor]]]:
+    """Return the results of all optimizers in two dtypes."""
+    return {
+        (name, dtype): special(folder, name, dtype) for name in SPECIAL for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+@pytest.mark.slow
+def test_parameters_without_gradients_and_with_16_bits_have_the_bits_of_a_single_process(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """A parameter that gets its first gradient later starts then, bfloat16 parameters are exact, and the log has the route."""
+    for results in ranks.run(all_special, str(tmp_path)):
+        for (name, dtype), (logged, weights) in results.items():
+            model = network().to(dtype)
+            kind, line = SPECIAL[name]
+            for key, each in with_late_gradients(model, kind(model.parameters(), lr=0.05).step).items():
+                assert torch.equal(weights[key], each), (name, dtype, key)
+            if (name, dtype) == ("Muon", torch.bfloat16):
+                line = "Muon updates each whole parameter on one rank"
+            assert sum(each.startswith(line) for each in logged) == 1, (name, dtype)
 
 
 def require_bits(results: list[dict[tuple[str, str, str], Result]]) -> None:

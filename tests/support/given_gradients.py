@@ -61,7 +61,7 @@ def set_gradients(model: nn.Module, step: int) -> None:
     """Give each parameter, which may be sharded, its gradient of a step."""
     given = gradients(model, step)
     for name, each in model.named_parameters():
-        each.grad = shard_like(given[name], each, copy=True)
+        each.grad = shard_like(given[name].to(each.dtype), each, copy=True)
 
 
 def make_strategy(folder: str, **options: Any) -> FSDPStrategy:

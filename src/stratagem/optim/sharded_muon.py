@@ -80,8 +80,8 @@ class ShardedMuon:
         self._form = form
         # For each process group and device, how its matrices are sent.
         self._transports: dict[Any, ShardTransport] = {}
-        self._layouts: dict[Tensor, tuple[Any, ShardLayout]] = {}
-        self._placed: frozenset[int] = frozenset()
+        # The transport and the layout of each parameter; None for those of which this rank has all values.
+        self._layouts: dict[Tensor, tuple[Any, ShardLayout] | None] = {}
 
     @staticmethod
     def supports(optimizer: Optimizer) -> bool:
@@ -106,7 +106,7 @@ class ShardedMuon:
         by_transport: dict[Any, list[_Matrix]] = {}
         for parameter, group in matrices:
             update = self._momentum_update(optimizer, parameter, group)
-            key, layout = self._layouts.get(parameter, (None, None))
+            key, layout = self._layouts[parameter] or (None, None)
             by_transport.setdefault(key, []).append(_Matrix(parameter, group, update, layout))
         for matrix in by_transport.pop(None, []):
             matrix.apply(matrix.orthogonalized(matrix.update))
@@ -149,18 +149,17 @@ class ShardedMuon:
 
     def _place(self, parameters: Sequence[Tensor]) -> None:
         """Find the layouts of parameters that have a gradient for the first time. Collective if there are any."""
-        if self._placed.issuperset(map(id, parameters)):
-            return
         groups: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
-            group = shard_group(parameter) if is_sharded(parameter) else None
-            if group is not None and parameter not in self._layouts:
-                groups.setdefault(group, []).append(parameter)
+            if parameter not in self._layouts:
+                group = shard_group(parameter) if is_sharded(parameter) else None
+                self._layouts[parameter] = None
+                if group is not None:
+                    groups.setdefault(group, []).append(parameter)
         for key, tensors in groups.items():
             transport = self._transports.setdefault(key, ShardTransport(*key))
             for tensor, layout in zip(tensors, transport.layouts(tensors), strict=True):
                 self._layouts[tensor] = (key, layout)
-        self._placed |= frozenset(map(id, parameters))
 
 
 def _layouts(matrices: Sequence[_Matrix]) -> list[ShardLayout]:
