@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stratagem.tensors.dtensor import to_local
 from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
@@ -176,8 +176,8 @@ class StepTrace(TorchDispatchMode):
         if getattr(func, "namespace", None) in _NAMESPACES:
             self._note_collective(func, args, kwargs, out)
         packet = getattr(func, "_overloadpacket", None)
-        if packet in flop_registry:
-            operations = flop_registry[packet](*args, **kwargs, out_val=out)
+        operations = _flops_of(packet, args, kwargs, out)
+        if operations:
             self.flops += operations
             self.flops_by_dtype[_dtype_of(args)] += operations
         for tensor in tree_leaves(out):
@@ -317,6 +317,18 @@ def _dtype_of(args: Any) -> torch.dtype | None:
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return the floating-point operations of a call as torch counts them on GPUs.
+
+    Torch has no formula for attention on the CPU, on which steps are simulated, but for the same operation on GPUs.
+    """
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(each.shape for each in args[:3])))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(each.shape for each in args[:4])))
+    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
