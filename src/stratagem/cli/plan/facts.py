@@ -124,9 +124,9 @@ def speed_cells(each: Estimate, unit: Unit) -> tuple[str, ...]:
 def table_note(unit: Unit) -> str:
     """Return a sentence that explains the columns."""
     return (
-        f"Sizes in {unit.name} of a rank at the peak of a step. comm: gathered parameters and messages. other: temporary "
-        "tensors, averaged weights, buffers, batch and driver. sent: what a rank sends in a step. step: with complete "
-        "and without overlap of communication and computation."
+        f"Sizes in {unit.name} of a rank at the peak of a step. comm: gathered parameters, messages and buckets of gradients. "
+        "other: temporary tensors, averaged weights, buffers, batch and driver. sent: what a rank sends in a step. step: with "
+        "complete and without overlap of communication and computation."
     )
 
 
