@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from stratagem.cli.parity.comparing import compare_variants
 from stratagem.cli.parity.picture import picture_of
 from stratagem.cli.parity.report import BatchDependence, Verdict, verdict_of
-from stratagem.cli.parity.tolerances import CAPS, FACTOR, StepTolerances, noise_of, tolerances_of
+from stratagem.cli.parity.tolerances import (
+    CAPS,
+    FACTOR,
+    StepTolerances,
+    constant_tolerances,
+    noise_of,
+    tolerances_of,
+)
 from stratagem.cli.parity.variants import Variant
 from stratagem.trace import Comparison, Difference, Group, Part, TraceWriter, read_trace
 
@@ -98,7 +106,9 @@ def test_files_that_are_not_traces_have_exit_code_2(
 
 def difference(step: int, relative: float, name: str = "w", part: Part = Part.BACKWARD) -> Difference:
     """Return a difference with a relative size."""
-    return Difference(step=step, part=part, name=name, rank=None, size=relative, relative=relative, kind="gradient")
+    return Difference(
+        step=step, part=part, name=name, rank=None, size=relative, relative=relative, typical=relative, kind="gradient"
+    )
 
 
 def tolerances(*differences: Difference, steps: int = 2, dtype: str = "float32") -> StepTolerances:
@@ -135,6 +145,32 @@ def test_a_tensor_of_rounding_errors_is_not_compared_and_listed():
     found = tolerances(difference(2, 0.5, "key.bias"))
     assert found.of(Part.BACKWARD, "key.bias", 1) == math.inf
     assert found.hidden() == ["key.bias (backward)"]
+
+
+def test_a_tenth_of_the_elements_may_move_in_the_other_direction():
+    """With Adam, the rounding error of a small gradient decides its sign, so few elements differ by twice their movement."""
+    noise = noise_of([[difference(1, 1e-6, part=Part.UPDATE)]])
+    found = tolerances_of(noise, "float32", {"w": (0.01,)})
+
+    def allowed(size: float, typical: float, part: Part = Part.UPDATE) -> bool:
+        return found.first_exceeding([replace(difference(1, size, part=part), typical=typical)]) is None
+
+    assert allowed(0.02, 1e-6)
+    assert not allowed(0.03, 1e-6)
+    assert not allowed(0.02, 1e-3)
+    assert not allowed(0.02, 1e-6, part=Part.CLIP)
+    few = replace(difference(1, 0.02, part=Part.UPDATE), typical=0.0)
+    assert constant_tolerances(0.0, "").first_exceeding([few]) is few
+
+
+def test_the_tolerances_grow_after_an_element_moved_in_the_other_direction():
+    """If few elements of a parameter differ by 4 times the tolerance, the gradients of the step may differ 4 times as much."""
+    noise = noise_of([[difference(1, 1e-5, part=Part.START), difference(1, 1e-5)]])
+    found = tolerances_of(noise, "float32", {"w": (0.01,)})
+    few = replace(difference(1, 4e-4, part=Part.START), typical=0.0)
+    assert found.first_exceeding([few, difference(1, 3.9e-4)]) is None
+    assert found.first_exceeding([difference(1, 3.9e-4)]) is not None
+    assert found.first_exceeding([few, difference(1, 4.1e-4)]) is not None
 
 
 def test_samples_and_learning_rates_have_no_rounding_error():

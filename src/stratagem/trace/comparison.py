@@ -67,10 +67,14 @@ class Tolerances:
     by_part: Mapping[Part, float] = field(default_factory=dict)
     floor: float = 0.0
 
-    def of(self, part: Part, name: str, step: int) -> float:
-        """Return the tolerance for a value in a step, which only depends on the part."""
-        del name, step
-        return self.by_part.get(part, self.relative)
+    def first_exceeding(self, differences: Sequence[Difference]) -> Difference | None:
+        """Return the first difference of a step that is not rounding, which only depends on its size and part."""
+        return next((each for each in differences if not self._allows(each)), None)
+
+    def _allows(self, difference: Difference) -> bool:
+        if difference.part is Part.DATA:
+            return False
+        return difference.relative <= self.by_part.get(difference.part, self.relative)
 
 
 class AnyTolerances(Protocol):
@@ -80,8 +84,8 @@ class AnyTolerances(Protocol):
     def floor(self) -> float:
         """See :class:`Tolerances`."""
 
-    def of(self, part: Part, name: str, step: int) -> float:
-        """Return the tolerance for the value with a name in a part of a step, counted from 1."""
+    def first_exceeding(self, differences: Sequence[Difference]) -> Difference | None:
+        """Return the first difference of a step that is not rounding, given all of them in the order of the parts."""
 
 
 @final
@@ -96,6 +100,7 @@ class Difference:
         rank: the rank of the second trace; None if the difference is one between values of all ranks.
         size: the largest absolute difference; for samples, the number of different ones.
         relative: the size relative to the largest absolute value in the first trace; for samples, to their number.
+        typical: like ``relative``, but without the tenth of the elements that differ most.
         kind: what has the name: ``"samples"``, ``"loss"``, ``"parameter"``, ``"gradient"`` and so on.
         also_possible: other parts in which the difference may arise, because values between them were not visible.
         note: details, such as the factor between two gradients; empty if there are none.
@@ -107,6 +112,7 @@ class Difference:
     rank: int | None
     size: float
     relative: float
+    typical: float
     kind: str
     also_possible: tuple[Part, ...] = ()
     note: str = ""
@@ -183,7 +189,7 @@ def compare(a: Trace, b: Trace, tolerances: AnyTolerances | None = None) -> Comp
         every = tuple(each for part in Part for each in sorted(found[part], key=lambda each: -each.relative))
         by_step.append(every)
         if first is None:
-            first = next((each for each in every if _exceeds(each, tolerances)), None)
+            first = tolerances.first_exceeding(every)
             if first is not None:
                 first = pair.with_possible_parts(first)
         worst_here = max(every, key=lambda each: each.relative, default=None)
@@ -197,12 +203,6 @@ def compare(a: Trace, b: Trace, tolerances: AnyTolerances | None = None) -> Comp
         by_step=tuple(by_step),
         not_compared=tuple(skipped),
     )
-
-
-def _exceeds(difference: Difference, tolerances: AnyTolerances) -> bool:
-    part = difference.part
-    allowed = 0.0 if part is Part.DATA else tolerances.of(part, difference.name, difference.step)
-    return not difference.relative <= allowed
 
 
 @final
@@ -435,9 +435,9 @@ class _StepPair:
                     part, name, kind, rank, present.largest, math.inf, f"absent in the {which} trace"
                 )
             elif not one.digest or (one.digest, one.dtype, one.shape) != (other.digest, other.dtype, other.shape):
-                size, relative, note = _tensor_difference(one, other, self._floor * largest)
+                size, relative, typical, note = _tensor_difference(one, other, self._floor * largest)
                 if relative > 0:
-                    yield self._difference(part, name, kind, rank, size, relative, note)
+                    yield self._difference(part, name, kind, rank, size, relative, note, typical)
 
     def _numbers(
         self, part: Part, name: str, kind: str, rank: int | None, one: float | None, other: float | None
@@ -451,10 +451,26 @@ class _StepPair:
         yield self._difference(part, name, kind, rank, size, relative, f"{one:.7g} and {other:.7g}")
 
     def _difference(
-        self, part: Part, name: str, kind: str, rank: int | None, size: float, relative: float, note: str = ""
+        self,
+        part: Part,
+        name: str,
+        kind: str,
+        rank: int | None,
+        size: float,
+        relative: float,
+        note: str = "",
+        typical: float | None = None,
     ) -> Difference:
         return Difference(
-            step=self._number, part=part, name=name, rank=rank, size=size, relative=relative, kind=kind, note=note
+            step=self._number,
+            part=part,
+            name=name,
+            rank=rank,
+            size=size,
+            relative=relative,
+            typical=relative if typical is None else typical,
+            kind=kind,
+            note=note,
         )
 
 
@@ -469,10 +485,10 @@ def _paired(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, t
     return {name: (one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other])}
 
 
-def _tensor_difference(one: Value, other: Value, floor: float) -> tuple[float, float, str]:
-    """Return the largest absolute and relative difference of two tensors, and a note."""
+def _tensor_difference(one: Value, other: Value, floor: float) -> tuple[float, float, float, str]:
+    """Return the largest absolute and relative difference of two tensors, the typical relative one, and a note."""
     if one.shape != other.shape:
-        return math.inf, math.inf, f"the shapes are {one.shape} and {other.shape}"
+        return math.inf, math.inf, math.inf, f"the shapes are {one.shape} and {other.shape}"
     if one.is_summary != other.is_summary:
         full, summary = (other, one) if one.is_summary else (one, other)
         full = _summarized(full)
@@ -482,10 +498,10 @@ def _tensor_difference(one: Value, other: Value, floor: float) -> tuple[float, f
     difference = torch.where((a == b) | same_nan, torch.zeros_like(a), a - b)
     if not bool(difference.isfinite().all()):
         where = int((~difference.isfinite()).sum())
-        return math.inf, math.inf, f"{where} values are NaN or Inf in only one of the traces"
+        return math.inf, math.inf, math.inf, f"{where} values are NaN or Inf in only one of the traces"
     size = one.largest_difference(difference)
     scale = max(one.largest if math.isfinite(one.largest) else 0.0, floor, _TINY)
-    return size, size / scale, _factor_note(a, b)
+    return size, size / scale, one.typical_difference(difference) / scale, _factor_note(a, b)
 
 
 def _summarized(value: Value) -> Value:

@@ -99,6 +99,16 @@ class Value:
         sampled = float(difference[1 + _NUM_SUMS :].abs().max())
         return max(sampled, self.difference_norm(difference) / math.sqrt(math.prod(self.shape)))
 
+    def typical_difference(self, difference: Tensor) -> float:
+        """Return the largest absolute difference of an element, without the tenth of the elements that differ most.
+
+        Of fewer than ten elements, this is the largest difference.
+        """
+        elements = (difference[1 + _NUM_SUMS :] if self.is_summary else difference).abs()
+        if not elements.numel():
+            return 0.0
+        return float(elements.kthvalue(math.ceil(0.9 * elements.numel())).values)
+
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU, without copying them."""

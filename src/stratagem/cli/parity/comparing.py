@@ -11,6 +11,7 @@ from stratagem.cli.parity.tolerances import (
     DEFAULTS,
     StepTolerances,
     constant_tolerances,
+    moves_of,
     noise_of,
     tolerances_of,
 )
@@ -130,22 +131,17 @@ def _result(
     comparison = compare(reference, trace, exact)
     sizes, limits, ratios = [], [], []
     for step, found in enumerate(comparison.by_step, start=1):
-        worst = max(
-            ((_ratio(each.relative, tolerances.of(each.part, each.name, step)), each) for each in found),
-            key=lambda pair: pair[0],
-            default=None,
-        )
+        excess = tolerances.excess(found)
+        rated = [(tolerances.ratio(each, excess), number) for number, each in enumerate(found)]
+        ratio, number = max(rated, default=(0.0, -1))
         sizes.append(max((each.relative for each in found), default=0.0))
-        ratios.append(worst[0] if worst else 0.0)
-        limits.append(tolerances.of(worst[1].part, worst[1].name, step) if worst else 0.0)
+        ratios.append(ratio)
+        worst = found[number] if rated else None
+        limits.append(excess * tolerances.of(worst.part, worst.name, step) if worst is not None else 0.0)
     return Result(
         variant=variant, verdict=verdict_of(variant, comparison, dependence), comparison=comparison, against=against,
         sizes=tuple(sizes), limits=tuple(limits), ratios=tuple(ratios),
     )  # fmt: skip
-
-
-def _ratio(size: float, limit: float) -> float:
-    return 0.0 if not size else size / limit if limit else float("inf")
 
 
 def _tolerances(dtype: str, tolerance: float | None, reference: Trace, double: Trace | None) -> StepTolerances:
@@ -155,7 +151,8 @@ def _tolerances(dtype: str, tolerance: float | None, reference: Trace, double: T
         return constant_tolerances(
             DEFAULTS[dtype], f"relative differences up to {DEFAULTS[dtype]:g}, the default for {dtype}"
         )
-    return tolerances_of(noise_of(compare(reference, double, constant_tolerances(0.0, "")).by_step), dtype)
+    noise = noise_of(compare(reference, double, constant_tolerances(0.0, "")).by_step)
+    return tolerances_of(noise, dtype, moves_of(reference))
 
 
 def _draws(trace: Trace) -> bool:

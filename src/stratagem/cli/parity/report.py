@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, final
 
-from stratagem.cli.parity.tolerances import Noise, StepTolerances
+from stratagem.cli.parity.tolerances import StepTolerances
 from stratagem.cli.parity.variants import Family, Variant
 from stratagem.trace import Comparison, Part
 
-__all__ = ["BatchDependence", "Finding", "ParityReport", "Result", "Verdict", "status_of"]
+__all__ = ["BatchDependence", "Finding", "ParityReport", "Result", "Verdict", "verdict_of"]
 
 # A difference in these parts cannot be explained by layers that depend on how the batch is split.
 _BEFORE_FORWARD: Final = (Part.START, Part.DATA)
@@ -103,7 +102,6 @@ class ParityReport:
         results: the results, in order.
         findings: what is wrong with single variants.
         tolerances: the tolerances of each family of variants.
-        noise: the rounding errors of the reference of each family; None if there is no reference in float64.
         dependence: the layers of the model whose results depend on how the batch is split.
         notes: what was not compared, and other remarks.
     """
@@ -113,7 +111,6 @@ class ParityReport:
     results: list[Result] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     tolerances: dict[Family, StepTolerances] = field(default_factory=dict)
-    noise: dict[Family, Noise] = field(default_factory=dict)
     dependence: BatchDependence = field(default_factory=BatchDependence)
     notes: list[str] = field(default_factory=list)
 
@@ -141,8 +138,3 @@ def verdict_of(variant: Variant, comparison: Comparison, dependence: BatchDepend
     if not variant.exact and dependence and comparison.first.part not in _BEFORE_FORWARD:
         return Verdict.NOT_COMPARABLE
     return Verdict.DIFFERENT
-
-
-def status_of(reports: Sequence[ParityReport]) -> int:
-    """Return the exit status for several reports."""
-    return max((report.exit_status for report in reports), default=0)
