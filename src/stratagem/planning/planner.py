@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stratagem.config import Config
-from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
+from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError, StratagemError
 from stratagem.optim import OptimSpec
 from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES, named_tensors
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
+from stratagem.planning.engines import plan_deepspeed
 from stratagem.planning.failures import describe_failure
 from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, ModelFacts, Plan, StepPlan
 from stratagem.planning.search import largest_that_fits
@@ -41,6 +42,9 @@ DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
     {"type": "fsdp", "mixed_precision": "bfloat16", "activation_checkpointing": True},
     {"type": "fsdp", "cpu_offload": True},
 )
+
+
+_ENGINES: Final = frozenset({"DeepSpeedStrategy", "ColossalAIStrategy"})
 
 
 @final
@@ -231,6 +235,8 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
         memory=MemoryPlan(parameters=0, gradients=0, optimizer_state=0),
     )
     try:
+        if name in _ENGINES:
+            return _plan_engine(request, base, start)
         planned, failed = _try_plan(request, {**strategy, "type": name}, base)
         if failed is not None:
             # The failed step may have left gathered parameters, so the static sizes are those of a new simulation.
@@ -238,6 +244,19 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
     except StratagemError as error:
         planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
     return [replace(each, seconds=time.perf_counter() - start) for each in planned]
+
+
+def _plan_engine(request: _Request, base: StepPlan, start: float) -> list[StepPlan]:
+    if base.strategy != "DeepSpeedStrategy":
+        raise PlacementError(
+            f"Planning does not support {base.strategy}. Plan FSDPStrategy or DeepSpeedStrategy instead."
+        )
+    batch = 0 if request.batch is None else sum(each.nbytes for each in _tensors(request.batch.batch))
+    planned = plan_deepspeed(request.job, base, batch)
+    if request.average is not None:
+        planned = replace(planned, notes=(*planned.notes, "Averaged weights are not included."))
+    planned = replace(planned, seconds=time.perf_counter() - start)
+    return [replace(planned, memory_limit=limit) for limit in request.memory_limits]
 
 
 def _try_plan(

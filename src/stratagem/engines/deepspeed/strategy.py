@@ -27,7 +27,7 @@ from stratagem.strategies.setup.trial import StandInOptimizer
 from stratagem.strategies.state.state_io import StateAccess
 from stratagem.utils import did_you_mean, import_object
 
-__all__ = ["DeepSpeedStrategy"]
+__all__ = ["DeepSpeedStrategy", "parse_for_plan"]
 
 _FORMATS: Final = ("portable", "deepspeed")
 _NAMED: Final = (
@@ -199,6 +199,16 @@ class _Arguments:
             steps_per_print=arguments.get("steps_per_print", 10**13),
         )
         return cls(options, kind == "deepspeed", excludes_frozen)
+
+
+def parse_for_plan(arguments: Mapping[str, Any], optim_wrapper: Any) -> tuple[Options, Any]:
+    """Return the parsed arguments of a ``DeepSpeedStrategy``, and the optimizer wrapper completed with them.
+
+    Raises:
+        ConfigError: (or a subclass) if an option is invalid.
+    """
+    options = _Arguments.parse(arguments).options
+    return options, _completed(options, optim_wrapper)
 
 
 def _not_in_background() -> ConfigValueError:
