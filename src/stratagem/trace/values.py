@@ -13,6 +13,7 @@ The signs and positions depend only on the number of elements, so that summaries
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -123,36 +124,36 @@ def digest_of(tensor: Tensor) -> str:
 
 def summarize(flat: Tensor) -> Tensor:
     """Return the summary of a flattened tensor of real numbers."""
-    total = torch.zeros((), dtype=torch.float64)
-    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device="cpu")
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].double()
         total += chunk.sum()
-        signed = chunk * _signs(start, chunk.numel())
+        sign = int(_mixed(torch.tensor(start // _CHUNK, device="cpu"))) * 2 - 1
+        signed = chunk * _signs()[: chunk.numel()]
         padding = -signed.numel() % _NUM_SUMS
-        sums += torch.nn.functional.pad(signed, (0, padding)).view(-1, _NUM_SUMS).sum(0)
-    positions = torch.arange(_NUM_SAMPLES) * flat.numel() // _NUM_SAMPLES
+        sums += sign * torch.nn.functional.pad(signed, (0, padding)).view(-1, _NUM_SUMS).sum(0)
+    positions = torch.arange(_NUM_SAMPLES, device="cpu") * flat.numel() // _NUM_SAMPLES
     return torch.cat([total.reshape(1), sums, flat[positions].double()])
 
 
-def _signs(start: int, length: int) -> Tensor:
-    """Return a pseudorandom sign, 1 or -1, for each index from ``start``."""
-    bits = torch.arange(start, start + length, dtype=torch.int64)
-    # Two rounds of multiply and shift mix the index well enough; int64 multiplication wraps around.
+@functools.cache
+def _signs() -> Tensor:
+    """Return a pseudorandom sign, 1 or -1, for each index in a chunk. Every chunk is multiplied by a sign in addition."""
+    return (_mixed(torch.arange(_CHUNK, device="cpu")) * 2 - 1).to(torch.int8)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Return a pseudorandom bit for each integer."""
+    # Two rounds of multiply and shift mix the integers well enough; int64 multiplication wraps around.
     for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85):
         bits = (bits + 1) * factor
         bits = bits ^ (bits >> 29)
-    return ((bits >> 32) & 1).double() * 2 - 1
+    return (bits >> 32) & 1
 
 
 def _sizes(flat: Tensor) -> tuple[float, float]:
     if not flat.numel():
         return 0.0, 0.0
-    numbers = (
-        flat
-        if flat.dtype in (torch.float64, torch.complex128)
-        else flat.to(torch.complex128)
-        if flat.is_complex()
-        else flat.double()
-    )
+    numbers = flat.to(torch.complex128 if flat.is_complex() else torch.float64)
     return float(torch.linalg.vector_norm(numbers)), float(numbers.abs().max())
