@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from stratagem.distributed.rendezvous import process_group
 from stratagem.model import loss_weight
 from stratagem.optim import OptimSpec, sharded_updates
 from stratagem.parallel.ddp import Replica
@@ -23,6 +24,7 @@ from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode
 from stratagem.planning.trace import CollectiveCall, Peak, StepTrace, storage_bytes
 from stratagem.strategies import BaseStrategy, composed
 from stratagem.strategies.choice import choose_strategy, strategy_class
+from stratagem.strategies.setup import environment
 from stratagem.tensors.dtensor import to_local
 from stratagem.utils import generator_state, import_object, restore_generator_state
 from stratagem.utils.torch_private import settle_ddp_buckets, storage_id
@@ -237,6 +239,9 @@ def simulating(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stratagem-plan-"))
         if distributed:
             stack.enter_context(fake_world(world, ranks_per_node))
+        # On every machine, the kernels are those of the CPU.
+        stack.enter_context(replaced(environment, "current_device", lambda: _CPU))
+        stack.enter_context(replaced(process_group, "pick_device", lambda *_: _CPU))
         built = choose_strategy(
             own,
             launcher="pytorch" if distributed else "none",
