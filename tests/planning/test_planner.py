@@ -208,3 +208,14 @@ def test_a_strategy_that_does_not_divide_the_ranks_is_refused_in_its_plan() -> N
     plan = stratagem.plan(make_model(), optim_wrapper=OPTIMIZER, batch=make_batch(), strategies=strategies, worlds=[4])
     assert "does not divide the 4 processes" in (plan.steps[0].refusal or "")
     assert plan.steps[1].refusal is None
+
+
+@pytest.mark.slow
+def test_muon_under_fsdp_is_planned() -> None:
+    """The update, which sends parts of matrices, is simulated, and each rank has a quarter of the momenta."""
+    model = SupervisedModel(nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 8, bias=False)), nn.MSELoss())
+    optim = {"optimizer": {"type": "Muon", "lr": 0.1}}
+    batch = torch.zeros(4, 16), torch.zeros(4, 8)
+    [step] = stratagem.plan(model, optim_wrapper=optim, batch=batch, strategies=["fsdp"], worlds=[4]).steps
+    assert step.failure is None
+    assert step.memory.optimizer_state == (16 * 32 + 32 * 8) * 4 // 4

@@ -25,9 +25,10 @@ from stratagem.planning.trace import CollectiveCall, Peak, StepTrace, storage_by
 from stratagem.strategies import BaseStrategy, composed
 from stratagem.strategies.choice import choose_strategy, strategy_class
 from stratagem.strategies.setup import environment
+from stratagem.tensors import dtensor
 from stratagem.tensors.dtensor import to_local
 from stratagem.utils import generator_state, import_object, restore_generator_state
-from stratagem.utils.torch_private import settle_ddp_buckets, storage_id
+from stratagem.utils.torch_private import local_shape_and_offset, settle_ddp_buckets, storage_id
 
 __all__ = ["Job", "Simulation", "simulating"]
 
@@ -302,6 +303,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
         (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", lambda *_: ([], None)),
+        (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
         (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),
         (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
