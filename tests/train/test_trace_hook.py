@@ -205,6 +205,23 @@ def test_the_hook_can_be_configured_by_name(tmp_path: Path) -> None:
     assert (trace.num_steps, trace.label) == (1, "mine")
 
 
+def test_a_window_that_began_before_the_recording_is_recorded_without_its_micro_batches(tmp_path: Path) -> None:
+    """A run that resumes after the first of two micro-batches has not seen its samples, loss and gradients."""
+    options: dict[str, Any] = {
+        "counts": 2,
+        "batch_size": 8,
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1, "by_epoch": False}},
+    }
+    train(tmp_path, **options)
+    train(tmp_path, TraceHook(tmp_path / "a.json"), resume=str(tmp_path / "work" / "iter_3"), **options)
+    first, second = read_trace(tmp_path / "a.json").ranks[0].steps
+    assert (first.local, first.samples, first.loss, first.losses) == (None, None, None, None)
+    assert first.absent == dict.fromkeys(
+        ("samples", "losses", "loss", "local"), "the accumulation window began before the recording"
+    )
+    assert second.absent == {}
+
+
 def test_the_hook_requires_at_least_one_step() -> None:
     """The error names the argument."""
     with pytest.raises(ConfigValueError, match="steps=0 must be at least 1"):

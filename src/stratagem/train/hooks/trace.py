@@ -329,9 +329,6 @@ class _RunObserver:
         writer = self.writer
         if self._is_engine:
             self._write_engine_step(step)
-        if self._continues_window:
-            self._continues_window = False
-            writer.set_absent("local", "the accumulation window began before the recording")
         buffers = {name: full_tensor(each.detach()) for name, each in self._model.named_buffers()}
         writer.put("buffers", buffers)
         if step.has_unknown_samples:
@@ -350,6 +347,11 @@ class _RunObserver:
         ]
         if len(norms) == len(self._wrappers) == 1:
             writer.set_grad_norm(float(full_tensor(torch.as_tensor(norms[0]))))
+        if self._continues_window:
+            # Only a part of the micro-batches was observed.
+            self._continues_window = False
+            for name in ("samples", "losses", "loss", "local"):
+                writer.set_absent(name, "the accumulation window began before the recording")
         if self._average is not None and self._average.average.steps:
             averages = self._average.average.averages
             writer.put("averaged", {name: full_tensor(each.detach()) for name, each in averages.items()})
