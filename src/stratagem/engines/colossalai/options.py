@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.optim import MixedOptimizer, OptimWrapper
+from stratagem.optim.base import is_schedule_free
 from stratagem.optim.gradients import Clipping
 from stratagem.utils import did_you_mean
 
@@ -312,9 +313,14 @@ def refuse_whole_parameters(optimizer: Optimizer) -> None:
     """Reject an optimizer that ZeRO cannot update in parts.
 
     Raises:
-        PlacementError: if the optimizer does not update each element of a parameter independently.
+        PlacementError: if the optimizer does not update each element of a parameter independently, or is schedule-free.
     """
     name = type(optimizer).__name__
+    if is_schedule_free(optimizer):
+        raise PlacementError(
+            f"{name} has different weights for training and evaluation, but under ZeRO the model's parameters are copies of "
+            "those that the optimizer updates. Use DDPStrategy or FSDPStrategy, or an optimizer such as AdamW."
+        )
     if name in _WHOLE_PARAMETERS:
         raise PlacementError(
             f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
