@@ -113,7 +113,7 @@ test-wheel: ## Build the wheel, install it into a clean environment, and train w
 faults: setup ## Inject every fault into every way of saving (15 minutes).
 	PYTHONPATH=src:. $(BIN)/python tests/support/fault_sweep.py
 
-hangs: setup ## Stop a rank in another collective each time, and check the reports (6 minutes).
+hangs: setup ## Stop a rank in another collective each time, and check the reports (8 minutes).
 	PYTHONPATH=src:. $(BIN)/python tests/support/hang_sweep.py
 
 proof: setup ## Prove that `stratagem parity` finds seeded bugs and raises no false alarms, and write docs/proof.md (5 minutes).

@@ -33,7 +33,7 @@ from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.train.run.rank_guard import RankGuard
 from stratagem.utils.processes import is_stopped
 
-TIMEOUT_S: Final = 4.0
+TIMEOUT_S: Final = 8.0
 _DEADLINE_S: Final = 90.0
 
 

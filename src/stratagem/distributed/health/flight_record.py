@@ -21,7 +21,7 @@ from stratagem.utils.torch_private import flight_record, process_groups
 __all__ = ["Collective", "RankRecord", "read_rank_record"]
 
 # The first dump with stacks imports torch's compiler, which takes seconds, or forever if the main thread hangs in an import.
-_STACKS_S: Final = 20.0
+_STACKS_S: Final = 30.0
 # The collectives of each group that a record contains, for small worlds and at least.
 _MOST_COLLECTIVES, _FEWEST_COLLECTIVES, _COLLECTIVES_OF_ALL_RANKS = 100, 8, 4096
 _TORCH: Final = str(Path(torch.__file__).parent)

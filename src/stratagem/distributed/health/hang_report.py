@@ -14,7 +14,7 @@ from stratagem.distributed.health.rank_monitor import RankMonitor
 __all__ = ["HangReport", "report_hang", "report_wait"]
 
 # The seconds to wait for the record of a rank that responds, for one that does not, and for the result of the comparison.
-_RECORD_S, _SILENT_RECORD_S, _RESULT_S = 25.0, 1.0, 60.0
+_RECORD_S, _SILENT_RECORD_S, _RESULT_S = 40.0, 1.0, 90.0
 # The seconds to wait until the other ranks have read the result, because the store may end together with this process.
 _NEWS_S: Final = 1.5
 _LAST_S: Final = 6.0
