@@ -1,4 +1,4 @@
-"""What is known about devices and links from their data sheets, and the times that follow from it. Imports no torch."""
+"""Devices and links with the figures of their data sheets, and the times that follow from them. Imports no torch."""
 
 from stratagem.hardware.collective_time import Collective, Group, Topology, collective_seconds
 from stratagem.hardware.devices import DEVICES, Device, device_of, find_device

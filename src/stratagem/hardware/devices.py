@@ -25,9 +25,9 @@ class Device:
     Attributes:
         name: the name on the command line.
         title: the name of the product.
-        memory: the memory in bytes that torch reports (``total_memory``), which is less than the data sheet states, because
-            the driver and error correction use some of it. Rounded down from values that users have reported. None if it
-            depends on the machine.
+        memory: approximately the memory in bytes that torch reports (``total_memory``), which is less than the data sheet states,
+            because the driver and error correction use some of it. Not from a data sheet, and not measured for most devices.
+            None if it depends on the machine.
         peak_flops: the dense peak rates in FLOP/s by type: ``float32`` (without tensor cores, or AMD's matrix cores), ``tf32``,
             ``bfloat16``, ``float16``, each with sums in float32, and ``float8``. A type that the device does not support is
             missing. Vendors also print rates that are twice as high, for matrices with structured sparsity; these are not.

@@ -1,4 +1,4 @@
-"""The batch of a planned step: the first batch of the data, or tensors that a text describes."""
+"""The batch of a planned step: the first batch of the data, or tensors that a string describes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def fake_batch(batch: Any, device: torch.device) -> Any:
 
 
 def parse_batch(text: str) -> BatchSpec:
-    """Return the batch that a text describes, such as ``"tokens=int64[8,1024]"``: a mapping if there are names, else a tuple.
+    """Return the batch that a string describes, such as ``"tokens=int64[8,1024]"``: a mapping if there are names, else a tuple.
 
     Raises:
         ConfigValueError: if the text cannot be parsed.

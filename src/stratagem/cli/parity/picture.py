@@ -11,7 +11,7 @@ __all__ = ["picture_of"]
 
 # A difference of 0, which a logarithmic scale cannot show, is drawn at the bottom, here relative to the smallest value.
 _BELOW = 0.1
-# More lines could not be told apart.
+# More lines would be hard to distinguish.
 _MOST_LINES = 5
 _SHOWN = (Verdict.EQUAL, Verdict.DIFFERENT, Verdict.NOT_COMPARABLE)
 
