@@ -237,8 +237,8 @@ class Unfreezing(Hook):
     """Makes the frozen parameters trainable."""
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
-        for name, parameter in run.model.named_parameters():
-            if FROZEN_UNTIL.get(name.removeprefix("module.")) == run.iter:
+        for name, parameter in run.strategy.unwrap_model().named_parameters():
+            if FROZEN_UNTIL.get(name) == run.iter:
                 parameter.requires_grad_(True)
 
 
@@ -269,7 +269,11 @@ _REFUSED: Final = (
         value="schedule-free",
         reason="the parameters are copies of those that the optimizer updates",
     ),
-    _Refusal(placements=("ZeRO", "CAI ZeRO"), value="Adafactor", reason="each rank updates a range of each parameter"),
+    _Refusal(
+        placements=("ZeRO", "CAI ZeRO", "CAI TP"),
+        value="Adafactor",
+        reason="each rank updates a part of each parameter",
+    ),
     _Refusal(
         placements=("CAI DDP", "CAI TP"),
         value="BatchNorm",

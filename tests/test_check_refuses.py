@@ -428,6 +428,14 @@ def under(kind: str, wrapper: Any, **options: Any) -> dict[str, Any]:
         ),
         (under("ColossalAI", {"optimizer": {"type": "Adafactor"}}), "Adafactor requires whole parameters"),
         (
+            under(
+                "ColossalAI",
+                {"optimizer": {"type": "Adafactor"}},
+                plugin={"type": "hybrid-parallel", "tp_size": 2, "precision": "fp32"},
+            ),
+            "Adafactor requires whole parameters, but under tensor parallelism",
+        ),
+        (
             {**strategy("DeepSpeed", checkpoint_format="deepspeed"), **hooks(checkpoint={"async_save": True})},
             "cannot be written in the background",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -197,4 +198,44 @@ def test_schedule_free_optimizers_are_rejected_under_zero() -> None:
 
     optimizer = ScheduleFree([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(PlacementError, match="ScheduleFree has different weights for training and evaluation"):
-        refuse_whole_parameters(optimizer)
+        refuse_whole_parameters(optimizer, zero=True, tensor_parallel=False)
+    refuse_whole_parameters(optimizer, zero=False, tensor_parallel=True)
+
+
+class NormalizedSgd(torch.optim.SGD):
+    """An optimizer of another package, which divides each gradient by its norm."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= parameter.grad.norm()
+        return super().step(closure)
+
+
+class Lamb(NormalizedSgd):
+    """An optimizer of another package with the name of one that ColossalAI replaces."""
+
+
+@pytest.mark.parametrize(
+    ("zero", "part"),
+    [(True, "under ZeRO each rank only updates a range"), (False, "under tensor parallelism each rank")],
+)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Muon, NormalizedSgd, Lamb])
+def test_optimizers_of_whole_parameters_are_rejected_if_ranks_have_parts(
+    optimizer: type[torch.optim.Optimizer], zero: bool, part: str
+) -> None:
+    """Trial updates find them, so that optimizers that are not known by name are rejected as well."""
+    made = optimizer([torch.nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    with pytest.raises(PlacementError, match=f"{optimizer.__name__} requires whole parameters, but {part}"):
+        refuse_whole_parameters(made, zero=zero, tensor_parallel=not zero)
+    refuse_whole_parameters(made, zero=False, tensor_parallel=False)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop, torch.optim.Adagrad])
+def test_elementwise_optimizers_are_accepted_if_ranks_have_parts(optimizer: type[torch.optim.Optimizer]) -> None:
+    """The trial updates leave the optimizer without state and the generators unchanged."""
+    made = optimizer([torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(()))], lr=0.1)
+    before, state = torch.get_rng_state(), copy.deepcopy(made.state_dict())
+    refuse_whole_parameters(made, zero=True, tensor_parallel=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(made.state_dict()) == str(state)

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -155,7 +156,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         except EOFError:
             break
         sys.path[:] = path
-        _answer(pipe, lambda task=task: _run(task))
+        _answer(pipe, partial(_run, task))
     close_dist()
 
 

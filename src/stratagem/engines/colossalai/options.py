@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, final
 
+import torch
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.optim import MixedOptimizer, OptimWrapper
 from stratagem.optim.base import is_schedule_free
 from stratagem.optim.gradients import Clipping
-from stratagem.utils import did_you_mean
+from stratagem.optim.probe import Dependence, dependence_of
+from stratagem.utils import did_you_mean, generator_state, restore_generator_state
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -94,9 +96,12 @@ _REFUSED: Final = {
 }  # fmt: skip
 _HARMLESS: Final = {"pp_size": 1, "sp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
 _PRECISIONS: Final = ("fp32", "bf16", "fp16")
-# Optimizers that do not update each element of a parameter independently. Lamb is not listed because ColossalAI has a
-# distributed version whose moments are elementwise.
+# Optimizers that do not update each element of a parameter independently. Others are found by trial updates.
 _WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
+# ColossalAI replaces this optimizer with a distributed version, which uses the norms of whole parameters.
+_DISTRIBUTED: Final = frozenset({"Lamb"})
+_MOST_NDIM: Final = 5
+_TRIAL_LR: Final = 0.01
 _WRAPPER: Final = "CollosalAIModelWrapper"  # MMEngine's spelling
 
 
@@ -309,23 +314,51 @@ def require_plain_wrapper(built: object) -> OptimWrapper:
     raise PlacementError(f"ColossalAIStrategy cannot train with a {type(built).__name__}. {instead}.")
 
 
-def refuse_whole_parameters(optimizer: Optimizer) -> None:
-    """Reject an optimizer that ZeRO cannot update in parts.
+def refuse_whole_parameters(optimizer: Optimizer, *, zero: bool, tensor_parallel: bool) -> None:
+    """Reject an optimizer that cannot update parts of parameters, if the ranks have parts.
+
+    Args:
+        optimizer: the optimizer, before ColossalAI replaces or wraps it.
+        zero: whether ZeRO divides the parameters.
+        tensor_parallel: whether tensor parallelism divides them.
 
     Raises:
-        PlacementError: if the optimizer does not update each element of a parameter independently, or is schedule-free.
+        PlacementError: if the update of an element depends on other elements, or the optimizer is schedule-free under ZeRO.
     """
     name = type(optimizer).__name__
-    if is_schedule_free(optimizer):
+    if zero and is_schedule_free(optimizer):
         raise PlacementError(
             f"{name} has different weights for training and evaluation, but under ZeRO the model's parameters are copies of "
             "those that the optimizer updates. Use DDPStrategy or FSDPStrategy, or an optimizer such as AdamW."
         )
-    if name in _WHOLE_PARAMETERS:
+    if not (zero or tensor_parallel) or (name in _DISTRIBUTED and type(optimizer).__module__.startswith("colossalai.")):
+        return
+    if name in _WHOLE_PARAMETERS or _reads_other_elements(optimizer):
+        part = "under ZeRO each rank only updates a range of each parameter"
+        if not zero:
+            part = "under tensor parallelism each rank only updates its part of a parameter"
         raise PlacementError(
-            f"{name} requires whole parameters, but under ZeRO each rank only updates a range of each parameter. Use "
-            "plugin='torch-ddp', DDPStrategy or FSDPStrategy, or an elementwise optimizer such as AdamW."
+            f"{name} requires whole parameters, but {part}. Use plugin='torch-ddp', DDPStrategy or FSDPStrategy, or an "
+            "elementwise optimizer such as AdamW."
         )
+
+
+def _reads_other_elements(optimizer: Optimizer) -> bool:
+    """Return whether trial updates show that the update of an element depends on other elements; False if they fail."""
+    shapes = [{each.ndim for each in group["params"] if each.is_floating_point()} for group in optimizer.param_groups]
+    small = [
+        [torch.linspace(-0.1, 0.1, 4**ndim).view((4,) * ndim) for ndim in sorted(ndims)[:_MOST_NDIM] if ndim]
+        for ndims in shapes
+    ]
+    if not any(small):
+        return False
+    random = generator_state()
+    try:
+        return dependence_of(optimizer, small, lr=_TRIAL_LR) is not Dependence.ELEMENT
+    except Exception:  # noqa: BLE001 -- the optimizer cannot be tried, for example because it only has CUDA kernels
+        return False
+    finally:
+        restore_generator_state(random)
 
 
 def check_plugin_wrapper(plugin: Any, optim: object) -> None:
@@ -340,5 +373,4 @@ def check_plugin_wrapper(plugin: Any, optim: object) -> None:
         return
     if plugin.clips:
         max_norm_of(settings.clipping, plugin.options.get("max_norm", 0.0))
-    if plugin.zero_stage:
-        refuse_whole_parameters(settings.optimizer)
+    refuse_whole_parameters(settings.optimizer, zero=bool(plugin.zero_stage), tensor_parallel=plugin.tp_size > 1)

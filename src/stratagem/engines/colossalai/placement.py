@@ -145,9 +145,10 @@ class ColossalAIPlacement(Placement):
         settings = None if steps.make_optim is None else require_plain_wrapper(steps.make_optim(model))
         plugin, traits = self._build(model, settings, world)
         _refuse_model(model, traits, world)
-        if settings is not None and traits.zero_stage:
-            refuse_whole_parameters(settings.optimizer)
         if settings is not None:
+            refuse_whole_parameters(
+                settings.optimizer, zero=bool(traits.zero_stage), tensor_parallel=traits.tp_size > 1
+            )
             self.group_names = parameter_names(settings.optimizer, model)
         booster = Booster(plugin=plugin)
         with warnings.catch_warnings():
