@@ -93,7 +93,7 @@ def groups_of(optimizer: Optimizer, model: nn.Module) -> dict[str, list[str]]:
 def test_hidden_matrices_and_other_parameters_belong_to_different_parts(caplog: pytest.LogCaptureFixture) -> None:
     """Each part has its parameters, and one log line names the parts, counts and examples, and the excluded matrices."""
     model = Net()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="stratagem"):
         optimizer = wrapped(model).optimizer
     everything = [name for name, _ in model.named_parameters()]
     others = [name for name in everything if name not in HIDDEN]

@@ -84,7 +84,7 @@ def test_adam_and_adamw_continue_each_other_without_weight_decay(
     """Without weight decay, both optimizers are equivalent. The configured one determines how weight decay is applied later."""
     model, state = state_of(saved, before=before, weight_decay=0.0)
     resumed, wrapper = trained(own, steps=0, weight_decay=0.0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="stratagem"):
         require_same_class(wrapper, state)
     assert f"{own} continues from the optimizer state in the checkpoint, although it belongs to {saved}" in caplog.text
     resumed.load_state_dict(model.state_dict())

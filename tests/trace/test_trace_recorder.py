@@ -232,7 +232,7 @@ def test_all_values_of_a_step_are_recorded(tmp_path: Path) -> None:
 def test_the_recording_ends_after_the_requested_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The trace has this number of steps, and no hook remains."""
     backward = torch.autograd.backward
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="stratagem"):
         Loop(steps=4).run(tmp_path / "a.json", steps=2)
     assert len(steps_of(tmp_path / "a.json")) == 2
     assert torch.autograd.backward is backward
