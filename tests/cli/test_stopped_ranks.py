@@ -1,5 +1,6 @@
 """Shutting down ranks that are stopped by a signal."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -123,8 +124,9 @@ def test_a_stopped_rank_is_continued_after_another_one_exited():
         time.sleep(2.5 * stopped_ranks._POLL_S)
         other.kill()
         other.wait()
-        stop(process.pid)
-        wait_until(lambda: status(process.pid) == "sleeping")
+        os.kill(process.pid, signal.SIGSTOP)
+        # It may be continued before its status can be read, so wait for the event.
+        os.waitid(os.P_PID, process.pid, os.WCONTINUED)
 
 
 def test_no_stopped_rank_survives_the_launcher():
