@@ -83,7 +83,8 @@ class Witness(Hook):
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if run.iter == HALF:
             self.middle = self._state(run, "middle")
-            self.buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+            buffers = run.strategy.unwrap_model().named_buffers()
+            self.buffers = {name: buffer.clone() for name, buffer in buffers}
         self.rates.append([group["lr"] for group in run.optim_wrapper.param_groups])
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -180,16 +181,13 @@ def _union(ranks: Iterable[list[list[int]]]) -> list[tuple[int, ...]]:
 
 
 def work(folder: Path, stage: str) -> None:
-    """On one rank, do all runs of a stage that need this world size and interpreter."""
+    """On one rank, do all runs of a stage, which need this world size and interpreter."""
     torch.set_num_threads(1)
     # Suppress its warning about the redistribution order of 2-D shards; only this comparison gathers them.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     init_dist("pytorch")
-    size = int(os.environ["WORLD_SIZE"])
     for saver, *values in json.loads((folder / f"{stage}.json").read_text()):
         job = Job(*values)
-        if (PLACEMENTS[job.placement].processes, PLACEMENTS[job.placement].python) != (size, sys.executable):
-            continue
         name = name_of(saver, job)
         source = None if saver is None else folder / name_of(None, job._replace(placement=saver)) / f"iter_{HALF}"
         try:
@@ -208,10 +206,12 @@ def name_of(saver: str | None, job: Job) -> str:
 
 def launch(folder: Path, stage: str, runs: Sequence[tuple[str | None, Job]]) -> None:
     """Run the processes of each interpreter and world size, one after the other."""
-    (folder / f"{stage}.json").write_text(json.dumps([[saver, *job] for saver, job in runs]))
-    for python, size in sorted(
-        {(str(PLACEMENTS[job.placement].python), PLACEMENTS[job.placement].processes) for _, job in runs}
-    ):
+    groups: dict[tuple[str, int], list[tuple[str | None, Job]]] = {}
+    for saver, job in runs:
+        placement = PLACEMENTS[job.placement]
+        groups.setdefault((str(placement.python), placement.processes), []).append((saver, job))
+    for (python, size), some in sorted(groups.items()):
+        (folder / f"{stage}.json").write_text(json.dumps([[saver, *job] for saver, job in some]))
         start = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
         further = ["--folder", str(folder), "--stage", stage]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -287,11 +287,7 @@ def _buffer_difference(run: Resume, record: Record, saved: Record) -> float:
     if (saver.processes, saver.shared) != (resumer.processes, resumer.shared):
         return 0.0
     ranks = zip(record["buffers"], saved["buffers"], strict=True)
-    return max(difference(_unprefixed(own), _unprefixed(theirs)) for own, theirs in ranks)
-
-
-def _unprefixed(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): buffer for name, buffer in buffers.items()}
+    return max(difference(own, theirs) for own, theirs in ranks)
 
 
 def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: str = "") -> float:

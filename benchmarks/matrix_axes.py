@@ -16,8 +16,8 @@ from stratagem.registry import MODELS, OPTIMIZERS
 from stratagem.train import Hook
 
 __all__ = [
-    "CASES", "OPTIMIZERS_COMPARED", "PLACEMENTS", "Job", "OptimizerChoice", "Placement", "Plan", "Resume", "Unfreezing",
-    "case_model", "choose", "pairs_in", "reference", "refusal", "register_models",
+    "CASES", "OPTIMIZERS_COMPARED", "PLACEMENTS", "Job", "OptimizerChoice", "Placement", "Plan", "Resume",
+    "Unfreezing", "case_model", "choose", "pairs_in", "reference", "refusal", "register_models",
 ]  # fmt: skip
 
 
@@ -214,6 +214,9 @@ def register_models() -> None:
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self.norm = nn.Sequential(_FeatureNorm(options["width"]), self.get_submodule("norm"))
+            # The normalization removes what the bias in front of it adds, so the gradient of this bias consists of rounding
+            # errors, and AdamW would move it, and the running mean with it, in another direction under each placement.
+            self.get_parameter(f"blocks.{options['blocks'] - 1}.mlp_out.bias").requires_grad_(False)
 
     @MODELS.register_module(name="MatrixGptPartlyFrozen", force=True)
     class PartlyFrozen(gpt):
