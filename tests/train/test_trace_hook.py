@@ -106,6 +106,31 @@ def record_on_rank(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
         train(folder / name, TraceHook(folder / f"{name}.json"), **options)
 
 
+class Normalized(BaseModel):
+    """A classifier with buffers in a part that can be compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+        """Return the loss."""
+        return {"loss": cross_entropy(self.body(inputs), labels.clamp(min=0))}
+
+
+@pytest.mark.slow
+def test_the_buffers_of_a_compiled_part_have_the_names_of_checkpoints(tmp_path: Path) -> None:
+    """The wrapper of ``torch.compile`` is not part of their names, so the traces with and without it can be compared."""
+    plain, compiled = Normalized(), Normalized()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.body = torch.compile(compiled.body, backend="eager")  # type: ignore[assignment]
+    one = recorded(tmp_path, "plain.json", model=plain, steps=1)
+    other = recorded(tmp_path, "compiled.json", model=compiled, steps=1)
+    names = {"body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"}
+    assert one.ranks[0].steps[0].buffers.keys() == other.ranks[0].steps[0].buffers.keys() == names
+    assert compare(one, other, ROUNDING).equal
+
+
 def test_a_run_is_recorded_in_all_parts(tmp_path: Path) -> None:
     """No value of a run in one process is hidden, and the values agree with each other."""
     trace = recorded(tmp_path, "a.json")

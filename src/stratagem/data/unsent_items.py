@@ -31,11 +31,12 @@ def report_unsent_batches() -> None:
 @contextmanager
 def report_unsent_indices() -> Iterator[None]:
     """Inside the ``with`` block, in which workers are started: let a worker fail if its indices cannot be sent to it."""
+    before = vars(Queue)[_HANDLER]
     setattr(Queue, _HANDLER, _send_failure)
     try:
         yield
     finally:
-        setattr(Queue, _HANDLER, staticmethod(_print_error))
+        setattr(Queue, _HANDLER, before)
 
 
 def _send_error(queue: Queue[Any], error: Exception, item: object) -> None:

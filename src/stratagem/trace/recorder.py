@@ -13,23 +13,23 @@ from types import TracebackType
 from typing import Any, Self, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
+from stratagem.distributed import get_dist_info, get_world_size
 from stratagem.errors import TraceError
 from stratagem.tensors.dtensor import full_tensor, to_local
 from stratagem.trace.format import Group
 from stratagem.trace.gradients import RankGradients
 from stratagem.trace.samples import generator_digest, sample_digests
 from stratagem.trace.writer import FULL_LIMIT, TraceWriter
-from stratagem.utils import canonical_names
+from stratagem.utils import named_buffers, named_parameters, unwrap_data_parallel
 from stratagem.utils.torch_private import observe_backward, observe_grad_norms
 
-__all__ = ["Recording", "groups_of", "numeric_options", "record"]
+__all__ = ["Recording", "groups_of", "record"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Recording:
         if steps < 1:
             raise TraceError(f"record({str(path)!r}, steps={steps}): there must be at least one step to record.")
         self._path = path
-        self._model = _unwrapped(model)
+        self._model = unwrap_data_parallel(model)
         self._called = model
         self._limit = steps
         self._averaged = averaged
@@ -187,7 +187,7 @@ class Recording:
 
     def _open_writer(self) -> TraceWriter:
         if self._writer is None:
-            rank, world_size = _rank_and_size()
+            rank, world_size = get_dist_info()
             if self._full is None:
                 size = sum(each.numel() * each.element_size() for each in self._model.parameters())
                 self._full = size <= FULL_LIMIT
@@ -315,13 +315,13 @@ class Recording:
         if not step.written:
             step.written = True
             self._write_gradients(writer, step)
-            writer.put("buffers", {name: full_tensor(each) for name, each in _named(self._model, "buffers").items()})
+            writer.put("buffers", {name: full_tensor(each) for name, each in named_buffers(self._model).items()})
         # A fused optimizer unscales the gradients itself.
         is_scaled = getattr(optimizer, "grad_scale", None) is not None
         clipped = self._read_gradients(self._inverse_scale() if is_scaled else 1.0, names=names)
         writer.put("clipped", clipped)
         writer.put("before", {name: full_tensor(each.detach()) for name, each in names.items()})
-        writer.add_groups(groups_of(optimizer, names))
+        writer.add_groups(groups_of(optimizer.param_groups, {id(each): name for name, each in names.items()}))
 
     def _write_gradients(self, writer: TraceWriter, step: _OpenStep) -> None:
         scale = self._inverse_scale()
@@ -330,7 +330,7 @@ class Recording:
         writer.put("local", local)
         reduced = step.reduced
         if reduced is None:
-            in_backward = not _is_distributed() or self._reduces_in_backward(step.after_backward, local)
+            in_backward = get_world_size() == 1 or self._reduces_in_backward(step.after_backward, local)
             reduced = step.after_backward if in_backward else self._read_gradients()
         writer.put("reduced", reduced)
 
@@ -406,11 +406,11 @@ class Recording:
     def _names(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         """Return the parameters of the model that the optimizer has, by name."""
         its = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        return {name: each for name, each in _named(self._model, "parameters").items() if id(each) in its}
+        return {name: each for name, each in named_parameters(self._model).items() if id(each) in its}
 
     def _read_gradients(self, scale: float = 1.0, *, names: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return copies of the gradients. Collective for gradients that are sharded as ``DTensor``."""
-        parameters = _named(self._model, "parameters") if names is None else names
+        parameters = named_parameters(self._model) if names is None else names
         found = {}
         for name, parameter in parameters.items():
             if parameter.grad is not None:
@@ -455,29 +455,31 @@ class _OpenStep:
         self.num_backward = 0
 
 
-def groups_of(optimizer: Optimizer, names: Mapping[str, Tensor]) -> list[Group]:
-    """Return the parameter groups of an optimizer with their numeric options.
+def groups_of(
+    param_groups: Iterable[Mapping[str, Any]],
+    names: Mapping[int, str],
+    members: Iterable[Iterable[Tensor]] | None = None,
+) -> list[Group]:
+    """Return parameter groups with their numeric options.
 
     Args:
-        optimizer: the optimizer.
-        names: its parameters by name; other parameters are not listed.
+        param_groups: the groups of an optimizer.
+        names: the name of each parameter by its ``id``; other parameters are not listed.
+        members: the parameters of each group, if they are not those in the group.
     """
-    name_of = {id(parameter): name for name, parameter in names.items()}
+    groups = list(param_groups)
+    members = [group["params"] for group in groups] if members is None else members
     return [
         Group(
-            parameters=tuple(name_of[id(each)] for each in group["params"] if id(each) in name_of),
-            options=numeric_options(group),
+            parameters=tuple(names[id(each)] for each in some if id(each) in names),
+            options=dict(_numeric_options(group)),
         )
-        for group in optimizer.param_groups
+        for group, some in zip(groups, members, strict=True)
     ]
 
 
-def numeric_options(group: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric options of a parameter group that an update may use."""
-    return dict(_numeric(group))
-
-
-def _numeric(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _numeric_options(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numeric options of a parameter group that an update may use."""
     for key, value in group.items():
         # Schedulers store initial_lr, which the update does not use.
         if key in ("params", "initial_lr"):
@@ -493,28 +495,7 @@ def _averaged_tensors(averaged: Averaged) -> dict[str, Tensor]:
     found = averaged if isinstance(averaged, nn.Module) else averaged()
     if isinstance(found, nn.Module):
         inner = found.module if isinstance(found, AveragedModel) else found
-        return {name: full_tensor(each.detach()) for name, each in _named(_unwrapped(inner), "parameters").items()}
+        return {
+            name: full_tensor(each.detach()) for name, each in named_parameters(unwrap_data_parallel(inner)).items()
+        }
     return {name: full_tensor(each.detach()) for name, each in found.items()}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a wrapper for data parallelism."""
-    while isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
-    return model
-
-
-def _named(model: nn.Module, what: str) -> dict[str, Any]:
-    """Return the parameters or buffers of a model under the names that checkpoints use."""
-    canonical = canonical_names(model)
-    return {canonical(name): each for name, each in getattr(model, f"named_{what}")()}
-
-
-def _is_distributed() -> bool:
-    return _rank_and_size()[1] > 1
-
-
-def _rank_and_size() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

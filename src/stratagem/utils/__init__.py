@@ -17,10 +17,12 @@ _LAZY_NAMES = {
     "generator_state": "stratagem.utils.seeding:generator_state",
     "mask_secrets": "stratagem.utils.secrets.masking:mask_secrets",
     "mask_text": "stratagem.utils.secrets.masking:mask_text",
+    "named_buffers": "stratagem.utils.module_names:named_buffers",
     "named_parameters": "stratagem.utils.module_names:named_parameters",
     "restore_generator_state": "stratagem.utils.seeding:restore_generator_state",
     "set_multi_processing": "stratagem.utils.multiprocess:set_multi_processing",
     "set_random_seed": "stratagem.utils.seeding:set_random_seed",
+    "unwrap_data_parallel": "stratagem.utils.module_names:unwrap_data_parallel",
     "with_canonical_keys": "stratagem.utils.module_names:with_canonical_keys",
 }
 
@@ -37,12 +39,14 @@ __all__ = [
     "is_url",
     "mask_secrets",
     "mask_text",
+    "named_buffers",
     "named_parameters",
     "nearest_names",
     "refuse_unknown",
     "restore_generator_state",
     "set_multi_processing",
     "set_random_seed",
+    "unwrap_data_parallel",
     "with_canonical_keys",
 ]
 

@@ -2,7 +2,9 @@ from stratagem.utils.environment_report import collect_env as collect_env
 from stratagem.utils.imports import import_module as import_module
 from stratagem.utils.imports import import_object as import_object
 from stratagem.utils.module_names import canonical_names as canonical_names
+from stratagem.utils.module_names import named_buffers as named_buffers
 from stratagem.utils.module_names import named_parameters as named_parameters
+from stratagem.utils.module_names import unwrap_data_parallel as unwrap_data_parallel
 from stratagem.utils.module_names import with_canonical_keys as with_canonical_keys
 from stratagem.utils.multiprocess import AppliedSettings as AppliedSettings
 from stratagem.utils.multiprocess import set_multi_processing as set_multi_processing

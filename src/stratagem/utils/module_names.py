@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stratagem.utils.torch_private import inner_wrappers
 
-__all__ = ["canonical_names", "named_parameters", "with_canonical_keys"]
+__all__ = ["canonical_names", "named_buffers", "named_parameters", "unwrap_data_parallel", "with_canonical_keys"]
 
 
 def canonical_names(model: nn.Module) -> Callable[[str], str]:
@@ -39,6 +40,19 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return ``dict(model.named_parameters())`` with the names that checkpoints use."""
     canonical = canonical_names(model)
     return {canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``dict(model.named_buffers())`` with the names that checkpoints use."""
+    canonical = canonical_names(model)
+    return {canonical(name): buffer for name, buffer in model.named_buffers()}
+
+
+def unwrap_data_parallel(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP or DataParallel; any other model is returned as is, even if it has an attribute ``module``."""
+    while isinstance(model, DistributedDataParallel | DataParallel):
+        model = model.module
+    return model
 
 
 def with_canonical_keys(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:

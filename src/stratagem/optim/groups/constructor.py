@@ -11,7 +11,6 @@ from typing import Any, Final, final
 
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
@@ -29,9 +28,10 @@ from stratagem.optim.implementation import implementation_options
 from stratagem.optim.mixed import MixedOptimizer
 from stratagem.optim.schedules.chain import record_references
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from stratagem.utils import unwrap_data_parallel
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters", "unwrap_data_parallel"]
+__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -217,14 +217,6 @@ def group_parameters(
             )
     filled = (group for group in groups.values() if group.parameters)
     return sorted(filled, key=lambda group: bool(group.options)), {key for key, _, _ in cache}
-
-
-def unwrap_data_parallel(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP or DataParallel; any other model is returned as is, even if it has an attribute ``module``."""
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        inner: nn.Module = model.module
-        return inner
-    return model
 
 
 def describe_groups(groups: Sequence[Group]) -> str:

@@ -9,8 +9,9 @@ from torch import nn
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor, unwrap_data_parallel
+from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
+from stratagem.utils import unwrap_data_parallel
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["MultiOptimWrapperConstructor"]

@@ -19,13 +19,13 @@ from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.tensors.dtensor import full_tensor
 from stratagem.trace import FULL_LIMIT, Group, TraceWriter
 from stratagem.trace.gradients import RankGradients
-from stratagem.trace.recorder import groups_of, numeric_options
+from stratagem.trace.recorder import groups_of
 from stratagem.trace.samples import generator_digest, sample_digests
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.run.context import Run
-from stratagem.utils import named_parameters
+from stratagem.utils import named_buffers, named_parameters
 
 __all__ = ["SampleIds", "TraceHook"]
 
@@ -257,7 +257,9 @@ class _RunObserver:
             self.writer.put("reduced", gradients)
         self.writer.put("clipped", gradients)
         self.writer.put("before", {name: full_tensor(each.detach()) for name, each in names.items()})
-        self.writer.add_groups(groups_of(wrapper.optimizer, names))
+        self.writer.add_groups(
+            groups_of(wrapper.optimizer.param_groups, {id(each): name for name, each in names.items()})
+        )
 
     def _after_update(self, wrapper: AccumulatingOptimWrapper) -> None:
         parameters = self._parameters_of(wrapper)
@@ -293,17 +295,8 @@ class _RunObserver:
         for shard in getattr(wrapper, "param_shards", {}).values():
             names[id(shard.master)] = names[id(shard.working)] = shard.name
         originals = getattr(wrapper, "groups", None)
-        if originals is not None:
-            members = [group.parameters for group in originals]
-        else:
-            members = [group["params"] for group in wrapper.param_groups]
-        return [
-            Group(
-                parameters=tuple(names[id(each)] for each in those if id(each) in names),
-                options=numeric_options(group),
-            )
-            for group, those in zip(wrapper.param_groups, members, strict=True)
-        ]
+        members = None if originals is None else [group.parameters for group in originals]
+        return groups_of(wrapper.param_groups, names, members)
 
     def _write_engine_step(self, step: _RunStep) -> None:
         for name in ("reduced", "clipped"):
@@ -329,7 +322,7 @@ class _RunObserver:
         writer = self.writer
         if self._is_engine:
             self._write_engine_step(step)
-        buffers = {name: full_tensor(each.detach()) for name, each in self._model.named_buffers()}
+        buffers = {name: full_tensor(each.detach()) for name, each in named_buffers(self._model).items()}
         writer.put("buffers", buffers)
         if step.has_unknown_samples:
             writer.set_absent("samples", "the batches contain no tensor with samples")
