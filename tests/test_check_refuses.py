@@ -135,7 +135,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # loops
     *[(train(max_epochs=value), "train_cfg.max_epochs") for value in (0, -1, True, 1.5, "3")],
     *[(train(val_interval=value), "train_cfg.val_interval") for value in (0, -2, True, 2.0)],
-    *[(train(val_begin=value), "train_cfg.val_begin") for value in (0, False, 1.0)],
+    *[(train(val_begin=value), "train_cfg.val_begin") for value in (-1, False, 1.0)],
     (train(dynamic_intervals=[(1, 0)]), "train_cfg"),
     (train(dynamic_intervals=[5]), "train_cfg.dynamic_intervals"),
     (train(dynamic_intervals=5), "train_cfg.dynamic_intervals"),

@@ -56,7 +56,9 @@ from stratagem.train.building import (
     check_hooks,
     check_train_loop,
     require_complete_phase,
+    require_monitored_sets,
 )
+from stratagem.train.evaluation.sets import named_loaders
 from stratagem.train.hook_priority import get_priority
 from stratagem.train.hooks import CheckpointHook, EMAHook
 from stratagem.train.hooks.schedule import check_epoch_schedules
@@ -183,8 +185,21 @@ _PARTS_OF_LOADER = Section(
 )
 
 
-def _loader(*, training: bool) -> Section:
-    return replace(_PARTS_OF_LOADER, validate=lambda value: check_dataloader(value, training=training))
+_TRAIN_LOADER = replace(_PARTS_OF_LOADER, validate=lambda value: check_dataloader(value, training=True))
+_EVALUATION_LOADER = replace(_PARTS_OF_LOADER, validate=lambda value: check_dataloader(value, training=False))
+
+
+def _evaluation_loader(key: str) -> Callable[[Any], Section]:
+    """Return a rule for the dataloader of an evaluation, or for a mapping from the names of sets to dataloaders."""
+
+    def rule(value: Any) -> Section:
+        try:
+            names = named_loaders(value, key)
+        except StratagemError:
+            return Section(others=_FREE, validate=lambda given: named_loaders(given, key))
+        return _EVALUATION_LOADER if names is None else Section(others=_EVALUATION_LOADER)
+
+    return rule
 
 
 _LOOP = Section(
@@ -210,14 +225,11 @@ def _evaluation_cfg(mode: str) -> Section:
     return replace(_LOOP, default_type=default, validate=lambda value: check_evaluation_loop(value, mode))
 
 
-def _evaluator(value: Any) -> Section:
-    return replace(_metrics(value), validate=check_evaluator)
-
-
 def _metrics(value: Any) -> Section:
     if isinstance(value, Mapping) and value.get("type") == "Evaluator":
         return Section(registry=EVALUATORS, supplied=frozenset({"device"}), keys={"metrics": _metrics})
-    return Section(others=Section(registry=METRICS)) if _is_by_name(value) else Section(registry=METRICS)
+    # The names are those of metrics or of sets, and each set may have several metrics.
+    return Section(others=_metrics) if _is_by_name(value) else Section(registry=METRICS)
 
 
 def _hook(default: str | None = None) -> Section:
@@ -264,14 +276,14 @@ SECTIONS: Mapping[str, Rule] = {
     "model": replace(_MODEL, validate=check_model),
     "data_preprocessor": Section(registry=MODELS),
     "tokenizer": Section(registry=TOKENIZERS),
-    "train_dataloader": _loader(training=True),
-    "val_dataloader": _loader(training=False),
-    "test_dataloader": _loader(training=False),
+    "train_dataloader": _TRAIN_LOADER,
+    "val_dataloader": _evaluation_loader("val_dataloader"),
+    "test_dataloader": _evaluation_loader("test_dataloader"),
     "train_cfg": _train_cfg,
     "val_cfg": _evaluation_cfg("val"),
     "test_cfg": _evaluation_cfg("test"),
-    "val_evaluator": _evaluator,
-    "test_evaluator": _evaluator,
+    "val_evaluator": _metrics,
+    "test_evaluator": _metrics,
     "optim_wrapper": _optim_wrapper,
     "param_scheduler": _param_scheduler,
     "strategy": _strategy,
@@ -322,6 +334,18 @@ def _values(*keys: str) -> Callable[[Config], dict[str, Any]]:
     return lambda config: {key: config.get(key) for key in keys}
 
 
+def _check_evaluator(mode: str) -> JointRule:
+    loader, key = f"{mode}_dataloader", f"{mode}_evaluator"
+    return JointRule(
+        (key,), lambda config: check_evaluator(config.get(key), _sets(config, loader), key), context=(loader,)
+    )
+
+
+def _sets(config: Config, key: str) -> list[str]:
+    """Return the names of the validation or test sets; an empty list if there is a single set without a name."""
+    return list(named_loaders(config.get(key), key) or ())
+
+
 def _phase(*keys: str) -> JointRule:
     values = _values(*keys)
     return JointRule(keys, lambda config: require_complete_phase(**values(config)))
@@ -354,6 +378,7 @@ def _check_schedules(config: Config) -> None:
     lengths = train_cfg if isinstance(train_cfg, Mapping) else {}
     if {"max_iters", "max_steps"} & lengths.keys():
         check_epoch_schedules(schedulers, None)
+    require_monitored_sets((), schedulers, _sets(config, "val_dataloader"))
 
 
 def _has_paramwise_rules(optim_wrapper: Any) -> bool:
@@ -364,6 +389,11 @@ def _has_paramwise_rules(optim_wrapper: Any) -> bool:
     return bool(keys & optim_wrapper.keys()) or any(
         isinstance(value, Mapping) and keys & value.keys() for value in optim_wrapper.values()
     )
+
+
+def _check_hooks(config: Config) -> None:
+    hooks = check_hooks(**_values("default_hooks", "custom_hooks", "train_cfg")(config))
+    require_monitored_sets(hooks, None, _sets(config, "val_dataloader"))
 
 
 def _check_hooks_of_strategy(config: Config) -> None:
@@ -406,6 +436,8 @@ RULES: Sequence[JointRule] = (
     _phase("train_dataloader", "train_cfg", "optim_wrapper"),
     _phase("val_dataloader", "val_cfg", "val_evaluator"),
     _phase("test_dataloader", "test_cfg", "test_evaluator"),
+    _check_evaluator("val"),
+    _check_evaluator("test"),
     JointRule(
         ("param_scheduler", "optim_wrapper"),
         lambda config: require_optimizer(config.get("param_scheduler"), config.get("optim_wrapper")),
@@ -419,12 +451,10 @@ RULES: Sequence[JointRule] = (
         lambda config: check_strategy_settings(config.get("strategy"), **_values(*_SETTINGS)(config)),
     ),
     JointRule(("optim_wrapper",), _check_optimizer, context=("strategy", "train_cfg")),
-    JointRule(("param_scheduler",), _check_schedules, context=("optim_wrapper", "strategy", "train_cfg")),
     JointRule(
-        ("custom_hooks", "default_hooks"),
-        lambda config: check_hooks(**_values("default_hooks", "custom_hooks", "train_cfg")(config)),
-        context=("train_cfg",),
+        ("param_scheduler",), _check_schedules, context=("optim_wrapper", "strategy", "train_cfg", "val_dataloader")
     ),
+    JointRule(("custom_hooks", "default_hooks"), _check_hooks, context=("train_cfg", "val_dataloader")),
     JointRule(("custom_hooks", "default_hooks"), _check_hooks_of_strategy, context=("train_cfg", "strategy")),
     JointRule(("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters"), _check_resume),
 )

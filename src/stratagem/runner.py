@@ -42,7 +42,9 @@ from stratagem.train.building import (
     build_events,
     build_train_loop,
     require_complete_phase,
+    require_monitored_sets,
 )
+from stratagem.train.evaluation.sets import named_loaders
 from stratagem.train.resume.preemption import require_requeue, save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
@@ -62,6 +64,7 @@ _ARGUMENTS = (
 
 _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 
+# For validation and testing, a mapping may also contain the dataloaders of several sets by name.
 DataLoaderSpec = DataLoader[Any] | Mapping[str, Any]
 EvaluatorSpec = Evaluator | BaseMetric | Mapping[str, Any] | Sequence[BaseMetric | Mapping[str, Any]]
 TrainLoop = EpochBasedTrainLoop | IterBasedTrainLoop
@@ -122,11 +125,12 @@ class Runner:
         optim_wrapper: an optimizer wrapper, an optimizer, or a configuration of one.
         param_scheduler: parameter schedulers or their configurations.
         train_cfg: ``by_epoch``, ``max_epochs``, ``max_iters`` or ``max_steps``, ``val_interval`` ..., or a loop's configuration.
-        val_dataloader: as ``train_dataloader``, for validation.
-        val_evaluator: metrics, their configurations, or an evaluator.
+        val_dataloader: as ``train_dataloader``, for validation; or a mapping from the names of several validation sets to their
+            dataloaders. The names of metrics are then ``<set>/<metric>``.
+        val_evaluator: metrics, their configurations, or an evaluator; or a mapping from the names of the sets to them.
         val_cfg: the arguments of the validation loop; may be empty.
-        test_dataloader: as ``train_dataloader``, for testing.
-        test_evaluator: metrics, their configurations, or an evaluator.
+        test_dataloader: as ``val_dataloader``, for testing.
+        test_evaluator: as ``val_evaluator``, for testing.
         test_cfg: the arguments of the test loop; may be empty.
         strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
@@ -287,6 +291,8 @@ class Runner:
                     "train_micro_batch_size_per_gpu": loader.batch_size,
                 },
             )
+            names = None if val_loop is None else list(named_loaders(self._val.dataloader, "val_dataloader") or ())
+            require_monitored_sets(run.events.hooks, strategy.param_schedulers_or_none, names)
             seed = strategy.seed
             rest = self._resume_source.restore(run, self._config_text(), training=True)
             if strategy.seed != seed:
@@ -405,9 +411,11 @@ class Runner:
         return loader
 
     def _loader(self, phase: _Phase[Any]) -> EpochLoader:
-        mode = phase.mode
+        return self._build_loader(phase.required(_DATA_NAMES[phase.mode])[0], phase.mode)
+
+    def _build_loader(self, spec: DataLoaderSpec, mode: str, name: str | None = None) -> EpochLoader:
         loader = build_dataloader(
-            phase.required(_DATA_NAMES[mode])[0],
+            spec,
             seed=self.strategy.seed,
             rank=self.strategy.dp_rank,
             world_size=self.strategy.dp_size,
@@ -415,15 +423,22 @@ class Runner:
             device=self.strategy.world.device,
         )
         copies = loader.describe_copies(self.strategy.world.device)
-        description = f"{_DATA_NAMES[mode]} data: {loader.describe()}{copies}."
-        if self._described.get(mode) != description:
+        what = f"{_DATA_NAMES[mode]} data" if name is None else f"{_DATA_NAMES[mode]} data {name!r}"
+        description = f"{what}: {loader.describe()}{copies}."
+        if self._described.get(what) != description:
             self.strategy.logger.info("%s", description)
-            self._described[mode] = description
+            self._described[what] = description
         return loader
 
     def _evaluation_loop(self, phase: _Phase[EvaluatorSpec]) -> ValLoop | TestLoop:
-        _, cfg, evaluator = phase.required("Evaluation")
-        loop: ValLoop | TestLoop = build_evaluation_loop(cfg, phase.mode, self.run, self._loader(phase), evaluator)
+        spec, cfg, evaluator = phase.required("Evaluation")
+        named = named_loaders(spec, f"{phase.mode}_dataloader")
+        loaders = (
+            self._loader(phase)
+            if named is None
+            else {name: self._build_loader(each, phase.mode, name) for name, each in named.items()}
+        )
+        loop: ValLoop | TestLoop = build_evaluation_loop(cfg, phase.mode, self.run, loaders, evaluator)
         return loop
 
     def _keep_config(self) -> None:

@@ -76,6 +76,7 @@ def test_an_iteration_loop_is_one_epoch_for_hooks(make_runner: MakeRunner):
         ({"max_epochs": 5, "val_interval": 2, "val_begin": 3}, [4, 5]),
         ({"max_epochs": 5, "val_interval": 9}, [5]),
         ({"max_epochs": 5, "val_begin": 6}, []),
+        ({"max_epochs": 4, "val_begin": 0, "val_interval": 3}, [0, 3, 4]),
         ({"max_epochs": 9, "val_interval": 4, "dynamic_intervals": [(5, 2), (8, 1)]}, [4, 6, 8, 9]),
     ],
 )
@@ -91,6 +92,7 @@ def test_an_epoch_loop_validates_on_schedule(make_runner: MakeRunner, train_cfg:
         ({"max_iters": 10}, [10]),
         ({"max_iters": 10, "val_interval": 2, "val_begin": 5}, [6, 8, 10]),
         ({"max_iters": 10, "val_interval": 2, "val_begin": 11}, []),
+        ({"max_iters": 9, "val_interval": 4, "val_begin": 0}, [0, 4, 8, 9]),
         ({"max_iters": 12, "val_interval": 5, "dynamic_intervals": [(6, 3)]}, [5, 6, 9, 12]),
     ],
 )
@@ -203,11 +205,18 @@ def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: o
         runner.train()
 
 
-@pytest.mark.parametrize("key", ["val_interval", "val_begin"])
-def test_an_interval_of_zero_is_rejected(make_runner: MakeRunner, key: str):
+def test_an_interval_of_zero_is_rejected(make_runner: MakeRunner):
     """An interval of zero, which would divide by zero during the run, is rejected."""
-    runner = make_runner(train_cfg={"max_epochs": 2, key: 0})
-    with pytest.raises(ConfigValueError, match=f"{key} must be a positive integer, got 0"):
+    runner = make_runner(train_cfg={"max_epochs": 2, "val_interval": 0})
+    with pytest.raises(ConfigValueError, match="val_interval must be a positive integer, got 0"):
+        runner.train()
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "0"])
+def test_a_first_validation_that_is_not_a_number_is_rejected(make_runner: MakeRunner, value: object):
+    """``val_begin`` must be an integer that is not negative, and the message explains the value 0."""
+    runner = make_runner(train_cfg={"max_epochs": 2, "val_begin": value})
+    with pytest.raises(ConfigValueError, match=f"val_begin must be .* or 0 to validate before.*, got {value!r}"):
         runner.train()
 
 

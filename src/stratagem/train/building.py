@@ -9,12 +9,16 @@ from typing import Any
 from stratagem.data import EpochLoader
 from stratagem.errors import ConfigError, ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper
+from stratagem.optim.schedules.plateau import PlateauScheduler
 from stratagem.registry import EVALUATORS, HOOKS, LOOPS
 from stratagem.train.evaluation.evaluator import Evaluator, check_metrics
 from stratagem.train.evaluation.precision import require_fp16
+from stratagem.train.evaluation.sets import evaluators_by_set, require_known_sets
 from stratagem.train.hook import Events, Hook
 from stratagem.train.hook_priority import get_priority
 from stratagem.train.hooks.averaging import EMAHook, require_one_average
+from stratagem.train.hooks.checkpoint import CheckpointHook
+from stratagem.train.hooks.early_stopping import EarlyStoppingHook
 from stratagem.train.loop_options import EpochLoopOptions, IterLoopOptions
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 from stratagem.train.run.context import Run
@@ -32,6 +36,7 @@ __all__ = [
     "check_train_loop",
     "loop_arguments",
     "require_complete_phase",
+    "require_monitored_sets",
 ]
 
 _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
@@ -255,23 +260,61 @@ def require_complete_phase(**arguments: Any) -> None:
         )
 
 
-def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:
-    """Build the loop for validation (``mode="val"``) or testing (``mode="test"``)."""
+def build_evaluation_loop(
+    cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader | Mapping[str, EpochLoader], evaluator: Any
+) -> Any:
+    """Build the loop for validation (``mode="val"``) or testing (``mode="test"``).
+
+    Args:
+        cfg: the arguments of the loop.
+        mode: the mode.
+        run: the run.
+        dataloader: the loader, or a mapping from the names of the sets to their loaders.
+        evaluator: the evaluator or its configuration, common to all sets, or a mapping from the names of the sets to them.
+    """
     arguments = {"type": _EVALUATION_LOOPS[mode], **_mapping(cfg, f"{mode}_cfg")}
-    defaults = {"run": run, "dataloader": dataloader, "evaluator": _build_evaluator(evaluator, run)}
-    return LOOPS.build(arguments, default_args=defaults)
+    names = list(dataloader) if isinstance(dataloader, Mapping) else None
+    by_set = evaluators_by_set(evaluator, names, f"{mode}_evaluator") or dict.fromkeys(names or (), evaluator)
+    built = {name: _build_evaluator(each, run) for name, each in by_set.items()} or _build_evaluator(evaluator, run)
+    return LOOPS.build(arguments, default_args={"run": run, "dataloader": dataloader, "evaluator": built})
 
 
-def check_evaluator(evaluator: Any) -> None:
-    """Check the metrics of an evaluator, as building it does.
+def require_monitored_sets(hooks: Sequence[Any], schedulers: Any, names: Sequence[str] | None) -> None:
+    """Check that the metrics of hooks and schedules begin with the name of a set, if the sets of the validation are named.
+
+    Args:
+        hooks: the hooks of the run.
+        schedulers: the schedules: a list, or for several optimizers a mapping to lists; None if there are none.
+        names: the names of the sets; None or empty if there is a single set without a name.
+
+    Raises:
+        ConfigKeyError: if a metric does not begin with the name of a set.
+    """
+    monitored = [
+        pair for hook in hooks if isinstance(hook, CheckpointHook | EarlyStoppingHook) for pair in hook.monitored
+    ]
+    groups = schedulers.values() if isinstance(schedulers, Mapping) else [schedulers or ()]
+    on_metrics = [each for group in groups for each in group if isinstance(each, PlateauScheduler)]
+    monitored += [(f"{type(each).__name__}: monitor", each.settings.monitor) for each in on_metrics]
+    require_known_sets(monitored, names)
+
+
+def check_evaluator(evaluator: Any, names: Sequence[str] | None = None, key: str = "val_evaluator") -> None:
+    """Check the metrics of an evaluator, or of the evaluators by set, as building them does.
+
+    Args:
+        evaluator: the evaluator, its configuration, or a mapping from the names of the sets to them.
+        names: the names of the sets; None if there is a single set without a name.
+        key: the key of the configuration.
 
     Raises:
         ConfigError: (or a subclass) if a metric is invalid.
     """
-    if isinstance(evaluator, Mapping) and evaluator.get("type") in ("Evaluator", Evaluator):
-        check_metrics(evaluator.get("metrics"))
-    elif evaluator is not None and not isinstance(evaluator, Evaluator):
-        check_metrics(evaluator)
+    for each in (evaluators_by_set(evaluator, names, key) or {"": evaluator}).values():
+        if isinstance(each, Mapping) and each.get("type") in ("Evaluator", Evaluator):
+            check_metrics(each.get("metrics"))
+        elif each is not None and not isinstance(each, Evaluator):
+            check_metrics(each)
 
 
 def _build_evaluator(evaluator: Any, run: Run) -> Evaluator:

@@ -54,7 +54,7 @@ class EpochLoopOptions:
 
     def __post_init__(self) -> None:
         _positive("max_epochs", self.max_epochs)
-        _positive("val_begin", self.val_begin)
+        _require_val_begin(self.val_begin)
         self.intervals()
         require_uneven_data(self.uneven_data)
 
@@ -87,7 +87,7 @@ class IterLoopOptions:
             _positive("max_iters", self.max_iters)
         else:
             _positive("max_steps", self.max_steps)
-        _positive("val_begin", self.val_begin)
+        _require_val_begin(self.val_begin)
         self.intervals()
         require_uneven_data(self.uneven_data)
 
@@ -106,6 +106,13 @@ def _positive(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigValueError(f"{name} must be a positive integer, got {value!r}.")
     return value
+
+
+def _require_val_begin(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigValueError(
+            f"val_begin must be a positive integer, or 0 to validate before the first update as well, got {value!r}."
+        )
 
 
 def _pairs(dynamic: Any) -> Sequence[Any]:

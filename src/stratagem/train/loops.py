@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from time import perf_counter
 from typing import Any, cast, final
@@ -17,6 +17,7 @@ from stratagem.model import Trainable
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.train.evaluation.evaluator import Evaluator
 from stratagem.train.evaluation.precision import evaluation_dtype, in_precision, require_fp16
+from stratagem.train.evaluation.sets import EvaluationSet, evaluation_sets
 from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
 from stratagem.train.loop_options import EpochLoopOptions, IterLoopOptions
 from stratagem.train.run.context import Run
@@ -97,7 +98,8 @@ class EpochBasedTrainLoop(_TrainLoop):
         run: the run to train.
         dataloader: yields the batches of each epoch.
         max_epochs: the number of epochs of the whole run.
-        val_begin: the first epoch that is followed by a validation, counted from 1.
+        val_begin: the first epoch that is followed by a validation, counted from 1; 0 to validate before the first update as
+            well.
         val_interval: the number of epochs between validations; the last epoch is always validated.
         dynamic_intervals: pairs (epoch, interval) that change the interval from that epoch on, counted from 1.
         uneven_data: what to do if a rank has fewer batches than others; see :class:`TrainBatches`.
@@ -184,7 +186,8 @@ class IterBasedTrainLoop(_TrainLoop):
         run: the run to train.
         dataloader: yields batches, one epoch after another or infinitely.
         max_iters: the number of iterations of the whole run.
-        val_begin: the first iteration that is followed by a validation, counted from 1.
+        val_begin: the first iteration that is followed by a validation, counted from 1; 0 to validate before the first update
+            as well.
         val_interval: the number of iterations between validations; the last iteration is always validated.
         dynamic_intervals: pairs (iteration, interval) that change the interval from that iteration on.
         uneven_data: what to do if a rank has fewer batches than others; see :class:`TrainBatches`.
@@ -299,20 +302,27 @@ class _EvaluationLoop:
 
     Args:
         run: the run.
-        dataloader: yields the batches.
-        evaluator: computes the metrics.
+        dataloader: yields the batches; for several sets, a mapping from their names to dataloaders. The names of their metrics
+            have the name of the set as prefix, as in ``clean/accuracy``.
+        evaluator: computes the metrics; or a mapping from the names of the sets to evaluators.
         fp16: whether to run the forward pass under autocast, with float16 on CUDA and bfloat16 on the CPU; by default, it
             has the training precision. Under autocast, 16-bit outputs are converted to float32.
     """
 
     mode: str
 
-    def __init__(self, run: Run, dataloader: EpochLoader, evaluator: Evaluator, *, fp16: bool | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        dataloader: EpochLoader | Mapping[str, EpochLoader],
+        evaluator: Evaluator | Mapping[str, Evaluator],
+        *,
+        fp16: bool | None = None,
+    ) -> None:
         self._run = run
         self._fp16 = require_fp16(fp16)
         self._precision_logged = False
-        self.dataloader = dataloader
-        self.evaluator = evaluator
+        self.sets = evaluation_sets(dataloader, evaluator)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -326,6 +336,7 @@ class _EvaluationLoop:
             return self._evaluate()
         finally:
             self._run.mode = "train"
+            self._run.evaluated_set = None
 
     def _evaluate(self) -> dict[str, Any]:
         run, events, mode = self._run, self._run.events, self.mode
@@ -334,15 +345,21 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        with run.evaluating(synchronized=True):
-            complete = self._process_batches(stoppable=stoppable)
-        if not complete:
-            self.evaluator.reset()
-            restore_generator_state(generators)
-            run.logger.info("The evaluation was aborted because the run was interrupted.")
-            return {}
-        metrics = self.evaluator.evaluate(group=run.strategy.dp_group, by_batch=self.dataloader.by_batch)
-        run.metrics, run.evaluated_batches = metrics, self.dataloader.length
+        metrics: dict[str, Any] = {}
+        for each in self.sets:
+            run.evaluated_set = each.name
+            with run.evaluating(synchronized=True):
+                complete = self._process_batches(each, stoppable=stoppable)
+            if not complete:
+                each.evaluator.reset()
+                restore_generator_state(generators)
+                run.logger.info("The evaluation was aborted because the run was interrupted.")
+                return {}
+            values = each.evaluator.evaluate(group=run.strategy.dp_group, by_batch=each.loader.by_batch)
+            metrics |= each.named(values)
+        lengths = [each.loader.length for each in self.sets]
+        run.metrics = metrics
+        run.evaluated_batches = None if None in lengths else sum(length or 0 for length in lengths)
         if mode == "val":
             run.progress.validated = run.progress.iter
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
@@ -351,12 +368,13 @@ class _EvaluationLoop:
 
     def _batches_are_equal(self) -> bool:
         """Return whether all ranks have the same number of batches, so that each batch can end with a collective. Collective."""
-        streams = isinstance(self.dataloader.dataset, IterableDataset)
-        lengths = set(all_gather_object(None if streams else self.dataloader.length))
-        return self._run.world_size == 1 or (len(lengths) == 1 and None not in lengths)
+        loaders = [each.loader for each in self.sets]
+        lengths = tuple(None if isinstance(each.dataset, IterableDataset) else each.length for each in loaders)
+        ranks = set(all_gather_object(lengths))
+        return self._run.world_size == 1 or (len(ranks) == 1 and None not in lengths)
 
-    def _process_batches(self, *, stoppable: bool) -> bool:
-        """Evaluate all batches; return False if the run was interrupted."""
+    def _process_batches(self, each: EvaluationSet, *, stoppable: bool) -> bool:
+        """Evaluate all batches of a set; return False if the run was interrupted."""
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         dtype = evaluation_dtype(run, self._fp16)
@@ -367,12 +385,12 @@ class _EvaluationLoop:
             self._precision_logged = True
         step = in_precision(run, step, dtype)
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
-        for index, (loaded, batch) in enumerate(pad_forward_passes(run, self.dataloader, step)):
+        for index, (loaded, batch) in enumerate(pad_forward_passes(run, each.loader, step)):
             for call in before:
                 call(run, index, batch)
             outputs = step(batch)
             # Metrics read the batch on the host.
-            self.evaluator.process(loaded, outputs)
+            each.evaluator.process(loaded, outputs)
             for call in after:
                 call(run, index, batch, outputs)
             if stoppable and run.interrupt.due() and run.is_ending:

@@ -12,7 +12,7 @@ from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils import did_you_mean
 from stratagem.utils.scalars import read_metric
 
-__all__ = ["GREATER_KEYS", "LESS_KEYS", "RULES", "BestScores", "Rule", "infer_rule", "is_better"]
+__all__ = ["GREATER_KEYS", "LESS_KEYS", "RULES", "BestScores", "Rule", "best_prefix", "infer_rule", "is_better"]
 
 Rule = Literal["greater", "less"]
 
@@ -31,7 +31,9 @@ def infer_rule(
 ) -> Rule:
     """Infer from the name of a metric whether greater or smaller values are better.
 
-    A key that equals the name takes precedence over a key that is contained in it. The comparison is case-insensitive.
+    A key that equals the name takes precedence over a key that is contained in it. The last part of a name with ``/`` is
+    considered first, because the other parts name sets and metrics: smaller values of ``accents/loss`` are better. The comparison
+    is case-insensitive.
 
     Args:
         metric: the name of the metric.
@@ -43,11 +45,16 @@ def infer_rule(
         ConfigValueError: if no key matches.
     """
     name = metric.lower()
+    last = name.rpartition("/")[2]
     greater, less = [key.lower() for key in greater_keys], [key.lower() for key in less_keys]
-    if name in greater or (name not in less and any(key in name for key in greater)):
-        return "greater"
-    if name in less or any(key in name for key in less):
-        return "less"
+    for part in (name, last):
+        if part in greater or part in less:
+            return "greater" if part in greater else "less"
+    for part in (last, name):
+        if any(key in part for key in greater):
+            return "greater"
+        if any(key in part for key in less):
+            return "less"
     raise ConfigValueError(
         f"{owner}: cannot infer from the name {metric!r} whether greater or smaller values are better. Set rule='greater' "
         "or rule='less'."
@@ -57,6 +64,11 @@ def infer_rule(
 def is_better(value: float, than: float, rule: Rule, *, by: float = 0.0) -> bool:
     """Return whether a value is better than another by more than ``by``; NaN is never better."""
     return value > than + by if rule == "greater" else value < than - by
+
+
+def best_prefix(metric: str) -> str:
+    """Return the beginning of the names of the best checkpoints by a metric, which are files and cannot contain ``/``."""
+    return f"best_{metric.replace('/', '_')}"
 
 
 @final
@@ -97,6 +109,13 @@ class BestScores:
             raise ConfigValueError(
                 "CheckpointHook: save_best='auto' stands for the first metric and cannot be combined with other names."
             )
+        named: dict[str, str] = {}
+        for name in self._names:
+            if named.setdefault(best_prefix(name), name) != name:
+                raise ConfigValueError(
+                    f"CheckpointHook: the best checkpoints for save_best={named[best_prefix(name)]!r} and {name!r} would have "
+                    f"the same name, {best_prefix(name)!r}. Rename a metric or a set."
+                )
         self._keys = (greater_keys or GREATER_KEYS, less_keys or LESS_KEYS)
         self._given_rules = dict(zip(self._names, rules, strict=True))
         self._count = count
@@ -105,6 +124,11 @@ class BestScores:
         self._scores: dict[str, dict[int, float]] = {}
         # The metrics that a validation has returned.
         self._returned: set[str] = set()
+
+    @property
+    def monitored(self) -> list[str]:
+        """The names of the monitored metrics, as far as they are known."""
+        return [name for name in self._names if name != _AUTO]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; an empty dict if there are none."""

@@ -24,7 +24,7 @@ from stratagem.errors import ConfigValueError
 from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
-from stratagem.train.hooks.best_scores import BestScores
+from stratagem.train.hooks.best_scores import BestScores, best_prefix
 from stratagem.train.hooks.integers import require_integer
 from stratagem.train.run.context import INTERRUPTED, Run
 from stratagem.train.run.distributed_timer import DistributedTimer
@@ -54,7 +54,7 @@ class CheckpointHook(Hook):
         save_last: whether to save after the last epoch or iteration, regardless of the interval.
         save_best: a metric, or a list of metrics. After a validation with the best value so far, the checkpoint is saved as
             ``best_<metric>_epoch_<n>`` and the previous best one is removed. ``"auto"`` is the first metric that the
-            validation returns.
+            validation returns. If the validation sets are named, so are their metrics: ``"<set>/<metric>"``.
         rule: whether ``"greater"`` or ``"less"`` values are better, for all metrics or for each one; by default inferred
             from their names.
         greater_keys: names, or parts of names, of metrics for which greater values are better; by default
@@ -178,6 +178,11 @@ class CheckpointHook(Hook):
             self._best.load_state_dict(state_dict)
 
     @property
+    def monitored(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of an option and a metric that it names."""
+        return () if self._best is None else tuple(("CheckpointHook: save_best", name) for name in self._best.monitored)
+
+    @property
     def saves_in_background(self) -> bool:
         """Whether a thread writes the checkpoints."""
         return self._async_save
@@ -231,7 +236,7 @@ class CheckpointHook(Hook):
                 unit, number, ", ".join(missing),
             )  # fmt: skip
         for retention_tag in best:
-            name = f"best_{retention_tag.metric.replace('/', '_')}_{unit}_{number}{self._suffix}"
+            name = f"{best_prefix(retention_tag.metric)}_{unit}_{number}{self._suffix}"
             run.logger.info(
                 "%s = %.6g after %s %d is among the best values; saving a checkpoint.",
                 retention_tag.metric,

@@ -24,7 +24,7 @@ class EarlyStoppingHook(Hook):
     The state is saved in checkpoints, so a resumed run stops at the same point as an uninterrupted one.
 
     Args:
-        monitor: the name of the metric in the validation results.
+        monitor: the name of the metric in the validation results; ``"<set>/<metric>"`` if the validation sets are named.
         rule: whether ``"greater"`` or ``"less"`` values are better; by default inferred from the name.
         min_delta: how much better than the best value a new value must be to count as an improvement.
         strict: raise an error if the validation does not return the metric; by default a warning is logged.
@@ -63,6 +63,11 @@ class EarlyStoppingHook(Hook):
         self._threshold = stopping_threshold
         self._best: float | None = None
         self._waited = 0
+
+    @property
+    def monitored(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of an option and a metric that it names."""
+        return (("EarlyStoppingHook: monitor", self._monitor),)
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self._monitor, "best": self._best, "waited": self._waited}

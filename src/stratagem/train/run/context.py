@@ -78,6 +78,7 @@ class Run:
 
     Attributes:
         mode: "train", or "val" or "test" during an evaluation and its hooks.
+        evaluated_set: the name of the validation or test set that is being evaluated; None if it has no name.
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
         synchronizes_evaluation: whether the current evaluation uses the same buffers on all ranks.
@@ -104,6 +105,7 @@ class Run:
         self.mode = "train"
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
+        self.evaluated_set: str | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.synchronizes_evaluation = False
         self.before_saving: list[Callable[[], None]] = []
