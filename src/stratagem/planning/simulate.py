@@ -33,6 +33,8 @@ from stratagem.utils.torch_private import local_shape_and_offset, settle_ddp_buc
 __all__ = ["Job", "Simulation", "simulating"]
 
 _CPU: Final = torch.device("cpu")
+# The number of ranks for which the small tensors of trial updates are made.
+_TRIAL_RANKS: Final = 2
 
 
 @final
@@ -280,6 +282,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     # Imported here because importing torch's FSDP takes a second.
     fsdp = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
     apply_before = nn.Module._apply
+    small = sharded_updates._small
     allocate_before = fsdp._allocate
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -303,6 +306,8 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
         (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", lambda *_: ([], None)),
+        # Without sharded trials, the small tensors need not be divisible by a large number of ranks.
+        (sharded_updates, "_small", lambda shape, ranks: small(shape, min(ranks, _TRIAL_RANKS))),
         (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
         (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),

@@ -98,19 +98,18 @@ def plan(
     config = read_config(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
 
-    def plan_for(
-        memory: int | None, specs: Sequence[StrategySpec] | None, ranks: Sequence[int], batch: str | None
-    ) -> Plan:
-        return plan_config(
-            config, strategies=specs, worlds=ranks, gpus_per_node=settings.gpus_per_node, memory=memory, batch=batch
-        )
-
+    # The same simulations serve all amounts of memory.
+    limits = list(dict.fromkeys(cluster.memory for cluster in clusters if cluster.memory is not None))
     with status("Planning"):
-        by_memory: dict[int | None, Plan] = {}
-        for cluster in clusters:
-            if cluster.memory not in by_memory:
-                by_memory[cluster.memory] = plan_for(cluster.memory, strategies, worlds, settings.batch)
-        pairs = [(cluster, by_memory[cluster.memory]) for cluster in clusters]
+        planned = plan_config(
+            config,
+            strategies=strategies,
+            worlds=worlds,
+            gpus_per_node=settings.gpus_per_node,
+            memory=limits or None,
+            batch=settings.batch,
+        )
+        pairs = [(cluster, _for_memory(planned, cluster.memory)) for cluster in clusters]
         report = build_report(str(options.config), pairs, replan=_replanner(config, settings))
     _write(report, as_json=as_json, html=html, out=out)
 
