@@ -35,7 +35,6 @@ def test_a_training_line_has_the_familiar_format():
         {"lr": 0.01},
         seconds=(0.01941, 0.0046),
         left_s=3723.9,
-        memory_mb=None,
     )
     assert line == (
         "Epoch(train) [1][2/4]  lr: 1.0000e-02  eta: 1:02:03  time: 0.0194  data_time: 0.0046  "
@@ -45,8 +44,16 @@ def test_a_training_line_has_the_familiar_format():
 
 def test_a_line_on_an_accelerator_has_its_memory():
     """The memory comes between the times and the losses; unknown values are omitted."""
-    line = train_line("here", {"loss": 1.0}, {}, seconds=None, left_s=None, memory_mb=812)
+    line = train_line("here", {"loss": 1.0}, {}, seconds=None, left_s=None, memory={"memory": 812})
     assert line == "here  memory: 812  loss: 1.0000"
+
+
+def test_a_line_has_what_was_done_per_second_and_the_peak_of_the_host_memory():
+    """Rates come before the memory; rates below 100 have two decimals, and the current host memory is only recorded."""
+    speed = {"samples_per_second": 5120.4, "steps_per_second": 40.0}
+    memory = {"host_memory": 700, "host_memory_peak": 812, "host_memory_used": 0.5}
+    line = train_line("here", {"loss": 1.0}, {}, seconds=None, left_s=None, speed=speed, memory=memory)
+    assert line == "here  samples/s: 5120  steps/s: 40.00  host_memory_peak: 812  loss: 1.0000"
 
 
 @pytest.mark.parametrize(

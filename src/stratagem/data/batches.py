@@ -109,6 +109,11 @@ class RankBatches(PositionedBatches):
         samples = self.sampler.left(num_samples_in(consumed))
         return samples // self.batch_size if self._drop_last else math.ceil(samples / self.batch_size)
 
+    def size_of_last(self, consumed: ConsumedSamples = ()) -> int:
+        """Return the number of samples in the last batch of an epoch that continues after ``consumed``."""
+        rest = self.sampler.left(num_samples_in(consumed)) % self.batch_size
+        return rest if rest and not self._drop_last else self.batch_size
+
     def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
         start = num_samples_in(consumed)
         remaining = self.sampler.rank_indices(epoch, start)

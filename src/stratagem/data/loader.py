@@ -115,6 +115,23 @@ class EpochLoader:
         size = self.loader.batch_size if batches is None else getattr(batches, "batch_size", None)
         return size if isinstance(size, int) else None
 
+    def last_batch(self, epoch: int) -> tuple[int, int] | None:
+        """Return the index and the number of samples of the last batch of an epoch on this rank, if the sampler determines them.
+
+        All other batches have :attr:`batch_size` samples. The index is -1 for an infinite order, in which no batch is smaller.
+        None for orders whose batches differ, such as batches of groups, custom samplers and streams.
+        """
+        source, size = self._source, self.batch_size
+        if not isinstance(source, RankBatches) or size is None:
+            return None
+        if source.endless:
+            return -1, size
+        point = self._resume_point
+        before = point.consumed if epoch == point.epoch else ()
+        left = source.left(epoch, before)
+        first = point.batch if epoch == point.epoch else 0
+        return first + left - 1, source.size_of_last(before)
+
     @property
     def length(self) -> int | None:
         """The number of batches per epoch on this rank; None for streams and samplers without a length.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from stratagem.train.run.progress import Progress
 from stratagem.utils.scalars import as_number
+
+# The host memory is shown as its peak, like that of an accelerator. The other values are recorded only.
+_LOGGED_MEMORY: Final = ("memory", "host_memory_peak")
 
 __all__ = ["bar_label", "durations", "evaluation_line", "train_line", "train_place"]
 
@@ -45,21 +48,26 @@ def train_line(
     *,
     seconds: tuple[float, float] | None,
     left_s: float | None,
-    memory_mb: int | None,
+    speed: Mapping[str, float] | None = None,
+    memory: Mapping[str, float] | None = None,
 ) -> str:
     """Return the log line of a training iteration.
 
     ``rates`` maps names to learning rates. ``seconds`` contains the duration of an iteration and the time it waited for data,
-    which is 0 if it was not measured.
+    which is 0 if it was not measured. ``speed`` contains what was done per second, and ``memory`` contains sizes in MiB.
     """
     parts = [place, *(f"{name}: {value:.4e}" for name, value in rates.items())]
     if left_s is not None:
         parts.append(f"eta: {timedelta(seconds=int(left_s))}")
     parts += [f"{name}: {value:.4f}" for name, value in durations(seconds).items()]
-    if memory_mb is not None:
-        parts.append(f"memory: {memory_mb}")
+    parts += [f"{name.removesuffix('_per_second')}/s: {_rate(value)}" for name, value in (speed or {}).items()]
+    parts += [f"{name}: {value:.0f}" for name, value in (memory or {}).items() if name in _LOGGED_MEMORY]
     parts += [f"{name}: {value:.4f}" for name, value in values.items()]
     return "  ".join(parts)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def durations(seconds: tuple[float, float] | None) -> dict[str, float]:
