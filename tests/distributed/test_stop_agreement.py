@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from stratagem.dist import barrier, get_rank
-from stratagem.distributed import StopAgreement, StopRequest, stop_agreement
+from stratagem.distributed import StopAgreement, StopRequest, check_agreement
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -104,8 +104,8 @@ def checks_without_requests() -> int:
     """Run a thousand checks; return the number of requests to the store and of collectives that they made."""
     agreement = StopAgreement()
     with mock.patch.object(dist.distributed_c10d, "all_reduce") as reduced:
-        store = mock.Mock(wraps=agreement._store)
-        agreement._store = store
+        store = mock.Mock(wraps=agreement._agreement._store)
+        agreement._agreement._store = store
         for _ in range(1000):
             assert agreement.check(0, stop=False) is None
     agreement.close()
@@ -127,7 +127,7 @@ def wait_for_a_silent_rank() -> str:
         store = mock.Mock()
         store.timeout.total_seconds.return_value = 0.5
         with (
-            mock.patch.object(stop_agreement, "default_store", return_value=store),
+            mock.patch.object(check_agreement, "default_store", return_value=store),
             pytest.raises(dist.DistStoreError) as raised,
         ):
             agreement.check(SIGTERM, stop=False)

@@ -36,6 +36,7 @@ class Drawn:
         val_interval: in epochs or iterations.
         save_interval: iterations between checkpoints.
         keeps: how many of the last checkpoints are kept, and whether the best are saved as well.
+        minutes: between checkpoints by time, which replace those by iterations; None for those by iterations.
         in_background: whether a thread writes checkpoints.
         precision: float32, bfloat16 or float16; the last with a dynamic loss scale.
         average: whether weights are averaged.
@@ -56,6 +57,7 @@ class Drawn:
     val_interval: int = 1
     save_interval: int = 2
     keeps: int = -1
+    minutes: float | None = None
     in_background: bool = False
     precision: str = "float32"
     optimizer: str = "SGD"
@@ -117,6 +119,8 @@ class Drawn:
             "async_save": self.in_background,
             "save_best": None if self.keeps < 0 else "accuracy",
         }
+        if self.minutes is not None:
+            saving = {"interval": -1, "save_last": False, "every_minutes": self.minutes, "keep_timed": 1}
         train_cfg = {"max_epochs": self.length} if self.by_epoch else {"by_epoch": False, "max_iters": self.length}
         return {
             "model": {"type": Pair if self.several else Net, "weighted": self.weighted, "draws": self.draws},

@@ -17,6 +17,7 @@ from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, read_manifest
 from stratagem.errors import CheckpointError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.train import BaseMetric, CheckpointHook
+from stratagem.train.hooks import checkpoint
 from stratagem.train.hooks.best_scores import BestScores, infer_rule
 from tests.support import faults
 from tests.support.ranks import Ranks
@@ -152,6 +153,33 @@ def test_every_minutes_saves_after_an_iteration(make_runner: MakeRunner, *, by_e
     assert names(runner) >= {"iter_2", "iter_4", "iter_6"}
 
 
+def test_a_checkpoint_by_time_is_the_default_and_the_next_checkpoint_replaces_it(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+):
+    """By default, a run saves by time too; of these checkpoints, only one exists, and that of the epoch replaces it."""
+    assert checkpoint._AUTO_MINUTES == 15
+    monkeypatch.setattr(checkpoint, "_AUTO_MINUTES", 1e-9)
+    runner = train(make_runner, {}, custom_hooks=[At(EPOCH + 3, stop)])
+    assert names(runner) == {"epoch_1", f"iter_{EPOCH + 3}"}
+    # The next session removes what a killed run left behind.
+    assert names(train(make_runner, {}, 2, resume=True)) == {"epoch_1", "epoch_2"}
+
+
+@pytest.mark.parametrize("hook", [{"every_minutes": None}, {"interval": -1, "save_last": False}])
+def test_checkpoints_by_time_can_be_disabled(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, hook: dict):
+    """``every_minutes=None`` disables them, and so does a hook that saves nothing else."""
+    monkeypatch.setattr(checkpoint, "_AUTO_MINUTES", 1e-9)
+    assert "after_train_iter" not in CheckpointHook(**hook).get_triggered_stages()
+    assert not any(name.startswith("iter") for name in names(train(make_runner, hook, 1)))
+
+
+def test_checkpoints_by_time_do_not_count_as_the_last_ones(make_runner: MakeRunner):
+    """``max_keep_ckpts`` counts the checkpoints of epochs; those that ``keep_timed`` limits are extra."""
+    hook = {"max_keep_ckpts": 2, "every_minutes": 1e-9, "keep_timed": 2}
+    runner = train(make_runner, hook, 5, custom_hooks=[At(2 * EPOCH + 3, stop)])
+    assert names(runner) == {"epoch_1", "epoch_2", f"iter_{2 * EPOCH + 2}", f"iter_{2 * EPOCH + 3}"}
+
+
 # ---- the best checkpoint
 # -----------------------------------------------------------------------------------------------
 
@@ -245,6 +273,9 @@ def test_a_metric_that_cannot_be_compared_is_rejected(
         ({"max_keep_ckpts": 0}, ConfigValueError, "expected max_keep_ckpts >= 1, or -1 to keep all, got 0"),
         ({"keep_every": 0}, ConfigValueError, "expected keep_every >= 1, got 0"),
         ({"every_minutes": -1}, ConfigValueError, "expected every_minutes > 0, got -1"),
+        ({"every_minutes": "hourly"}, ConfigValueError, "'hourly'. Use a number of minutes, 'auto' for 15 minutes"),
+        ({"keep_timed": 0}, ConfigValueError, "expected keep_timed >= 1, got 0"),
+        ({"keep_timed": 1, "every_minutes": None}, ConfigValueError, "keep_timed needs every_minutes"),
         ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "expected keep_best >= 1, got 0"),
         ({"save_best": "acc", "rule": "grater"}, ConfigKeyError, "grater.*greater"),
         ({"save_best": ["acc", "loss"], "rule": ["greater"]}, ConfigValueError, "1 rules for 2 metrics"),

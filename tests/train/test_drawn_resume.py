@@ -183,6 +183,19 @@ def test_a_run_with_one_killed_rank_equals_the_uninterrupted_run(tmp_path: Path)
     assert differences(tmp_path / "one", tmp_path / "other", ranks=2) == []
 
 
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_epoch_resumes_from_a_checkpoint_by_time(tmp_path: Path) -> None:
+    """Two ranks save together by time and keep only the newest; the resumed run equals the uninterrupted one."""
+    drawn = Drawn(samples=37, length=1, minutes=1e-9, launcher="pytorch")
+    assert in_processes(replace(drawn, minutes=None, save_interval=-1), tmp_path / "one", None, size=2) == [0, 0]
+    assert in_processes(drawn, tmp_path / "other", Stop(8, "SIGKILL", rank=1), size=2)[1] == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "other").glob("*_*") if "iter" in path.name] == ["iter_7"]
+    assert in_processes(drawn, tmp_path / "other", None, size=2) == [0, 0]
+    assert differences(tmp_path / "one", tmp_path / "other", ranks=2) == []
+    again = [what for what, _ in lines_of(trace_of(tmp_path / "other"))]
+    assert [again.count(f"iteration {number}") for number in (7, 8, 9)] == [1, 2, 1]
+
+
 # The global batch has 4 samples on any number of ranks, and each part ends within a window of 3.
 MOVES = [(2, Stop(4, "stop")), (1, Stop(8, "stop")), (2, Stop(11, "stop")), (1, None)]
 

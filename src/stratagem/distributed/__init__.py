@@ -2,6 +2,7 @@
 
 from stratagem.distributed.agreement import EventAgreement
 from stratagem.distributed.async_reduce import AsyncMaxReduce
+from stratagem.distributed.check_agreement import CheckAgreement
 from stratagem.distributed.collectives import (
     all_gather,
     all_reduce,
@@ -48,6 +49,7 @@ __all__ = [
     "RankGroup",
     "LAUNCHERS",
     "AsyncMaxReduce",
+    "CheckAgreement",
     "EventAgreement",
     "Failure",
     "HangReport",

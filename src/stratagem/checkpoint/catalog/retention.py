@@ -39,12 +39,15 @@ class Retention:
         every: checkpoints of the first group whose number is a multiple of this are always kept; None to disable this
             rule.
         best: the number of the best checkpoints to keep for each metric.
+        timed: a group, and a number: a checkpoint of this group is only kept while it is among this many most recent
+            checkpoints of the run, of any group. None to keep them all.
     """
 
     groups: Sequence[str]
     last: int | None = None
     every: int | None = None
     best: int = 1
+    timed: tuple[str, int] | None = None
 
     def select_removable(
         self, saved: Iterable[SavedCheckpoint], protected: Collection[Path] = ()
@@ -73,13 +76,18 @@ class Retention:
 
     def _select(self, saved: Iterable[SavedCheckpoint]) -> _Selection:
         listed = list(saved)
-        reasons = [*self._keep_last(listed), *self._keep_best(listed)]
+        regular, newest = [*self._keep_last(listed), *self._keep_best(listed)], self._find_newest(listed)
+        timed = [each for each in newest if self.timed is not None and each.retention_tag.group == self.timed[0]]
         # Compare the objects, because computing the hashes of thousands of paths takes longer than everything else.
-        kept = {*map(id, reasons), *map(id, self._keep_every(listed))}
-        return _Selection([each for each in listed if id(each) not in kept and self._is_managed(each)], reasons)
+        kept = {*map(id, regular), *map(id, timed), *map(id, self._keep_every(listed))}
+        removable = [each for each in listed if id(each) not in kept and self._is_managed(each)]
+        return _Selection(removable, [*regular, *newest])
 
     def _is_managed(self, saved: SavedCheckpoint) -> bool:
-        return bool(saved.retention_tag.metric) or (self.last is not None and saved.retention_tag.group in self.groups)
+        tag = saved.retention_tag
+        if self.timed is not None and tag.group == self.timed[0]:
+            return True
+        return bool(tag.metric) or (self.last is not None and tag.group in self.groups)
 
     def _keep_last(self, listed: Sequence[SavedCheckpoint]) -> Sequence[SavedCheckpoint]:
         if self.last is None:
@@ -88,6 +96,10 @@ class Retention:
         finite = [each for each in regular if each.finite]
         newest = regular[-1:] if regular and not regular[-1].finite else []
         return [*finite[-self.last :], *newest]
+
+    def _find_newest(self, listed: Sequence[SavedCheckpoint]) -> Sequence[SavedCheckpoint]:
+        """Return the newest checkpoints of all groups: those of the group ``timed`` are kept if they are among them."""
+        return [] if self.timed is None else [each for each in listed if each.finite][-self.timed[1] :]
 
     def _keep_every(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
         return [

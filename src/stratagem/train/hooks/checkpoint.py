@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from time import monotonic
+from typing import Any, Final, Literal, final
 
 from torch.nn.parameter import is_lazy
 
@@ -32,6 +33,12 @@ from stratagem.train.run.progress import Position
 from stratagem.utils import absolute, is_url, mask_text, named_parameters
 
 __all__ = ["CheckpointHook"]
+
+# The default of `every_minutes`: the interval, and the number of checkpoints by time that are kept.
+_AUTO_MINUTES: Final = 15.0
+_AUTO_KEPT: Final = 1
+# The retention group of the checkpoints by time whose number `keep_timed` limits.
+_TIMED: Final = "timed"
 
 
 @final
@@ -68,7 +75,12 @@ class CheckpointHook(Hook):
         save_begin: the first epoch or iteration at which checkpoints are saved.
         keep_every: checkpoints whose number is a multiple of this are never removed.
         keep_best: the number of checkpoints to keep for each metric in ``save_best``.
-        every_minutes: also save a checkpoint ``iter_<n>`` if this many minutes have passed since the last save.
+        every_minutes: also save a checkpoint ``iter_<n>`` if this many minutes have passed since the last save; None to disable
+            this. By default (``"auto"``), every 15 minutes, so that a killed run loses minutes even before its first epoch ends;
+            never if the other options disable all checkpoints.
+        keep_timed: a checkpoint that ``every_minutes`` saved is only kept while it is one of this many most recent checkpoints
+            of the run, including all others. By default, 1 if ``every_minutes`` is ``"auto"``: the next checkpoint replaces it.
+            If ``every_minutes`` is a number, the default is None: they are kept like the other checkpoints (``max_keep_ckpts``).
         async_save: save in the background: training only waits for a copy in host memory, which a thread writes. This needs
             as much additional memory as the part of the checkpoint that the rank saves. If a save fails, the error is
             raised after a later iteration.
@@ -95,7 +107,8 @@ class CheckpointHook(Hook):
         save_begin: int = 0,
         keep_every: int | None = None,
         keep_best: int = 1,
-        every_minutes: float | None = None,
+        every_minutes: float | Literal["auto"] | None = "auto",
+        keep_timed: int | None = None,
         async_save: bool = False,
     ) -> None:
         require_integer("CheckpointHook", "save_begin", save_begin, least=0)
@@ -114,8 +127,15 @@ class CheckpointHook(Hook):
         require_integer("CheckpointHook", "keep_best", keep_best)
         if keep_every is not None:
             require_integer("CheckpointHook", "keep_every", keep_every)
-        if every_minutes is not None and not every_minutes > 0:
-            raise ConfigValueError(f"CheckpointHook: expected every_minutes > 0, got {every_minutes}.")
+        minutes = _parse_minutes(every_minutes)
+        if every_minutes == "auto" and interval == -1 and not save_last and not save_best:
+            minutes = None
+        if keep_timed is not None:
+            require_integer("CheckpointHook", "keep_timed", keep_timed)
+            if minutes is None:
+                raise ConfigValueError("CheckpointHook: keep_timed needs every_minutes, which is disabled.")
+        elif every_minutes == "auto":
+            keep_timed = _AUTO_KEPT
         if not save_best and (rule is not None or greater_keys or less_keys or keep_best != 1):
             raise ConfigValueError(
                 "CheckpointHook: rule, greater_keys, less_keys and keep_best need save_best, which is not set."
@@ -134,19 +154,25 @@ class CheckpointHook(Hook):
         self._published = [published_keys] if isinstance(published_keys, str) else list(published_keys or ())
         self._retention = Retention(
             groups=(template, self._timed_template, INTERRUPTED),
+            timed=None if keep_timed is None else (_TIMED, keep_timed),
             last=None if max_keep_ckpts == -1 else max_keep_ckpts,
             every=keep_every,
             best=keep_best,
         )
-        self._every_minutes = every_minutes
+        self._timed_group = self._timed_template if keep_timed is None else _TIMED
+        self._minutes = minutes
         self._async_save = async_save
         self._timer: DistributedTimer | None = None
+        # Whether an iteration does nothing but look whether it is time to save.
+        self._only_timed = by_epoch and not async_save
+        # Whether checkpoints by time may exist that the next save replaces.
+        self._replaces_timed = False
         self._training = False
         # The checkpoints that this session resumed from; they are kept until the session has saved one with finite weights.
         self._resumed_from: set[Path] = set()
 
     def get_triggered_stages(self) -> list[str]:
-        by_iter = not self._by_epoch or self._every_minutes is not None or self._async_save
+        by_iter = not self._by_epoch or self._minutes is not None or self._async_save
         wanted = {
             "before_train": True,
             "after_train_epoch": self._by_epoch,
@@ -200,9 +226,10 @@ class CheckpointHook(Hook):
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
             # This timer is left over from a training loop that was aborted, for example by a rollback.
-            self._timer.finish()
-        if self._every_minutes is not None:
-            self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
+            self._timer.close()
+        if self._minutes is not None:
+            self._timer = DistributedTimer(60 * self._minutes, distributed=run.world_size > 1)
+            run.at_close.append(self._timer.close)
         saved_tags = RankGroup.of().run_on_rank0(lambda: self._clean_up_at_start(run))
         if self._best is not None:
             self._best.add_saved(saved_tags)
@@ -214,13 +241,18 @@ class CheckpointHook(Hook):
             self._save_regular(run, self._template, position.epoch, position)
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        timer = self._timer
+        if timer is not None:
+            timer.num_checks += 1
+            if self._only_timed and not timer.is_requested and monotonic() < timer.deadline:
+                return
         run.checkpoint_writer.check()
         done = run.progress.iter + 1
-        timed = self._timer is not None and self._timer.due()
+        timed = timer is not None and timer.due()
         if not self._by_epoch and self._due(done, run.max_iters):
             self._save_regular(run, self._template, done, run.progress.after_this_iteration())
         elif timed and not run.optim_wrapper.pending_micro_batches:
-            self._save_regular(run, self._timed_template, done, run.progress.after_this_iteration())
+            self._save_timed(run, done)
 
     def after_val_epoch(self, run: Run, metrics: Mapping[str, Any] | None = None) -> None:
         # A validation outside of training does not save checkpoints.
@@ -261,6 +293,11 @@ class CheckpointHook(Hook):
     def _save_regular(self, run: Run, template: str, number: int, position: Position) -> None:
         self._save(run, template.format(number), position, RetentionTag(group=template, number=number))
 
+    def _save_timed(self, run: Run, number: int) -> None:
+        tag = RetentionTag(group=self._timed_group, number=number)
+        self._save(run, self._timed_template.format(number), run.progress.after_this_iteration(), tag)
+        self._replaces_timed = self._timed_group == _TIMED
+
     def _save(self, run: Run, name: str, position: Position, retention_tag: RetentionTag) -> None:
         path = self._folder / name
 
@@ -283,12 +320,13 @@ class CheckpointHook(Hook):
         saved = checkpoints_of_run(run.id, self._folder)
         # The checkpoint that the run resumed from can be the only usable one if newer ones are damaged.
         self._resumed_from = {each.path for each in saved if each.iter == run.iter}
+        self._replaces_timed = any(each.retention_tag.group == _TIMED for each in saved)
         self._remove_old(run)
         return [each.retention_tag for each in saved]
 
     def _remove_old(self, run: Run, new: Path | None = None) -> None:
         """Remove the checkpoints that the retention rules do not keep; ``new`` is the checkpoint that was just published."""
-        if self._retention.last is None and self._best is None:
+        if self._retention.last is None and self._best is None and not self._replaces_timed:
             return
         # Other checkpoints are looked up only if a removal depends on them.
         saved = checkpoints_of_run(run.id, self._folder, look_up=None if new is None else [new])
@@ -304,6 +342,22 @@ class CheckpointHook(Hook):
         best = [each for each in saved if each.retention_tag.metric]
         for each in (*last, *best):
             run.logger.info("Published %s", release_checkpoint(each.path, self._published))
+
+
+def _parse_minutes(every_minutes: float | str | None) -> float | None:
+    """Return the interval between checkpoints by time in minutes, or None to save none.
+
+    Raises:
+        ConfigValueError: if it is neither a positive number nor "auto".
+    """
+    if every_minutes is None or every_minutes == "auto":
+        return _AUTO_MINUTES if every_minutes == "auto" else None
+    if isinstance(every_minutes, bool) or not isinstance(every_minutes, int | float) or not every_minutes > 0:
+        raise ConfigValueError(
+            f"CheckpointHook: expected every_minutes > 0, got {every_minutes!r}. Use a number of minutes, 'auto' for "
+            f"{_AUTO_MINUTES:g} minutes, or None to save no checkpoints by time."
+        )
+    return float(every_minutes)
 
 
 def _check_template(template: str) -> None:
