@@ -45,6 +45,7 @@ from stratagem.train.building import (
     require_monitored_sets,
 )
 from stratagem.train.evaluation.sets import named_loaders
+from stratagem.train.goodput.session import identify_session, measured_session
 from stratagem.train.resume.preemption import require_requeue, save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
@@ -325,10 +326,12 @@ class Runner:
             report_dead_workers(),
             run.interrupt.listening(),
             run.work_dir_locks.holding(folder),
+            measured_session(run) as times,
             run.checkpoint_writer.flushing(),
         ):
             run.save_counter.begin_session()
             loop = self.prepare()
+            identify_session(run, times, resumes=self._resume_source.resumes)
             # Write the configuration only now: a run that cannot start must not replace the configuration of an earlier
             # run.
             self._keep_config()
@@ -349,12 +352,14 @@ class Runner:
 
     def _train_to_the_end(self, loop: TrainLoop) -> None:
         run = self.run
+        run.clock.end_start_up()
         while True:
             try:
                 loop.run()
             except RollBackError as request:
                 run.logger.warning(request)
                 roll_back(run, request)
+                run.clock.mark("rolled back", run.iter)
                 # Hooks restore their state from the checkpoint in before_run.
                 run.events.call("before_run", run)
             else:

@@ -71,3 +71,12 @@ def test_a_missing_history_is_an_error(stratagem: Command, tmp_path: Path) -> No
     save_checkpoint({"state_dict": {}}, tmp_path / "c")
     assert "has no history of sessions" in stratagem("runs", "show", tmp_path / "c").err
     assert "No run found in" in stratagem("runs", "ls", tmp_path).err
+
+
+def test_show_prints_the_goodput_up_to_the_session(stratagem: Command, session_folders: list[Path]) -> None:
+    """`runs show` ends with the goodput of the first session only, or of both, for a session and for a checkpoint."""
+    assert "in 1 session;" in stratagem("runs", "show", str(session_folders[0])).out.splitlines()[-1]
+    for path in (str(session_folders[1]), "run/epoch_2"):
+        last = stratagem("runs", "show", path).out.splitlines()[-1]
+        assert last.startswith("Goodput: ")
+        assert "in 2 sessions;" in last

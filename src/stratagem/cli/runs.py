@@ -8,6 +8,7 @@ from pathlib import Path
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.output import Table, echo, print_table
 from stratagem.errors import CheckpointNotFoundError
+from stratagem.train.goodput.account import goodput_of
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
 
@@ -82,6 +83,19 @@ def show_sessions(path: str) -> None:
         _print_session(session)
     if outcome is not None:
         echo(f"  {mask_text(outcome.how)} at {_position(outcome.epoch, outcome.iter)}, {outcome.at}")
+    _print_goodput(path, history.sessions[-1])
+
+
+def _print_goodput(path: str, session: Session) -> None:
+    """Print the goodput of the run up to a session, if the folder of the session is where the run wrote it."""
+    if is_url(path):
+        return
+    here = Path(path).absolute()
+    work_dir = here.parent
+    folder = here if (here / RECORD).is_file() else work_dir / Path(session.name).name
+    goodput = goodput_of(work_dir, folder)
+    if goodput is not None:
+        echo(goodput.describe())
 
 
 def _print_session(session: Session) -> None:

@@ -19,6 +19,7 @@ from stratagem.train.evaluation.evaluator import Evaluator
 from stratagem.train.evaluation.precision import evaluation_dtype, in_precision, require_fp16
 from stratagem.train.evaluation.sets import EvaluationSet, evaluation_sets
 from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
+from stratagem.train.goodput.clock import EVALUATION, TRAIN
 from stratagem.train.loop_options import EpochLoopOptions, IterLoopOptions
 from stratagem.train.run.context import Run
 from stratagem.train.run.rank_guard import describe_batch
@@ -29,6 +30,12 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
 
 def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
+    """Train as :func:`_train_iterations` does, and measure the time."""
+    with run.clock.phase(TRAIN):
+        return _train_iterations(run, batches, count)
+
+
+def _train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
     """Train on the next ``count`` batches, or on all remaining batches if None; return the number of iterations.
 
     Stop early, between two iterations, if hooks request it, or if the run was interrupted and the accumulation window is
@@ -333,7 +340,8 @@ class _EvaluationLoop:
         """
         self._run.mode = self.mode
         try:
-            return self._evaluate()
+            with self._run.clock.phase(EVALUATION):
+                return self._evaluate()
         finally:
             self._run.mode = "train"
             self._run.evaluated_set = None

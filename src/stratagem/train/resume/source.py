@@ -41,6 +41,7 @@ class ResumeSource:
 
     Attributes:
         changes: the configuration changes since the checkpoint was saved, one line each.
+        resumes: whether the run is configured to resume, even if there is no checkpoint yet.
 
     Raises:
         ConfigValueError: if both ``load_from`` and ``resume`` specify a checkpoint, or a pattern is not a regular expression.
@@ -70,6 +71,7 @@ class ResumeSource:
         # The entry `meta` of the loaded checkpoint.
         self.meta: Mapping[str, Any] = {}
         self._load_from, self._resume = load_from, resume
+        self.resumes = bool(resume)
         for name, choice in (
             ("resume_optimizer", resume_optimizer),
             ("resume_param_scheduler", resume_param_scheduler),

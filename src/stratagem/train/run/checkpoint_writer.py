@@ -14,6 +14,7 @@ from stratagem.checkpoint import BackgroundSaver, update_last_checkpoint
 from stratagem.distributed import RankGroup
 from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
+from stratagem.train.goodput.clock import SAVE, SessionClock
 from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["CheckpointWriter"]
@@ -23,13 +24,18 @@ __all__ = ["CheckpointWriter"]
 class CheckpointWriter:
     """Writes all checkpoints of a run.
 
+    Args:
+        strategy: the strategy, which saves its state.
+        clock: measures the time that training waits for saves.
+
     Attributes:
         last: the last checkpoint that was published to a local path; None before the first.
     """
 
-    def __init__(self, strategy: BaseStrategy) -> None:
+    def __init__(self, strategy: BaseStrategy, clock: SessionClock) -> None:
         self.last: Path | None = None
         self._strategy = strategy
+        self._clock = clock
         self._saver: BackgroundSaver | None = None
 
     def save(self, path: str | os.PathLike[str], then: Callable[[RankGroup], None] | None, **arguments: Any) -> None:
@@ -77,7 +83,8 @@ class CheckpointWriter:
             CheckpointError: if the last background save failed.
         """
         if self._saver is not None:
-            self._saver.wait()
+            with self._clock.phase(SAVE):
+                self._saver.wait()
 
     @contextmanager
     def flushing(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from stratagem.distributed import RankGroup, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
+from stratagem.train.goodput.clock import SAVE, SessionClock
 from stratagem.train.run.checkpoint_writer import CheckpointWriter
 from stratagem.train.run.hook_states import StatefulHook, match_states
 from stratagem.train.run.interrupt import Interrupt
@@ -88,6 +89,7 @@ class Run:
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
         work_dir_locks: the directories that the run has locked.
         checkpoint_writer: saves the checkpoints of the run.
+        clock: divides the wall time of the session into phases.
         save_counter: numbers the checkpoints, so that their order does not depend on clocks.
         before_saving: functions that are called on every rank before each save; they may raise to prevent it.
         at_close: functions that are called when the run is closed, also if it failed.
@@ -100,6 +102,7 @@ class Run:
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
         self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
         self.step_timer = StepTimer()
+        self.clock = SessionClock(self.step_timer, self.progress)
         self.bar: TrainingProgress | None = None
         self.train_data: EpochLoader | None = None
         self.mode = "train"
@@ -114,7 +117,7 @@ class Run:
         self.history = RunHistory()
         self.id = secrets.token_hex(8)
         self.work_dir_locks = WorkDirLocks(strategy.logger)
-        self.checkpoint_writer = CheckpointWriter(strategy)
+        self.checkpoint_writer = CheckpointWriter(strategy, self.clock)
         self.save_counter = SaveCounter(strategy.work_dir)
         self._config_text = config_text
         self.recorders: list[Recorder] = []
@@ -276,8 +279,33 @@ class Run:
         Raises:
             CheckpointError: if this or the previous checkpoint could not be saved.
         """
+        with self.clock.phase(SAVE):
+            self._save_checkpoint(
+                path,
+                position,
+                save_optimizer=save_optimizer,
+                save_param_scheduler=save_param_scheduler,
+                retention_tag=retention_tag,
+                then=then,
+            )
+
+    def _save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        position: Position,
+        *,
+        retention_tag: RetentionTag,
+        then: Callable[[RankGroup], None] | None,
+        **arguments: bool,
+    ) -> None:
+        self.clock.mark("save", position.iter)
         for check in self.before_saving:
             check()
+
+        def durable(rank_group: RankGroup) -> None:
+            self.clock.mark("saved", position.iter)
+            if then is not None:
+                then(rank_group)
 
         def add(checkpoint: StateTree) -> None:
             states = {name: hook.state_dict() for name, hook in self.events.named().items()}
@@ -297,9 +325,8 @@ class Run:
             meta["cfg"] = self._config_text
         self.checkpoint_writer.save(
             path,
-            then,
-            save_optimizer=save_optimizer,
-            save_param_scheduler=save_param_scheduler,
+            durable,
+            **arguments,
             extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,
         )

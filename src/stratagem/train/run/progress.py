@@ -114,6 +114,7 @@ class StepTimer:
         count: number of iterations.
         total_seconds: ``seconds`` before the last :meth:`pop_means`.
         total_count: ``count`` before the last :meth:`pop_means`.
+        total_data_seconds: ``data_seconds`` before the last :meth:`pop_means`.
     """
 
     started: float = 0.0
@@ -123,6 +124,12 @@ class StepTimer:
     count: int = 0
     total_seconds: float = 0.0
     total_count: int = 0
+    total_data_seconds: float = 0.0
+
+    @property
+    def all_data_seconds(self) -> float:
+        """The time that the loop has spent waiting for batches so far."""
+        return self.total_data_seconds + self.data_seconds
 
     def pop_means(self) -> tuple[float, float] | None:
         """Return the mean duration of an iteration and its mean wait for a batch, and reset both; None without iterations."""
@@ -131,6 +138,7 @@ class StepTimer:
         means = self.seconds / self.count, self.data_seconds / self.count
         self.total_seconds += self.seconds
         self.total_count += self.count
+        self.total_data_seconds += self.data_seconds
         self.data_seconds, self.seconds, self.count = 0.0, 0.0, 0
         return means
 
