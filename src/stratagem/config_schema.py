@@ -10,7 +10,7 @@ from typing import Any
 
 from stratagem import builtin_entries
 from stratagem.config import Config, JointRule, Problem, Rule, Section, check, require
-from stratagem.data import check_dataloader
+from stratagem.data import BatchLimits, check_dataloader
 from stratagem.errors import ConfigKeyError, StratagemError
 from stratagem.logging.logger import parse_level
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
@@ -56,6 +56,7 @@ from stratagem.train.building import (
     check_hooks,
     check_train_loop,
     require_complete_phase,
+    require_limited_data,
     require_monitored_sets,
 )
 from stratagem.train.evaluation.sets import named_loaders
@@ -272,6 +273,13 @@ def _keys(*names: str) -> Section:
     return Section(keys=dict.fromkeys(names, _FREE))
 
 
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
+
+
+def _limit(option: str) -> Section:
+    return Section(validate=lambda value: BatchLimits(**{option: value}))
+
+
 SECTIONS: Mapping[str, Rule] = {
     "model": replace(_MODEL, validate=check_model),
     "data_preprocessor": Section(registry=MODELS),
@@ -307,6 +315,7 @@ SECTIONS: Mapping[str, Rule] = {
     "work_dir": Section(validate=require_readable_path),
     "experiment_name": Section(validate=os.fspath),
     "requeue": Section(validate=require_requeue),
+    **{option: _limit(option) for option in _LIMITS},
     **dict.fromkeys(
         (
             "load_from",
@@ -344,6 +353,11 @@ def _check_evaluator(mode: str) -> JointRule:
 def _sets(config: Config, key: str) -> list[str]:
     """Return the names of the validation or test sets; an empty list if there is a single set without a name."""
     return list(named_loaders(config.get(key), key) or ())
+
+
+def _check_limits(config: Config) -> None:
+    loaders = _values("train_dataloader", "val_dataloader", "test_dataloader")(config)
+    require_limited_data(BatchLimits(**_values(*_LIMITS)(config)), **loaders)
 
 
 def _phase(*keys: str) -> JointRule:
@@ -436,6 +450,7 @@ RULES: Sequence[JointRule] = (
     _phase("train_dataloader", "train_cfg", "optim_wrapper"),
     _phase("val_dataloader", "val_cfg", "val_evaluator"),
     _phase("test_dataloader", "test_cfg", "test_evaluator"),
+    JointRule(_LIMITS, _check_limits, context=("train_dataloader", "val_dataloader", "test_dataloader")),
     _check_evaluator("val"),
     _check_evaluator("test"),
     JointRule(

@@ -16,7 +16,7 @@ from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, show
 from stratagem.config.text import text_of
 from stratagem.config_schema import require_valid
-from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
+from stratagem.data import BatchLimits, EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AmpOptimWrapper, OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
@@ -42,6 +42,7 @@ from stratagem.train.building import (
     build_events,
     build_train_loop,
     require_complete_phase,
+    require_limited_data,
     require_monitored_sets,
 )
 from stratagem.train.evaluation.sets import named_loaders
@@ -60,7 +61,8 @@ _ARGUMENTS = (
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
     "resume_optimizer", "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness",
-    "compile", "default_scope", "requeue",
+    "compile", "default_scope", "requeue", "limit_train_batches", "limit_val_batches", "limit_test_batches",
+    "overfit_batches",
 )  # fmt: skip
 
 _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
@@ -154,6 +156,10 @@ class Runner:
         compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.
         default_scope: the registry scope in which names are looked up first.
         requeue: whether a run that is stopped by SIGUSR1 requeues its SLURM job, to be resumed later.
+        limit_train_batches: the number of training batches of an epoch on each rank (an integer), or their fraction (a float).
+        limit_val_batches: the same for each validation set.
+        limit_test_batches: the same for each test set.
+        overfit_batches: train and validate on this number of training batches, in every epoch in the same order; for debugging.
         cfg: the whole configuration, which is stored with the run.
 
     Raises:
@@ -193,6 +199,10 @@ class Runner:
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
         requeue: bool = False,
+        limit_train_batches: float | None = None,
+        limit_val_batches: float | None = None,
+        limit_test_batches: float | None = None,
+        overfit_batches: int | None = None,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
         self._train: _Phase[OptimSpec] = _Phase(
@@ -203,6 +213,18 @@ class Runner:
         )
         self._test: _Phase[EvaluatorSpec] = _Phase(
             mode="test", dataloader=test_dataloader, cfg=test_cfg, third=test_evaluator, third_name="test_evaluator"
+        )
+        self._limits = BatchLimits(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            overfit_batches=overfit_batches,
+        )
+        require_limited_data(
+            self._limits,
+            train_dataloader=train_dataloader,
+            val_dataloader=val_dataloader,
+            test_dataloader=test_dataloader,
         )
         require_optimizer(param_scheduler, optim_wrapper)
         parse_compile(compile)
@@ -409,6 +431,12 @@ class Runner:
         if self.run.train_data is not None:
             return self.run.train_data
         loader = self._loader(self._train)
+        if self._limits.overfit_batches is not None:
+            self.strategy.logger.warning(
+                "overfit_batches=%d: every epoch trains on the same batches in the same order, and validations use these batches "
+                "as well. This is for debugging: the metrics do not show how the model generalizes.",
+                self._limits.overfit_batches,
+            )
         if loader.resume_warning is not None:
             self.strategy.logger.warning("%s", loader.resume_warning)
         if loader.resume_note is not None:
@@ -426,6 +454,7 @@ class Runner:
             world_size=self.strategy.dp_size,
             training=mode == "train",
             device=self.strategy.world.device,
+            limit=self._limits.of(mode),
         )
         copies = loader.describe_copies(self.strategy.world.device)
         what = f"{_DATA_NAMES[mode]} data" if name is None else f"{_DATA_NAMES[mode]} data {name!r}"
@@ -437,9 +466,11 @@ class Runner:
 
     def _evaluation_loop(self, phase: _Phase[EvaluatorSpec]) -> ValLoop | TestLoop:
         spec, cfg, evaluator = phase.required("Evaluation")
+        if self._limits.overfit_batches is not None and phase.mode == "val":
+            spec = self._train.required("overfit_batches")[0]
         named = named_loaders(spec, f"{phase.mode}_dataloader")
         loaders = (
-            self._loader(phase)
+            self._build_loader(spec, phase.mode)
             if named is None
             else {name: self._build_loader(each, phase.mode, name) for name, each in named.items()}
         )

@@ -95,6 +95,7 @@ def test_hooks_know_which_set_is_evaluated(make_runner: MakeRunner):
     assert runner.run.evaluated_set is None
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_set_is_kept_and_resumed(make_runner: MakeRunner):
     """``save_best="noisy/loss"`` keeps the first validation, whose loss of 1 is the lowest, also after resuming."""
     Loss.count = 0
@@ -125,6 +126,7 @@ def test_early_stopping_and_plateau_schedules_follow_the_metric_of_a_set(make_ru
     assert sorted(set(recorder.rates), reverse=True) == [0.1, 0.05]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -190,6 +192,7 @@ def test_a_validation_before_the_first_update_evaluates_the_initial_weights(make
     assert recorder.metrics[0][1] == initial != recorder.metrics[1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_cfg", [{"max_epochs": 2}, {"max_iters": 9, "val_interval": 5}])
 def test_a_resumed_run_does_not_repeat_the_validation_before_the_first_update(make_runner: MakeRunner, train_cfg: dict):
     """Whether the run resumes from the checkpoint of that validation or from a later one, it validates once at iteration 0."""

@@ -14,6 +14,7 @@ from stratagem.cli.plot.charts import Chart, Line, Panel, wants_log_scale
 from stratagem.cli.plot.png import write_png
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
+from stratagem.data import BatchLimits
 from stratagem.errors import ConfigKeyError
 from stratagem.registry import switch_scope
 from stratagem.strategies.setup.building import with_preprocessor
@@ -66,6 +67,9 @@ def preview(config: Config, *, world_size: int) -> RunPreview:
             param_scheduler=config.get("param_scheduler"),
             auto_scale_lr=config.get("auto_scale_lr"),
             world_size=world_size,
+            limits=BatchLimits(
+                limit_train_batches=config.get("limit_train_batches"), overfit_batches=config.get("overfit_batches")
+            ),
         )
 
 

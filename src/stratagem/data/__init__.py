@@ -5,6 +5,7 @@ from stratagem.data.building import build_dataloader, check_dataloader
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.copy_ahead import AcceleratorCopyStream, CopyStream, copy_ahead, supports_pinned_memory
 from stratagem.data.grouped import GroupedBatchSampler
+from stratagem.data.limits import BatchLimit, BatchLimits
 from stratagem.data.loader import EpochLoader
 from stratagem.data.samplers import DefaultSampler, InfiniteSampler, PositionedSampler, epoch_order
 from stratagem.data.streams import BatchRequest, stream_seed
@@ -12,6 +13,8 @@ from stratagem.data.weighted import WeightedSampler
 from stratagem.data.workers import report_dead_workers
 
 __all__ = [
+    "BatchLimit",
+    "BatchLimits",
     "AcceleratorCopyStream",
     "CopyStream",
     "DefaultSampler",

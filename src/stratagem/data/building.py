@@ -25,6 +25,7 @@ from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatche
 from stratagem.data.copy_ahead import supports_pinned_memory
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import follows_epoch, shares_epoch
+from stratagem.data.limits import BatchLimit
 from stratagem.data.loader import EpochLoader, iterates_its_sampler
 from stratagem.data.rank_share import RankShare, declared_share, forms_plain_batches
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
@@ -51,6 +52,7 @@ def build_dataloader(
     world_size: int = 1,
     training: bool,
     device: torch.device | None = None,
+    limit: BatchLimit | None = None,
 ) -> EpochLoader:
     """Build a data loader from a configuration or a ``DataLoader``, and split its data across the data-parallel ranks.
 
@@ -85,13 +87,53 @@ def build_dataloader(
         world_size: the number of data-parallel ranks.
         training: whether the loader is for training rather than evaluation.
         device: the device of the model; None or the CPU if batches are not copied.
+        limit: the limit of the number of batches. If every epoch has the batches of the first one, these are the first ones of
+            the dataset, unless ``dataloader`` has a sampler or a batch sampler.
 
     Raises:
         ConfigTypeError: if a part has the wrong type.
-        ConfigValueError: if there is no dataset, arguments conflict, or a part was built for a different rank or number
-            of ranks.
+        ConfigValueError: if there is no dataset, arguments conflict, the data cannot be limited, or a part was built for a
+            different rank or number of ranks.
     """
-    share = RankShare(rank, world_size, round_up=training)
+    if limit is not None and limit.first_epoch:
+        dataloader = _in_order(dataloader)
+    loader = _build_loader(
+        dataloader, seed, RankShare(rank, world_size, round_up=training), device, limited=limit is not None
+    )
+    if limit is not None:
+        if training and isinstance(loader.loader, Stateful):
+            raise ConfigValueError(
+                f"{limit}: {type(loader.loader).__name__} saves its position with state_dict, which does not show whether the "
+                "next epoch starts over or continues after the limit, so a resumed run could read different samples. Use a "
+                "plain DataLoader with the same dataset."
+            )
+        loader.limit = limit
+        limit.count(loader.length)
+    return loader
+
+
+def _in_order(dataloader: DataLoader[Any] | Mapping[str, Any]) -> DataLoader[Any] | Mapping[str, Any]:
+    """Return the arguments of a dataloader that does not shuffle; a dataloader with a custom sampler is returned unchanged."""
+    if isinstance(dataloader, DataLoader):
+        if not _is_plain(dataloader):
+            return dataloader
+        dataloader = _arguments_of(dataloader)
+    if not isinstance(dataloader, Mapping) or any(
+        dataloader.get(key) is not None for key in ("sampler", "batch_sampler")
+    ):
+        return dataloader
+    return {**dataloader, "shuffle": False}
+
+
+def _build_loader(
+    dataloader: DataLoader[Any] | Mapping[str, Any],
+    seed: int,
+    share: RankShare,
+    device: torch.device | None,
+    *,
+    limited: bool,
+) -> EpochLoader:
+    """Build a data loader without a limit; ``limited`` specifies whether one will be set."""
     device = torch.device("cpu") if device is None else device
     if isinstance(dataloader, DataLoader):
         if not _is_plain(dataloader):
@@ -103,15 +145,15 @@ def build_dataloader(
     device_prefetch = _take_device_prefetch(cfg)
     if supports_pinned_memory(device):
         cfg.setdefault("pin_memory", True)
-    built = _build_from_arguments(cfg, seed=seed, training=training, share=share)
+    built = _build_from_arguments(cfg, seed=seed, share=share, limited=limited)
     built.reads_ahead = _reads_ahead(built, device_prefetch, device)
     built.must_read_ahead = device_prefetch is True
     return built
 
 
-def _build_from_arguments(cfg: dict[str, Any], *, seed: int, training: bool, share: RankShare) -> EpochLoader:
+def _build_from_arguments(cfg: dict[str, Any], *, seed: int, share: RankShare, limited: bool) -> EpochLoader:
     """Build a data loader from the arguments of ``DataLoader`` and the option ``streams``, which are removed from ``cfg``."""
-    rank, world_size = share.rank, share.size
+    rank, world_size, training = share.rank, share.size, share.round_up
     dataset = _build_dataset(cfg.pop("dataset"))
     lazy = _take_streams(cfg, dataset)
     stream_share = (
@@ -138,7 +180,13 @@ def _build_from_arguments(cfg: dict[str, Any], *, seed: int, training: bool, sha
         if streamed:
             dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed, lazy=lazy)
             cfg |= {"collate_fn": _identity} if "collate_fn" in cfg else {}
-    elif isinstance(dataset, Stateful) and not cfg.get("num_workers") and shuffle_buffer_of(dataset) is None:
+    elif (
+        isinstance(dataset, Stateful)
+        and not cfg.get("num_workers")
+        and shuffle_buffer_of(dataset) is None
+        # The state after a limited epoch does not show that the next one starts over.
+        and not (limited and training)
+    ):
         dataset = ResumableStream(dataset)
     elif cfg.get("persistent_workers") and not isinstance(dataset, IterDataPipe):
         # Torch handles the shuffling and sharding of data pipes only if they are not wrapped.

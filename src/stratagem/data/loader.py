@@ -23,6 +23,7 @@ from stratagem.data.copy_ahead import supports_pinned_memory
 from stratagem.data.epoch_stream import EpochStream
 from stratagem.data.epochs import set_epoch_of
 from stratagem.data.in_process import batches_in_process, can_load_in_process
+from stratagem.data.limits import BatchLimit
 from stratagem.data.rank_share import IsolatedIterator, RankShare, forms_plain_batches, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.seeding import isolate_cpu_rng
@@ -76,6 +77,7 @@ class EpochLoader:
     Attributes:
         reads_ahead: whether the loops copy the next batch to the device while the model computes on the current one.
         must_read_ahead: whether the configuration requires this.
+        limit: the limit of the number of batches; None if there is none.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class EpochLoader:
         self.loader = loader
         self.share = share
         self.reads_ahead = self.must_read_ahead = False
+        self.limit: BatchLimit | None = None
         self._world_size = world_size
         self._seed = seed
         self._leftover: Any = None
@@ -138,14 +141,30 @@ class EpochLoader:
 
         If several workers read a stream, this is an estimate; see :attr:`slack`.
         """
+        total, limit = self._length_of_loader(), self.limit
+        whole = total if total is None or self.share is None else self.share.count(total)
+        if limit is None or (whole is None and not limit.exact):
+            return whole
+        count = limit.count(self._rounds)
+        return count if whole is None else min(whole, count)
+
+    @property
+    def _rounds(self) -> int | None:
+        """The number of batches per epoch without a limit, the same on every rank that reads all batches."""
         total = self._length_of_loader()
-        return total if total is None or self.share is None else self.share.count(total)
+        return total if total is None or self.share is None else -(-total // self.share.size)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a limit ends an epoch before the end of the data."""
+        rounds = self._rounds
+        return self.limit is not None and (rounds is None or self.limit.count(rounds) < rounds)
 
     @property
     def slack(self) -> int:
         """The maximum number of batches beyond :attr:`length`: each worker's part of a stream may end with a smaller batch."""
         total, loader = self._length_of_loader(), self.loader
-        if total is None or not isinstance(self.dataset, IterableDataset) or loader.drop_last:
+        if total is None or not isinstance(self.dataset, IterableDataset) or loader.drop_last or self.is_limited:
             return 0
         most = total + max(0, loader.num_workers - 1)
         return most - total if self.share is None else self.share.count(most) - self.share.count(total)
@@ -205,7 +224,8 @@ class EpochLoader:
             what += f" in the order of {type(inner).__name__}"
         size = self.batch_size
         batches = "" if size is None else f", batches of {size}"
-        return f"{what}{batches}, {self.division}"
+        limit = "" if self.limit is None else f", limited to {self.limit.describe(self._rounds)}"
+        return f"{what}{batches}, {self.division}{limit}"
 
     def describe_copies(self, device: torch.device) -> str:
         """Return the addition to :meth:`describe` about copies to an accelerator; an empty string for other devices."""
@@ -247,6 +267,11 @@ class EpochLoader:
                 "sampler, or a loader with state_dict and load_state_dict, to avoid this."
             )
         name = type(dataset).__name__
+        if self.limit is not None and isinstance(dataset, Stateful):
+            return (
+                f"{self.limit} ends each epoch early, so the state_dict of {name} is not used: a run that resumes within an "
+                "epoch rereads the samples that it has already seen, and is exact only if the stream is the same each time."
+            )
         if buffer is not None:
             return (
                 f"{name} shuffles its samples in a buffer of {buffer:,}, which its state_dict does not contain: a run that "
@@ -278,8 +303,14 @@ class EpochLoader:
         """Iterate over an epoch, starting after its first ``done`` batches.
 
         Raises:
-            TrainingError: during the iteration, if a data worker died.
+            TrainingError: during the iteration, if a data worker died, or data of unknown length ends before the limit.
         """
+        limit = self.limit
+        if limit is None:
+            return self._all_batches(epoch, done)
+        return limit.cut(self._all_batches(0 if limit.first_epoch else epoch, done), done, self._rounds)
+
+    def _all_batches(self, epoch: int, done: int) -> Iterator[Any]:
         if isinstance(self.loader.worker_init_fn, WorkerInit):
             self.loader.worker_init_fn.prepare(epoch)
         set_epoch_of(self.loader.dataset, self._epoch_of(epoch))
@@ -315,7 +346,9 @@ class EpochLoader:
         for name, value in changes.items():
             # DataLoader.__setattr__ raises an error.
             object.__setattr__(loader, name, value)
-        return EpochLoader(loader, world_size=self._world_size, seed=self._seed).batches(epoch)
+        second = EpochLoader(loader, world_size=self._world_size, seed=self._seed)
+        second.limit = self.limit
+        return second.batches(epoch)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
         """Return the dataset indices of the samples in one of this rank's batches; batches are counted from 0.
@@ -326,6 +359,9 @@ class EpochLoader:
         """
         if self._source is None:
             raise StateError("The data has a custom loader or sampler, so the samples of a batch are unknown.")
+        epoch = 0 if self._repeats_first_epoch else epoch
+        if self.is_limited and batch >= (self.length or 0):
+            raise ConfigValueError(f"Epoch {epoch} has no batch {batch}; it has {self.length}.")
         for request in self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, batch)):
             return list(request.indices)
         raise ConfigValueError(f"Epoch {epoch} has no batch {batch}; it has {self.length}.")
@@ -340,9 +376,11 @@ class EpochLoader:
         """
         if self._source is None:
             return ()
+        if self._repeats_first_epoch:
+            return advanced((), self._source.batch_size, batch * self._world_size)
         anchor = self._resume_point
         if self._source.endless:
-            length = len(self._source)
+            length = self.length or 0
             # An epoch during which the batch size changed may have more or fewer batches than others.
             since = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
             batches = batch - anchor.batch if epoch == anchor.epoch else since + batch
@@ -368,6 +406,8 @@ class EpochLoader:
         pairs = tuple((int(size), int(batches)) for size, batches in consumed)
         if not self._source.endless:
             batch = self._source.left() - self._source.left(epoch, pairs)
+        if self._repeats_first_epoch:
+            return batch
         self._resume_point = _ResumePoint(epoch, batch, pairs)
         return batch
 
@@ -406,6 +446,10 @@ class EpochLoader:
                 "Resume with the data loader of the saved run."
             )
         self._saved_state = _LoaderState(epoch, batch, dict(state), restored=True)
+
+    @property
+    def _repeats_first_epoch(self) -> bool:
+        return self.limit is not None and self.limit.first_epoch
 
     def _epoch_of(self, epoch: int) -> int:
         return 0 if self._source is not None and self._source.endless else epoch

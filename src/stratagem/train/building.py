@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stratagem.data import EpochLoader
+from stratagem.data import BatchLimits, EpochLoader
 from stratagem.errors import ConfigError, ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.schedules.plateau import PlateauScheduler
 from stratagem.registry import EVALUATORS, HOOKS, LOOPS
 from stratagem.train.evaluation.evaluator import Evaluator, check_metrics
 from stratagem.train.evaluation.precision import require_fp16
-from stratagem.train.evaluation.sets import evaluators_by_set, require_known_sets
+from stratagem.train.evaluation.sets import evaluators_by_set, named_loaders, require_known_sets
 from stratagem.train.hook import Events, Hook
 from stratagem.train.hook_priority import get_priority
 from stratagem.train.hooks.averaging import EMAHook, require_one_average
@@ -36,6 +36,7 @@ __all__ = [
     "check_train_loop",
     "loop_arguments",
     "require_complete_phase",
+    "require_limited_data",
     "require_monitored_sets",
 ]
 
@@ -277,6 +278,26 @@ def build_evaluation_loop(
     by_set = evaluators_by_set(evaluator, names, f"{mode}_evaluator") or dict.fromkeys(names or (), evaluator)
     built = {name: _build_evaluator(each, run) for name, each in by_set.items()} or _build_evaluator(evaluator, run)
     return LOOPS.build(arguments, default_args={"run": run, "dataloader": dataloader, "evaluator": built})
+
+
+def require_limited_data(limits: BatchLimits, **loaders: Any) -> None:
+    """Check that limited data is specified, and that the validation can use the training batches if it has to.
+
+    Args:
+        limits: the limits.
+        loaders: ``train_dataloader``, ``val_dataloader`` and ``test_dataloader``; None if not specified.
+
+    Raises:
+        ConfigValueError: if a limit has no effect, or the validation has named sets, but uses training batches.
+    """
+    for mode in ("train", "val", "test"):
+        limits.require_data(mode, given=loaders.get(f"{mode}_dataloader") is not None)
+    named = named_loaders(loaders.get("val_dataloader"), "val_dataloader")
+    if limits.overfit_batches is not None and named:
+        raise ConfigValueError(
+            f"overfit_batches={limits.overfit_batches} validates on the training batches, but val_dataloader has the sets "
+            f"{', '.join(named)}, whose metrics would be the same. Specify a single val_dataloader for this test."
+        )
 
 
 def require_monitored_sets(hooks: Sequence[Any], schedulers: Any, names: Sequence[str] | None) -> None:

@@ -93,7 +93,8 @@ class Progress:
         """
         if self.max_epochs is None or self.epoch_length is None:
             return None
-        return self.iter + (self.max_epochs - self.epoch) * self.epoch_length - self.batch
+        # The length may have changed since the epoch began.
+        return self.iter + (self.max_epochs - self.epoch) * self.epoch_length - min(self.batch, self.epoch_length)
 
     def move_to(self, position: Position) -> None:
         """Set the counters to a position, for example the position in a checkpoint."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.data import build_dataloader
+from stratagem.data import BatchLimits, build_dataloader
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import (
     BaseOptimWrapper,
@@ -92,6 +92,7 @@ def preview_run(
     param_scheduler: Any = None,
     auto_scale_lr: Mapping[str, Any] | None = None,
     world_size: int = 1,
+    limits: BatchLimits | None = None,
 ) -> RunPreview:
     """Return the values of the scheduled options over a run.
 
@@ -106,6 +107,7 @@ def preview_run(
         param_scheduler: the schedules; None for none.
         auto_scale_lr: as for a strategy.
         world_size: the number of processes of the run, which share the samples of the dataset.
+        limits: the limits of the number of batches; None if there are none.
 
     Raises:
         ConfigError: (or a subclass) if a component cannot be built or the length of the run is unknown.
@@ -115,7 +117,8 @@ def preview_run(
             f"A preview modifies the optimizer, so optim_wrapper must be a configuration, got {type(optim_wrapper).__name__}."
         )
     with isolate_rng():
-        loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
+        limit = None if limits is None else limits.of("train")
+        loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True, limit=limit)
         max_epochs, max_iters = _length(train_cfg, loader.length, accumulation_of(optim_wrapper))
         module, optim = _build(model, optim_wrapper)
     scale = AutoScale.parse(auto_scale_lr)
