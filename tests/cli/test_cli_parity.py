@@ -85,8 +85,11 @@ def test_the_variant_that_is_trained_is_shown(stratagem: Command, config: str):
     """The standard error has one line for each variant while the variants train."""
     done = stratagem("parity", config, *ALONE, "--no-resume")
     assert done.err.splitlines() == [
-        "[1/3] one process", "[2/3] one process, float64", "[3/3] one process, again"
-    ]  # fmt: skip
+        "[1/4] one process",
+        "[2/4] one process, float64",
+        "[3/4] one process, gradients rounded differently",
+        "[4/4] one process, again",
+    ]
 
 
 @pytest.mark.slow
@@ -99,7 +102,9 @@ def test_ranks_and_accumulation_are_equal_up_to_rounding(stratagem: Command, con
     assert found["2 processes, DDP"] == "equal up to rounding"
     assert found["2 processes, DDP, stopped and resumed"] == "bitwise identical"
     assert "4 steps of 4 samples" in done.out
-    assert "10 times the distance of the reference from a run in float64" in done.out
+    assert (
+        "10 times the distance of the reference from runs in float64 and with differently rounded gradients" in done.out
+    )
     assert "difference / tolerance" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["parity.png"]
     assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
@@ -159,8 +164,12 @@ def test_the_json_has_all_results(stratagem: Command, config: str):
     }  # fmt: skip
     assert (found["result"], found["exit_status"], found["steps"], found["findings"]) == ("equal", 0, 4, [])
     assert [each["variant"] for each in found["variants"]] == [
-        "one process", "one process, float64", "one process, again", "one process, 2 micro-batches per step"
-    ]  # fmt: skip
+        "one process",
+        "one process, float64",
+        "one process, gradients rounded differently",
+        "one process, again",
+        "one process, 2 micro-batches per step",
+    ]
     assert all(
         each.keys() == {"variant", "against", "exact", "verdict", "part", "first", "largest", "by_step", "not_compared"}
         for each in found["variants"]

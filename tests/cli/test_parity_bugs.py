@@ -29,3 +29,11 @@ def test_a_run_without_a_bug_raises_no_alarm(ranks: Ranks, model: str, strategy:
     """Without a bug, all variants are equal up to rounding, with momentum, Adam, schedules, averages and clipping."""
     report = compare(Trial(model=model, strategy=strategy, settings={"resumed": True, "accumulate": (2,)}), ranks)
     assert (report.exit_status, placed_in(report)) == (0, [])
+
+
+def test_an_optimizer_that_computes_in_bfloat16_raises_no_alarm(ranks: Ranks):
+    """Muon rounds to bfloat16 in a run in float64 too, and its micro-batches and ranks are equal up to rounding."""
+    changes = {"randomness.seed": 1}  # DIFFERENT if rounding errors are only measured in float64
+    trial = Trial(model="gpt_muon", strategy="DDPStrategy", changes=changes, settings={"accumulate": (2,)})
+    report = compare(trial, ranks)
+    assert (report.exit_status, placed_in(report)) == (0, [])

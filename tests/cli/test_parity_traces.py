@@ -21,7 +21,7 @@ from stratagem.cli.parity.tolerances import (
     noise_of,
     tolerances_of,
 )
-from stratagem.cli.parity.variants import Variant
+from stratagem.cli.parity.variants import NoiseSource, Variant
 from stratagem.trace import Comparison, Difference, Group, Part, TraceWriter, read_trace
 
 Command = Callable[..., Any]
@@ -180,6 +180,21 @@ def test_samples_and_learning_rates_have_no_rounding_error():
     assert found.of(Part.SCHEDULE, "lr of w", 1) == 1e-12
 
 
+def test_the_larger_one_of_two_rounding_errors_sets_the_tolerance(tmp_path: Path):
+    """If a run with differently rounded gradients is farther away than one in float64, its distance is the rounding error."""
+    traces = {
+        key: read_trace(write(tmp_path / f"{key}.json", factor=factor))
+        for key, factor in (("one", 1.0), ("float64", 1 + 1e-6), ("rounded", 1 + 1e-5), ("other", 1 + 5e-5))
+    }
+    listed = [
+        Variant(key="one", name="one"),
+        Variant(key="float64", name="float64", against="one", exact=False, noise=NoiseSource.FLOAT64),
+        Variant(key="rounded", name="rounded", against="one", exact=False, noise=NoiseSource.ROUNDED),
+        Variant(key="other", name="other", against="one", exact=False),
+    ]
+    assert compare_variants("four traces", listed, traces).results[-1].verdict is Verdict.EQUAL
+
+
 def test_the_reference_in_float64_sets_the_tolerance(tmp_path: Path):
     """A variant is equal if it differs from the reference by less than 10 times the distance of the reference from float64."""
 
@@ -191,7 +206,7 @@ def test_the_reference_in_float64_sets_the_tolerance(tmp_path: Path):
         }
         listed = [
             Variant(key="one", name="one"),
-            Variant(key="double", name="double", against="one", exact=False, double=True),
+            Variant(key="double", name="double", against="one", exact=False, noise=NoiseSource.FLOAT64),
             Variant(key="other", name="other", against="one", exact=False),
         ]
         return compare_variants("three traces", listed, traces).results[-1].verdict

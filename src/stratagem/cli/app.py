@@ -259,7 +259,7 @@ def parity(
         float | None,
         typer.Option(
             metavar="X",
-            help="The largest relative difference that is attributed to rounding. Default: derived from a run in float64.",
+            help="The largest relative difference that is attributed to rounding. Default: derived from the rounding errors.",
         ),
     ] = None,
     zero_gradients: Annotated[

@@ -9,10 +9,12 @@ from typing import Any, Final, final
 
 from stratagem import Config
 
-__all__ = ["BUGS", "CONFIGS", "Bug", "config_with"]
+__all__ = ["BUGS", "CONFIGS", "MODELS", "Bug", "config_with"]
 
 _HERE: Final = Path(__file__).parent
-CONFIGS: Final[Mapping[str, Path]] = {name: _HERE / "configs" / f"{name}_config.py" for name in ("cnn", "gpt", "gru")}
+#: The models into which bugs are injected.
+MODELS: Final = ("cnn", "gpt", "gru")
+CONFIGS: Final[Mapping[str, Path]] = {name: _HERE / "configs" / f"{name}_config.py" for name in (*MODELS, "gpt_muon")}
 _HOOK: Final = f"{__package__}.injection.SeededBug"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.support.ranks import Ranks
-from tests.support.seeded_bugs.bugs import BUGS, CONFIGS
+from tests.support.seeded_bugs.bugs import BUGS, MODELS
 from tests.support.seeded_bugs.trial import Trial, compare, placed_in
 
 STRATEGIES = ("DDPStrategy", "FSDPStrategy")
@@ -42,7 +42,7 @@ def main() -> int:
         error_table = _smallest(ranks)
     finally:
         ranks.close()
-    total = len(BUGS) * len(CONFIGS) * len(STRATEGIES)
+    total = len(BUGS) * len(MODELS) * len(STRATEGIES)
     lines = [
         "# Proof",
         "",
@@ -73,7 +73,7 @@ def main() -> int:
 
 def _bugs(ranks: Ranks) -> tuple[int, list[str]]:
     """Return the number of bugs that were found in the right part, and a table."""
-    columns = [(model, strategy) for model in CONFIGS for strategy in STRATEGIES]
+    columns = [(model, strategy) for model in MODELS for strategy in STRATEGIES]
     names = [f"{model}, {strategy.removesuffix('Strategy')} x2" for model, strategy in columns]
     table = [_row("bug", "part", *names), _row(*["---"] * (2 + len(names)))]
     right = 0
@@ -91,7 +91,7 @@ def _bugs(ranks: Ranks) -> tuple[int, list[str]]:
 
 def clean_trials() -> Iterator[Trial]:
     """Yield 40 trials without a bug."""
-    models = [*CONFIGS, "cnn"]
+    models = [*MODELS, "cnn"]
     for number in range(40):
         model = models[number % 4]
         changes: dict[str, object] = {"randomness.seed": number}
@@ -102,7 +102,11 @@ def clean_trials() -> Iterator[Trial]:
         if number % 5 == 1:
             settings["workers"] = (2,)
         if number % 5 == 2:
-            settings["optimizers"] = (("SGD", "AdamW", "RMSprop")[number % 3],)
+            optimizer = ("SGD", "AdamW", "RMSprop", "Muon")[number // 5 % 4]
+            if optimizer == "Muon":
+                model = "gpt_muon"
+            else:
+                settings["optimizers"] = (optimizer,)
         if number % 5 == 3:
             settings["dtypes"] = (DTYPES[1 + number % 2],)
         if number % 5 == 4:
@@ -120,7 +124,7 @@ def _clean(ranks: Ranks) -> tuple[int, list[str]]:
     for trial in clean_trials():
         report = compare(trial, ranks)
         alarms += report.exit_status != 0
-        ratios = [ratio for result in report.results if not result.variant.double for ratio in result.ratios]
+        ratios = [ratio for result in report.results if result.variant.noise is None for ratio in result.ratios]
         largest = max(ratios, default=0.0)
         result = f"**{', '.join(placed_in(report)) or 'not comparable'}**" if report.exit_status else "equal"
         given = {**trial.changes, **{key: value for key, value in trial.settings.items() if value}}
@@ -132,10 +136,10 @@ def _clean(ranks: Ranks) -> tuple[int, list[str]]:
 
 def _smallest(ranks: Ranks) -> list[str]:
     """Return a table of the smallest relative error of the first parameter's gradient that is found, by dtype and model."""
-    table = [_row("dtype", *CONFIGS), _row(*["---"] * (1 + len(CONFIGS)))]
+    table = [_row("dtype", *MODELS), _row(*["---"] * (1 + len(MODELS)))]
     for dtype in DTYPES:
         cells = []
-        for model in CONFIGS:
+        for model in MODELS:
             sizes = [size for size in ERRORS if "reduction" in _parts(_with_error(model, dtype, size), ranks)]
             cells.append(f"{min(sizes):g}" if sizes else "none")
         table.append(_row(dtype, *cells))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from stratagem.cli.parity.checks import findings_of
@@ -16,7 +17,7 @@ from stratagem.cli.parity.tolerances import (
     tolerances_of,
 )
 from stratagem.cli.parity.training import read_variant
-from stratagem.cli.parity.variants import ParitySettings, Variant
+from stratagem.cli.parity.variants import NoiseSource, ParitySettings, Variant
 from stratagem.config import Config
 from stratagem.errors import ConfigValueError
 from stratagem.optim.amp import HALF_DTYPES
@@ -91,13 +92,12 @@ def compare_variants(
     names = {variant.key: variant.name for variant in variants}
     for variant in variants:
         # Random numbers in float64 are different ones, so the distance from float64 would not be that of rounding.
-        if variant.key not in traces or (variant.double and report.dependence.uses_rng):
+        if variant.key not in traces or (variant.noise is not None and report.dependence.uses_rng):
             continue
         trace = traces[variant.key]
         if variant.against is None:
-            double = next((each for each in variants if each.double and each.against == variant.key), None)
             report.tolerances[variant.family] = _tolerances(
-                variant.family.dtype or dtype, tolerance, trace, traces.get(double.key) if double else None
+                variant.family.dtype or dtype, tolerance, trace, _noise_traces(variant, variants, traces)
             )
             report.results.append(Result(variant=variant, verdict=Verdict.REFERENCE))
         else:
@@ -127,7 +127,7 @@ def _result(
     dependence: BatchDependence,
     against: str,
 ) -> Result:
-    exact = constant_tolerances(0.0, "") if variant.exact and not variant.double else tolerances
+    exact = constant_tolerances(0.0, "") if variant.exact and variant.noise is None else tolerances
     comparison = compare(reference, trace, exact)
     sizes, limits, ratios = [], [], []
     for step, found in enumerate(comparison.by_step, start=1):
@@ -144,14 +144,29 @@ def _result(
     )  # fmt: skip
 
 
-def _tolerances(dtype: str, tolerance: float | None, reference: Trace, double: Trace | None) -> StepTolerances:
+def _noise_traces(
+    reference: Variant, variants: Sequence[Variant], traces: Mapping[str, Trace]
+) -> dict[NoiseSource, Trace]:
+    """Return the traces that measure the rounding errors of a reference."""
+    return {
+        each.noise: traces[each.key]
+        for each in variants
+        if each.noise is not None and each.against == reference.key and each.key in traces
+    }
+
+
+def _tolerances(
+    dtype: str, tolerance: float | None, reference: Trace, noise_traces: Mapping[NoiseSource, Trace]
+) -> StepTolerances:
     if tolerance is not None:
         return constant_tolerances(tolerance, f"relative differences up to {tolerance:g} (--tolerance)")
-    if double is None or _draws(reference):
+    if NoiseSource.FLOAT64 not in noise_traces or _draws(reference):
         return constant_tolerances(
             DEFAULTS[dtype], f"relative differences up to {DEFAULTS[dtype]:g}, the default for {dtype}"
         )
-    noise = noise_of(compare(reference, double, constant_tolerances(0.0, "")).by_step)
+    exact = constant_tolerances(0.0, "")
+    compared = [compare(reference, trace, exact).by_step for trace in noise_traces.values()]
+    noise = noise_of([list(chain(*found)) for found in zip(*compared, strict=True)])
     return tolerances_of(noise, dtype, moves_of(reference))
 
 

@@ -68,7 +68,7 @@ def _result_as_json(result: Result) -> dict[str, Any]:
     return {
         "variant": result.variant.name,
         "against": result.against,
-        "exact": result.variant.exact and not result.variant.double,
+        "exact": result.variant.exact and result.variant.noise is None,
         "verdict": str(result.verdict),
         "part": str(comparison.first.part) if comparison is not None and comparison.first is not None else None,
         "first": _difference_as_json(comparison.first if comparison is not None else None),

@@ -129,7 +129,7 @@ class ParityReport:
 
 def verdict_of(variant: Variant, comparison: Comparison, dependence: BatchDependence) -> Verdict:
     """Return the verdict for a variant, given the comparison with its reference."""
-    if variant.double:
+    if variant.noise is not None:
         return Verdict.NOISE
     if comparison.largest is None and comparison.first is None:
         return Verdict.IDENTICAL

@@ -1,4 +1,4 @@
-"""Derive what counts as rounding from a reference in float64."""
+"""Derive what counts as rounding from runs in float64 and with differently rounded gradients."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Noise:
 
 
 def noise_of(differences: Sequence[Iterable[Difference]]) -> Noise:
-    """Return the rounding errors, given the differences between the reference and a reference in float64 in each step."""
+    """Return the rounding errors, given the differences between the reference and the runs that measure them, by step."""
     errors: dict[tuple[Part, str], list[float]] = {}
     for index, found in enumerate(differences):
         for each in found:
@@ -168,7 +168,10 @@ def _measured(difference: Difference) -> float:
 
 def tolerances_of(noise: Noise, dtype: str, moves: Mapping[str, tuple[float, ...]] | None = None) -> StepTolerances:
     """Return the tolerances that follow from the rounding errors of a reference in a dtype, and from its movement."""
-    source = f"{FACTOR:g} times the distance of the reference from a run in float64, at most {CAPS[dtype]:g}"
+    source = (
+        f"{FACTOR:g} times the distance of the reference from runs in float64 and with differently rounded gradients, at most "
+        f"{CAPS[dtype]:g}"
+    )
     return StepTolerances(cap=CAPS[dtype], noise=noise, source=source, moves=moves)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stratagem.cli.parity.double_precision import DoublePrecision
-from stratagem.cli.parity.variants import ParitySettings, Variant, variant_config
+from stratagem.cli.parity.noise_hooks import DoublePrecision, RoundedGradients
+from stratagem.cli.parity.variants import NoiseSource, ParitySettings, Variant, variant_config
 from stratagem.config import Config
 from stratagem.errors import TrainingError
 from stratagem.runner import Runner
@@ -21,6 +21,8 @@ from stratagem.train.hooks.trace import TraceHook
 from stratagem.train.run.context import Run
 
 __all__ = ["read_variant", "train_variant"]
+
+_NOISE_HOOKS: Final = {NoiseSource.FLOAT64: DoublePrecision, NoiseSource.ROUNDED: RoundedGradients}
 
 
 @final
@@ -92,8 +94,8 @@ def train_variant(
         extra: list[Hook] = [observer, TraceHook(own / trace, label=variant.name), *hooks]
         if settings.eval_layers:
             extra.append(_EvalLayers())
-        if variant.double:
-            extra.append(DoublePrecision())
+        if variant.noise is not None:
+            extra.append(_NOISE_HOOKS[variant.noise]())
         changed["custom_hooks"] = [*changed["custom_hooks"], *extra]
         changed["resume"] = resume
         runner = Runner.from_cfg(changed)

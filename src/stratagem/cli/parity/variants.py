@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -20,6 +21,7 @@ from stratagem.train.building import accumulation_of
 
 __all__ = [
     "Family",
+    "NoiseSource",
     "ParitySettings",
     "Variant",
     "accumulation_count",
@@ -97,6 +99,13 @@ class Family:
         return ", ".join(each for each in (self.optimizer, self.dtype) if each)
 
 
+class NoiseSource(StrEnum):
+    """A way to measure the rounding errors of a reference: the distance of another training from it."""
+
+    FLOAT64 = "float64"
+    ROUNDED = "gradients rounded differently"
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
@@ -114,7 +123,7 @@ class Variant:
         strategy: the class name of the strategy.
         workers: the number of data workers; None for the configured number.
         compiled: whether the model is compiled.
-        double: whether this is the reference in float64, whose distance from the other reference is the rounding error.
+        noise: how the rounding errors of the reference are measured with this variant; None if it is compared instead.
     """
 
     key: str
@@ -128,7 +137,7 @@ class Variant:
     strategy: str = "SingleDeviceStrategy"
     workers: int | None = None
     compiled: bool = False
-    double: bool = False
+    noise: NoiseSource | None = None
 
 
 def variants(settings: ParitySettings, *, accumulates: bool) -> list[Variant]:
@@ -150,7 +159,8 @@ def _of_family(settings: ParitySettings, *, accumulates: bool) -> Iterator[Varia
     one, resumed = "one process", "stopped and resumed"
     nproc = settings.nproc
     yield Variant(key="one", name=one)
-    yield Variant(key="double", name=f"{one}, float64", against="one", exact=False, double=True)
+    for source in NoiseSource:
+        yield Variant(key=source.name.lower(), name=f"{one}, {source}", against="one", exact=False, noise=source)
     yield Variant(key="again", name=f"{one}, again", against="one")
     if settings.resumed:
         yield Variant(key="resumed", name=f"{one}, {resumed}", against="one", resumed=True)
@@ -348,7 +358,7 @@ def variant_config(
         result["optim_wrapper"]["optimizer"] = _other_optimizer(
             result["optim_wrapper"]["optimizer"], variant.family.optimizer
         )
-    if variant.double:
+    if variant.noise is NoiseSource.FLOAT64:
         _set_dtype(result, "float32")
     elif variant.family.dtype is not None:
         _set_dtype(result, variant.family.dtype)

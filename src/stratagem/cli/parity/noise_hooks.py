@@ -1,18 +1,22 @@
-"""Train a model in float64, as a reference for the rounding errors of other dtypes."""
+"""Train a model in float64, or with gradients that are rounded differently, to measure the rounding errors of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stratagem.train import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
 
-__all__ = ["DoublePrecision"]
+__all__ = ["DoublePrecision", "RoundedGradients"]
+
+# Half a unit in the last place of the largest element in float32, which another order of summation can change.
+_ROUNDING: Final = 2.0**-24
 
 
 @final
@@ -56,3 +60,34 @@ def _to_double(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(_to_double(each) for each in value)
     return value
+
+
+@final
+class RoundedGradients(Hook):
+    """Add 2^-24 times the largest element of a gradient to each of its elements, or subtract it, at random, before each step.
+
+    Some optimizers compute in a dtype that does not depend on that of the parameters, such as Muon in bfloat16, so that a run
+    in float64 has the same rounding errors, and the distance from it underestimates them.
+    """
+
+    def before_train(self, run: Run) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def change(optimizer: Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        _round_differently(parameter.grad, generator)
+
+        for wrapper in run.optim_wrapper.each().values():
+            run.at_close.append(wrapper.optimizer.register_step_pre_hook(change).remove)
+
+
+@torch.no_grad()
+def _round_differently(gradient: Tensor, generator: torch.Generator) -> None:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    if not values.numel():
+        return
+    signs = torch.randint(0, 2, values.shape, generator=generator).to(values) * 2 - 1
+    # Elements that are exactly zero, such as those of embeddings that the batch does not use, have no rounding error.
+    values.add_(signs * (values != 0) * (values.abs().max() * _ROUNDING))
