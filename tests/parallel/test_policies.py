@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
-from stratagem.parallel.fsdp.wrap_policy import matches_name, select_modules
+from stratagem.parallel.wrap_policy import matches_name, select_modules
 from stratagem.registry import FUNCTIONS
 
 

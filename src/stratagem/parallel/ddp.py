@@ -20,6 +20,7 @@ from stratagem.distributed import World
 from stratagem.errors import ConfigKeyError, PlacementError
 from stratagem.model import Trainable, convert_sync_batchnorm, is_model_wrapper, unwrap_model
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
+from stratagem.parallel.activation_checkpointing import checkpoint_activations, log_checkpointed, refuse_compiled
 from stratagem.parallel.forward_redirection import redirect_forward
 from stratagem.parallel.local_gradients import LocalGradients, average_gradients
 from stratagem.parallel.placement import Placed, Placement, Steps
@@ -205,16 +206,24 @@ class Replicated(Placement):
         separate: whether each trainable child module is wrapped separately. A model with several optimizers needs this if
             a step uses only some of its parts.
         options: arguments of ``DistributedDataParallel``.
+        activation_checkpointing: see :func:`~stratagem.parallel.activation_checkpointing.checkpoint_activations`.
 
     Raises:
         ConfigKeyError: if an option is unknown.
     """
 
     def __init__(
-        self, logger: logging.Logger, *, sync_bn: str | None, separate: bool, options: Mapping[str, Any]
+        self,
+        logger: logging.Logger,
+        *,
+        sync_bn: str | None,
+        separate: bool,
+        options: Mapping[str, Any],
+        activation_checkpointing: Any = None,
     ) -> None:
         require_ddp_options(options)
         self._logger = logger
+        self._activation_checkpointing = activation_checkpointing
         self._sync_bn = sync_bn
         self._separate = separate
         # Do not broadcast buffers in each forward pass, which would add a collective. Either all ranks update them equally, or
@@ -232,6 +241,7 @@ class Replicated(Placement):
             raise PlacementError(
                 f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the strategy wraps it."
             )
+        refuse_compiled(self._activation_checkpointing, steps.compile_options)
         model = steps.init_and_sync(model)
         if self._sync_bn is not None:
             model = convert_sync_batchnorm(model, self._sync_bn)
@@ -241,7 +251,9 @@ class Replicated(Placement):
                 "torch's SyncBatchNorm requires an accelerator, and this run is on the CPU. Omit sync_bn and use BatchNorm, or "
                 "a normalization that does not depend on the batch, such as GroupNorm."
             )
-        model = steps.compile(model.to(world.device))
+        model = model.to(world.device)
+        log_checkpointed(self._logger, checkpoint_activations(model, self._activation_checkpointing))
+        model = steps.compile(model)
         if "train_step" in vars(model):
             raise PlacementError(
                 "compile: target='train_step' cannot be used under DDP, because it bypasses DDP's forward hooks. Use "

@@ -9,6 +9,7 @@ from typing import Any, final
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.model.norms import require_sync_bn
 from stratagem.parallel import Placement, Replicated
+from stratagem.parallel.activation_checkpointing import parse_checkpointing
 from stratagem.parallel.ddp import require_ddp_options
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.utils import did_you_mean
@@ -31,6 +32,7 @@ class _DDPArguments:
     separate: bool
     options: Mapping[str, Any]
     sync_bn: str | None
+    activation_checkpointing: Any
 
     @classmethod
     def parse(cls, arguments: Mapping[str, Any]) -> _DDPArguments:
@@ -47,7 +49,9 @@ class _DDPArguments:
         sync_bn = arguments.get("sync_bn")
         if sync_bn is not None:
             require_sync_bn(sync_bn)
-        return cls(separate, options, sync_bn)
+        activation_checkpointing = arguments.get("activation_checkpointing")
+        parse_checkpointing(activation_checkpointing)
+        return cls(separate, options, sync_bn, activation_checkpointing)
 
 
 @final
@@ -62,6 +66,11 @@ class DDPStrategy(ComposedStrategy):
         ddp_kwargs: options of ``DistributedDataParallel``, such as ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view`` and ``broadcast_buffers``, which can also be passed as arguments.
             ``broadcast_buffers`` defaults to False.
+        activation_checkpointing: which modules compute their activations again in the backward pass instead of storing them:
+            True for the items of every ``ModuleList``; a class, the name of a class, or a list of them;
+            ``dict(classes=...)``, ``dict(modules=["layers.*"])`` or ``dict(min_params=1_000_000)``; a function
+            ``(name, module) -> bool``; or a mapping with such a ``policy``, ``save_ops`` and ``preserve_rng_state``. Losses and
+            gradients do not change.
         kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
@@ -80,6 +89,7 @@ class DDPStrategy(ComposedStrategy):
         broadcast_buffers: bool | None = None,
         bucket_cap_mb: float | None = None,
         ddp_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing: Any = None,
         **kwargs: Any,
     ) -> None:
         self._ddp = _DDPArguments.parse(
@@ -92,6 +102,7 @@ class DDPStrategy(ComposedStrategy):
                 "broadcast_buffers": broadcast_buffers,
                 "bucket_cap_mb": bucket_cap_mb,
                 "ddp_kwargs": ddp_kwargs,
+                "activation_checkpointing": activation_checkpointing,
             }
         )
         super().__init__(**kwargs)
@@ -104,7 +115,13 @@ class DDPStrategy(ComposedStrategy):
     def _make_placement(self) -> Placement:
         self._require_processes()
         parsed = self._ddp
-        return Replicated(self.logger, sync_bn=parsed.sync_bn, separate=parsed.separate, options=parsed.options)
+        return Replicated(
+            self.logger,
+            sync_bn=parsed.sync_bn,
+            separate=parsed.separate,
+            options=parsed.options,
+            activation_checkpointing=parsed.activation_checkpointing,
+        )
 
 
 def _parse_wrapper(model_wrapper: str | Mapping[str, Any] | None) -> tuple[bool, dict[str, Any]]:

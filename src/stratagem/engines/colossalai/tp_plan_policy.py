@@ -14,7 +14,7 @@ from colossalai.shardformer.policies.base_policy import (
 from torch import nn
 
 from stratagem.errors import ConfigValueError, PlacementError
-from stratagem.parallel.fsdp.wrap_policy import matches_name
+from stratagem.parallel.wrap_policy import matches_name
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["PLAN_ATTRIBUTE", "TPPlanPolicy"]

@@ -13,9 +13,9 @@ from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model.norms import require_sync_bn
 from stratagem.optim.amp import HALF_DTYPES
 from stratagem.optim.whole_updates import MATRIX_UPDATES, MatrixUpdates
+from stratagem.parallel.activation_checkpointing import parse_checkpointing
 from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
-from stratagem.parallel.fsdp.activation_checkpointing import parse_checkpointing
-from stratagem.parallel.fsdp.wrap_policy import check_policy, matches_name
+from stratagem.parallel.wrap_policy import check_policy, matches_name
 from stratagem.utils import import_object
 from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.names import did_you_mean, refuse_unknown

@@ -28,16 +28,16 @@ from stratagem.model import convert_sync_batchnorm, is_model_wrapper
 from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.optim.mixed import parts_of
+from stratagem.parallel.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.deferred_init.materialize import InitialWeights, make_contiguous, require_same_model
-from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.fsdp.gradient_hooks import keep_gradient_hooks, require_no_gradient_hooks
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.parallel.fsdp.options import FSDPOptions, Precision, require_equal_randomness
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
-from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.trainable import TrainableChange
+from stratagem.parallel.wrap_policy import select_modules, tied_outside
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean, some_names

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model.replaced_layers import weight_computation
-from stratagem.parallel.fsdp.wrap_policy import matches_name
+from stratagem.parallel.wrap_policy import matches_name
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["PLAN_ATTRIBUTE", "STYLES", "apply_plan"]
