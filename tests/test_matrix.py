@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -45,3 +46,16 @@ def test_every_checkpoint_and_reference_is_among_the_uninterrupted_runs(axes: Mo
             assert reference is None or reference in plan.whole
         assert all(axes.refusal(*job) for job in plan.refused)
         assert not any(axes.refusal(*job) for job in plan.whole)
+
+
+def test_one_in_500_elements_may_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second largest difference counts in a tensor of 500 elements, and the largest one in a smaller tensor."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    matrix = importlib.import_module("matrix")
+    small, large = torch.ones(499), torch.ones(500)
+    changed = small.clone(), large.clone()
+    for each in changed:
+        each[7], each[8] = 1.5, 1.25
+    for one, other, expected in ((changed[0], small, 0.5), (changed[1], large, 0.25)):
+        assert matrix.difference({"a": one}, {"a": other}, few=500) == expected
+        assert matrix.difference({"a": one}, {"a": other}) == 0.5
