@@ -9,6 +9,7 @@ DEEPSPEED := .venv-deepspeed
 COLOSSALAI := .venv-colossalai
 FOREIGN := .venv-foreign
 PEERS := .venv-peers
+DOCS := .venv-docs
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
 BASE ?= HEAD
 ONLY ?=
@@ -17,7 +18,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -159,5 +160,17 @@ matrix-quick: setup ## The same with three placements, as in CI (4 minutes).
 bits: setup ## Compare training with BASE=REVISION bit for bit (ONLY=PATTERN selects jobs).
 	$(BIN)/python benchmarks/bits.py --base '$(BASE)' --only '$(ONLY)'
 
+docs: setup $(DOCS)/.installed ## Build the documentation site in build/docs/html, without warnings and broken links.
+	PYTHONPATH=src:. $(BIN)/python -m docs.site.stage build/docs/source
+	$(DOCS)/bin/sphinx-build --quiet --fail-on-warning --keep-going --builder html -c docs/site build/docs/source build/docs/html
+	$(DOCS)/bin/python docs/site/check_html.py build/docs/html
+	@echo "Open build/docs/html/index.html."
+
+$(DOCS)/.installed: docs/site/requirements.txt constraints.txt
+	@echo "Creating $(DOCS) (first run only) ..."
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP_INSTALL) --requirement docs/site/requirements.txt
+	@touch $@
+
 clean: ## Remove everything that these targets created.
-	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(PEERS) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -248,7 +248,11 @@ class AveragedModel(ABC):
 
 @final
 class ExponentialMovingAverage(AveragedModel):
-    """Compute ``average = (1 - momentum) * average + momentum * weights``. See ``AveragedModel`` for the other arguments."""
+    """Compute ``average = (1 - momentum) * average + momentum * weights``. See ``AveragedModel`` for the other arguments.
+
+    Args:
+        momentum: the share of the current weights in the average.
+    """
 
     def __init__(
         self,
@@ -274,6 +278,10 @@ class MomentumAnnealingEMA(AveragedModel):
     """An exponential moving average whose momentum decreases from 1 as ``gamma/(gamma+steps)``, but not below ``momentum``.
 
     Early weights lose their influence faster. See ``AveragedModel`` for the other arguments.
+
+    Args:
+        momentum: the lower bound of the share of the current weights in the average.
+        gamma: determines how fast the momentum decreases.
     """
 
     def __init__(

@@ -63,9 +63,13 @@ class DDPStrategy(ComposedStrategy):
             with several optimizers; or a mapping with one of these values as ``type`` and options of
             ``DistributedDataParallel``.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
-        ddp_kwargs: options of ``DistributedDataParallel``, such as ``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view`` and ``broadcast_buffers``, which can also be passed as arguments.
-            ``broadcast_buffers`` defaults to False.
+        find_unused_parameters: whether each iteration looks for parameters that the loss does not depend on. Set it to True if
+            only some of the parameters get gradients; it costs time.
+        static_graph: whether every iteration uses the same parameters in the same order, which saves time and memory.
+        gradient_as_bucket_view: whether gradients share the memory of the buffers that are reduced, which saves memory.
+        broadcast_buffers: whether the buffers of rank 0 are sent to the other ranks before each forward pass; False by default.
+        bucket_cap_mb: the size of these buffers in MiB.
+        ddp_kwargs: options of ``DistributedDataParallel``, as a mapping; the arguments above can also be part of it.
         activation_checkpointing: which modules compute their activations again in the backward pass instead of storing them:
             True for the items of every ``ModuleList``; a class, the name of a class, or a list of them;
             ``dict(classes=...)``, ``dict(modules=["layers.*"])`` or ``dict(min_params=1_000_000)``; a function

@@ -106,7 +106,11 @@ class TowardsFloor(Curve, ABC):
 @final
 @dataclass(frozen=True)
 class Constant(Curve):
-    """The value times ``factor`` before the last position, and the unscaled value from the last position on."""
+    """The value times ``factor`` before the last position, and the unscaled value from the last position on.
+
+    Attributes:
+        factor: the factor, from 0 to 1.
+    """
 
     factor: float = 1 / 3
 
@@ -120,7 +124,12 @@ class Constant(Curve):
 @final
 @dataclass(frozen=True)
 class Linear(Curve):
-    """A factor that changes linearly from ``start_factor`` at the first position to ``end_factor`` at the last."""
+    """A factor that changes linearly from ``start_factor`` at the first position to ``end_factor`` at the last.
+
+    Attributes:
+        start_factor: the factor at the first position, from 0 to 1.
+        end_factor: the factor at the last position and after it, from 0 to 1.
+    """
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
@@ -138,7 +147,12 @@ class Linear(Curve):
 @final
 @dataclass(frozen=True)
 class Step(Curve):
-    """Multiply the value by ``gamma`` every ``step_size`` positions."""
+    """Multiply the value by ``gamma`` every ``step_size`` positions.
+
+    Attributes:
+        step_size: the number of positions between two reductions.
+        gamma: the factor of each reduction.
+    """
 
     step_size: int
     gamma: float = 0.1
@@ -155,7 +169,12 @@ class Step(Curve):
 @final
 @dataclass(frozen=True)
 class MultiStep(Curve):
-    """Multiply the value by ``gamma`` at each milestone; a milestone that is listed twice applies twice."""
+    """Multiply the value by ``gamma`` at each milestone; a milestone that is listed twice applies twice.
+
+    Attributes:
+        milestones: the positions of the reductions, counted from ``begin``.
+        gamma: the factor of each reduction.
+    """
 
     milestones: Sequence[int]
     gamma: float = 0.1
@@ -177,7 +196,11 @@ class MultiStep(Curve):
 @final
 @dataclass(frozen=True)
 class Exponential(Curve):
-    """Multiply the value by ``gamma`` at each position."""
+    """Multiply the value by ``gamma`` at each position.
+
+    Attributes:
+        gamma: the factor.
+    """
 
     gamma: float
 
@@ -188,7 +211,14 @@ class Exponential(Curve):
 @final
 @dataclass(frozen=True)
 class CosineAnnealing(TowardsFloor):
-    """Half a cosine period over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
+    """Half a cosine period over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts).
+
+    Attributes:
+        T_max: the number of positions in which the value reaches the minimum; by default, the length of the range.
+        eta_min: the minimum, by default 0. A number is multiplied by the ratio of each group, such as ``lr_mult``; a list
+            contains the minimum of each group.
+        eta_min_ratio: the minimum as a fraction of the initial value; replaces ``eta_min``.
+    """
 
     T_max: int | None = None
     eta_min: PerGroup | None = None
@@ -209,7 +239,15 @@ class CosineAnnealing(TowardsFloor):
 @final
 @dataclass(frozen=True)
 class CosineRestart(TowardsFloor):
-    """A sequence of half cosine periods with the lengths ``periods``, scaled by ``restart_weights`` (arXiv:1608.03983)."""
+    """A sequence of half cosine periods with the lengths ``periods``, scaled by ``restart_weights`` (arXiv:1608.03983).
+
+    Attributes:
+        periods: the number of positions of each period.
+        restart_weights: the factor of the value at the beginning of each period.
+        eta_min: the minimum. A number is multiplied by the ratio of each group, such as ``lr_mult``; a list contains the
+            minimum of each group.
+        eta_min_ratio: the minimum as a fraction of the initial value; replaces ``eta_min``.
+    """
 
     periods: Sequence[int]
     restart_weights: Sequence[float] = (1.0,)
@@ -243,7 +281,12 @@ class CosineRestart(TowardsFloor):
 @final
 @dataclass(frozen=True)
 class Poly(Curve):
-    """Polynomial decay from the value at the first position to ``eta_min`` at the last."""
+    """Polynomial decay from the value at the first position to ``eta_min`` at the last.
+
+    Attributes:
+        eta_min: the value at the end. A number is multiplied by the ratio of each group; a list contains the value of each group.
+        power: the exponent; 1 is a linear decay.
+    """
 
     eta_min: PerGroup = 0.0
     power: float = 1.0
@@ -275,6 +318,15 @@ class OneCycle(Curve):
     The value starts at ``eta_max / div_factor`` and ends at its start value divided by ``final_div_factor``. ``pct_start``
     is the fraction of the range in which it increases. With ``three_phase``, it returns to the start value over an equal
     fraction of the range, and decreases to the end value over the remainder.
+
+    Attributes:
+        eta_max: the maximum, or a list with the maximum of each group.
+        total_steps: the number of positions of the cycle; by default, the length of the range.
+        pct_start: the fraction of the cycle in which the value increases.
+        anneal_strategy: the shape of the curve, ``"cos"`` or ``"linear"``.
+        div_factor: the maximum divided by the value at the start.
+        final_div_factor: the value at the start divided by the value at the end.
+        three_phase: whether the value first returns to its start value and then decreases to the end value.
     """
 
     eta_max: PerGroup
@@ -334,8 +386,15 @@ class OneCycle(Curve):
 class WarmupStableDecay(TowardsFloor):
     """Linear warm-up, a constant phase, and a decay to the minimum at the last position (arXiv:2404.06395).
 
-    ``warmup`` and ``decay`` are the lengths of these phases in positions. ``shape`` is the shape of the decay: ``"sqrt"`` is
-    ``1 - sqrt(progress)`` (arXiv:2405.18392).
+    Attributes:
+        decay: the number of positions of the decay.
+        warmup: the number of positions of the warm-up.
+        start_factor: the factor at the first position, from 0 to 1.
+        shape: the shape of the decay: ``"linear"``, ``"cosine"`` or ``"sqrt"``, which is ``1 - sqrt(progress)``
+            (arXiv:2405.18392).
+        eta_min: the minimum, by default 0. A number is multiplied by the ratio of each group, such as ``lr_mult``; a list
+            contains the minimum of each group.
+        eta_min_ratio: the minimum as a fraction of the initial value; replaces ``eta_min``.
     """
 
     decay: int
