@@ -99,6 +99,7 @@ HOOKS: Final[Mapping[str, str]] = {
     "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
     "EarlyStoppingHook": "stratagem.train.hooks.early_stopping:EarlyStoppingHook",
     "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
+    "FlopsHook": "stratagem.train.hooks.flops:FlopsHook",
     "GarbageCollectionHook": "stratagem.train.hooks.garbage_collection:GarbageCollectionHook",
     "IterTimerHook": "stratagem.train.hooks.iter_timer:IterTimerHook",
     "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",

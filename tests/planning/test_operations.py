@@ -17,4 +17,4 @@ def test_attention_on_the_cpu_is_counted_as_on_gpus() -> None:
     with StepTrace({}) as trace:
         scaled_dot_product_attention(query, key, value).sum().backward()
     assert trace.flops == 7 * 16_384
-    assert trace.flops_by_dtype == {torch.float32: trace.flops}
+    assert trace.flops_by_dtype == {"float32": trace.flops}

@@ -28,7 +28,7 @@ def counted(runner: Runner) -> list[dict[str, int]]:
     runner.train()
     lines = (Path(runner.strategy.log_dir) / "vis_data" / "scalars.json").read_text().splitlines()
     found, before = [], 0
-    for record in map(json.loads, lines):
+    for record in (record for record in map(json.loads, lines) if record["mode"] == "train"):
         seconds, before = record["time"] * (record["iter"] - before), record["iter"]
         rates = {name: value for name, value in record.items() if name.endswith("_per_second")}
         found.append({name.removesuffix("_per_second"): round(rate * seconds) for name, rate in rates.items()})

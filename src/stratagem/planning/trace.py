@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stratagem.tensors.dtensor import to_local
+from stratagem.tensors.flops import flops_of_call, operand_dtype
 from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
 
 __all__ = ["CollectiveCall", "Peak", "StepTrace", "storage_bytes", "storages_of"]
@@ -105,7 +105,7 @@ class StepTrace(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: list[CollectiveCall] = []
         self.flops = 0
-        self.flops_by_dtype: Counter[torch.dtype | None] = Counter()
+        self.flops_by_dtype: Counter[str] = Counter()
         self.largest = 0
         # The sizes of storages that exist before the step, and the changes during the step.
         self._before: dict[int, int] = {}
@@ -176,10 +176,10 @@ class StepTrace(TorchDispatchMode):
         if getattr(func, "namespace", None) in _NAMESPACES:
             self._note_collective(func, args, kwargs, out)
         packet = getattr(func, "_overloadpacket", None)
-        operations = _flops_of(packet, args, kwargs, out)
+        operations = flops_of_call(func, args, kwargs, out)
         if operations:
             self.flops += operations
-            self.flops_by_dtype[_dtype_of(args)] += operations
+            self.flops_by_dtype[operand_dtype(args)] += operations
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor, None, new=True)
@@ -266,7 +266,7 @@ class StepTrace(TorchDispatchMode):
     def main_dtype(self) -> str:
         """The dtype of the operands of most floating-point operations."""
         counted = self.flops_by_dtype.most_common(1)
-        return str(counted[0][0] if counted else torch.float32).removeprefix("torch.")
+        return counted[0][0] if counted else "float32"
 
     def peak(self) -> Peak:
         """Return the peak of the step."""
@@ -311,24 +311,8 @@ def _local(tensor: Tensor) -> Tensor:
     return getattr(local, "elem", local)
 
 
-def _dtype_of(args: Any) -> torch.dtype | None:
-    return next((each.dtype for each in tree_leaves(args) if isinstance(each, Tensor)), None)
-
-
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Return the floating-point operations of a call as torch counts them on GPUs.
-
-    Torch has no formula for attention on the CPU, on which steps are simulated, but for the same operation on GPUs.
-    """
-    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(each.shape for each in args[:3])))
-    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(each.shape for each in args[:4])))
-    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:

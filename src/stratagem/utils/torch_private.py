@@ -64,6 +64,7 @@ __all__ = [
     "local_shape_and_offset",
     "mark_nonfinite",
     "observe_backward",
+    "observe_created_graphs",
     "observe_grad_norms",
     "operator_schema",
     "process_groups",
@@ -630,6 +631,32 @@ def observe_backward(before: Callable[[Any], None], after: Callable[[], None]) -
         yield
     finally:
         torch.autograd.backward = original
+
+
+@contextmanager
+def observe_created_graphs(change: Callable[[int], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call a function with 1 before and with -1 after each backward pass that creates a graph.
+
+    Private: ``torch.autograd._engine_run_backward``, which ``backward`` and ``grad`` call even if they were imported by name.
+    """
+    module: Any = torch.autograd
+    original = module._engine_run_backward
+
+    @wraps(original)
+    def observed(tensors: Any, gradients: Any, retain_graph: Any, create_graph: Any, *args: Any, **kwargs: Any) -> Any:
+        if not create_graph:
+            return original(tensors, gradients, retain_graph, create_graph, *args, **kwargs)
+        change(1)
+        try:
+            return original(tensors, gradients, retain_graph, create_graph, *args, **kwargs)
+        finally:
+            change(-1)
+
+    module._engine_run_backward = observed
+    try:
+        yield
+    finally:
+        module._engine_run_backward = original
 
 
 @contextmanager

@@ -60,14 +60,14 @@ def train_line(
     if left_s is not None:
         parts.append(f"eta: {timedelta(seconds=int(left_s))}")
     parts += [f"{name}: {value:.4f}" for name, value in durations(seconds).items()]
-    parts += [f"{name.removesuffix('_per_second')}/s: {_rate(value)}" for name, value in (speed or {}).items()]
+    parts += [f"{name.replace('_per_second', '/s')}: {_rate(value)}" for name, value in (speed or {}).items()]
     parts += [f"{name}: {value:.0f}" for name, value in (memory or {}).items() if name in _LOGGED_MEMORY]
     parts += [f"{name}: {value:.4f}" for name, value in values.items()]
     return "  ".join(parts)
 
 
 def _rate(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.3g}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def durations(seconds: tuple[float, float] | None) -> dict[str, float]:

@@ -149,10 +149,18 @@ class LoggerHook(Hook):
         if throughput is None:
             return self._smoothing.means(reduce=_mean_over_ranks), {}
         iterations, seconds = timer.count, timer.seconds
-        # The counts are part of the same reduction.
-        means = self._smoothing.means(reduce=lambda own: _mean_over_ranks({**own, **throughput.counts(iterations)}))
+        flops = run.flops_meter
+
+        def reduce(own: dict[str, float]) -> dict[str, float]:
+            # The counts are part of the same reduction.
+            return _mean_over_ranks(
+                {**own, **throughput.counts(iterations), **({} if flops is None else flops.counts())}
+            )
+
+        means = self._smoothing.means(reduce=reduce)
         found = throughput.finish(means, run, iterations=iterations, seconds=seconds)
-        return means, found.per_second()
+        rates = {} if flops is None else flops.finish(means, found, run.world_size)
+        return means, {**found.per_second(), **rates}
 
     def before_val(self, run: Run) -> None:
         self._pause(run)

@@ -51,6 +51,16 @@ class Recorder(Protocol):
         """Close the recorder."""
 
 
+class FlopsCounts(Protocol):
+    """The floating-point operations since the last log line; see :class:`~stratagem.train.run.step_flops.FlopsMeter`."""
+
+    def counts(self) -> dict[str, float]:
+        """Return the sums of this rank since the last call, to be averaged over the ranks."""
+
+    def finish(self, means: dict[str, float], rates: Any, world_size: int) -> dict[str, float]:
+        """Remove the sums from averaged values; return the rates that are known."""
+
+
 class HookEvents(Protocol):
     """The hooks of a run and their methods by event; see :class:`~stratagem.train.hook.Events`."""
 
@@ -91,6 +101,7 @@ class Run:
         checkpoint_writer: saves the checkpoints of the run.
         clock: divides the wall time of the session into phases.
         save_counter: numbers the checkpoints, so that their order does not depend on clocks.
+        flops_meter: counts the floating-point operations of iterations; None if no hook counts them.
         before_saving: functions that are called on every rank before each save; they may raise to prevent it.
         at_close: functions that are called when the run is closed, also if it failed.
     """
@@ -103,6 +114,7 @@ class Run:
         self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
         self.step_timer = StepTimer()
         self.clock = SessionClock(self.step_timer, self.progress)
+        self.flops_meter: FlopsCounts | None = None
         self.bar: TrainingProgress | None = None
         self.train_data: EpochLoader | None = None
         self.mode = "train"
