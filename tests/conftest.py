@@ -17,7 +17,7 @@ hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("fu
 hypothesis.settings.load_profile("full")
 torch.set_num_threads(1)
 # Collected only if selected by marker: real launchers, engines that need separate environments, and tests that need a GPU.
-ELSEWHERE = ("launchers", "deepspeed", "colossalai", "foreign", "gpu")
+ELSEWHERE = ("launchers", "deepspeed", "colossalai", "foreign", "trackers", "gpu")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

@@ -110,6 +110,15 @@ HOOKS: Final[Mapping[str, str]] = {
     "TraceHook": "stratagem.train.hooks.trace:TraceHook",
 }
 
+# The short names of trackers.
+TRACKERS: Final[Mapping[str, str]] = {
+    "csv": "stratagem.train.trackers.csv_file:CSVTracker",
+    "mlflow": "stratagem.train.trackers.mlflow:MLflowTracker",
+    "tensorboard": "stratagem.train.trackers.tensorboard:TensorBoardTracker",
+    "trackio": "stratagem.train.trackers.trackio:TrackioTracker",
+    "wandb": "stratagem.train.trackers.wandb:WandbTracker",
+}
+
 DATA_SAMPLERS: Final[Mapping[str, str]] = {
     **_in_module("stratagem.data.samplers", ("DefaultSampler", "InfiniteSampler")),
     "GroupedBatchSampler": "stratagem.data.grouped:GroupedBatchSampler",

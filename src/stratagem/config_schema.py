@@ -35,6 +35,7 @@ from stratagem.registry import (
     PARAM_SCHEDULERS,
     STRATEGIES,
     TOKENIZERS,
+    TRACKERS,
     switch_scope,
 )
 from stratagem.registry.strategy_names import full_strategy_name
@@ -66,6 +67,7 @@ from stratagem.train.hooks.schedule import check_epoch_schedules
 from stratagem.train.loops import require_one_optimizer
 from stratagem.train.resume.preemption import require_requeue
 from stratagem.train.resume.source import ResumeSource
+from stratagem.train.trackers.building import check_tracker, check_trackers
 
 __all__ = ["RULES", "SECTIONS", "check_run", "require_valid"]
 
@@ -298,6 +300,9 @@ SECTIONS: Mapping[str, Rule] = {
     "auto_scale_lr": replace(_keys("enable", "base_batch_size", "rule"), validate=AutoScale.parse),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),
+    "trackers": Section(
+        registry=TRACKERS, by_name=True, keys=dict.fromkeys(("queue_size", "flush_s"), _FREE), validate=check_tracker
+    ),
     "log_level": Section(validate=parse_level),
     "env_cfg": Section(
         keys={
@@ -470,6 +475,7 @@ RULES: Sequence[JointRule] = (
         ("param_scheduler",), _check_schedules, context=("optim_wrapper", "strategy", "train_cfg", "val_dataloader")
     ),
     JointRule(("custom_hooks", "default_hooks"), _check_hooks, context=("train_cfg", "val_dataloader")),
+    JointRule(("trackers",), lambda config: check_trackers(config.get("trackers"))),
     JointRule(("custom_hooks", "default_hooks"), _check_hooks_of_strategy, context=("train_cfg", "strategy")),
     JointRule(("resume", "load_from", "resume_optimizer", "resume_param_scheduler", "new_parameters"), _check_resume),
 )

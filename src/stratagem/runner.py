@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, show
+from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
 from stratagem.config_schema import require_valid
 from stratagem.data import BatchLimits, EpochLoader, build_dataloader, report_dead_workers
@@ -51,6 +52,9 @@ from stratagem.train.resume.preemption import require_requeue, save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
 from stratagem.train.resume.source import ResumeSource, restore_data_position
+from stratagem.train.resume.tracked_sessions import tracked_session
+from stratagem.train.trackers.building import TrackerSpec, build_trackers
+from stratagem.train.trackers.tracking import Tracking
 from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
@@ -59,7 +63,7 @@ __all__ = ["Runner"]
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
-    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
+    "auto_scale_lr", "default_hooks", "custom_hooks", "trackers", "data_preprocessor", "load_from", "resume",
     "resume_optimizer", "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness",
     "compile", "default_scope", "requeue", "limit_train_batches", "limit_val_batches", "limit_test_batches",
     "overfit_batches",
@@ -139,6 +143,7 @@ class Runner:
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
         default_hooks: a mapping from the names of default hooks to changed options; None removes a hook.
         custom_hooks: additional hooks or their configurations.
+        trackers: experiment trackers, their names ("csv", "tensorboard", "wandb", "mlflow", "trackio") or configurations.
         data_preprocessor: added to the model's configuration if it has none.
         load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.
         resume: False, a path, or True to resume from ``load_from`` or from the latest checkpoint under ``work_dir``.
@@ -186,6 +191,7 @@ class Runner:
         auto_scale_lr: Mapping[str, Any] | None = None,
         default_hooks: Mapping[str, Any] | None = None,
         custom_hooks: Sequence[Hook | Mapping[str, Any]] | None = None,
+        trackers: Sequence[TrackerSpec] | None = None,
         data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
@@ -251,6 +257,7 @@ class Runner:
         self._requeue = require_requeue(requeue)
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
+            built_trackers = build_trackers(trackers)
             self.strategy = choose_strategy(
                 strategy,
                 launcher=launcher,
@@ -262,6 +269,7 @@ class Runner:
                 log_level=log_level,
             )
         self.run = Run(self.strategy, events, config_text=self._config_text() if len(self.cfg) else None)
+        self.run.tracking = Tracking(self.strategy.logger, built_trackers, redacted(self.cfg.to_dict()))
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
@@ -348,6 +356,8 @@ class Runner:
             report_dead_workers(),
             run.interrupt.listening(),
             run.work_dir_locks.holding(folder),
+            # The goodput, which is logged when the inner context exits, is tracked as well.
+            tracked_session(run),
             measured_session(run) as times,
             run.checkpoint_writer.flushing(),
         ):

@@ -53,6 +53,7 @@ STRATEGIES = Registry("strategy", scope=_SCOPE, builtin_entries=builtin_entries.
 RUNNERS = Registry("runner", scope=_SCOPE, build_func=build_runner_from_cfg, builtin_entries=builtin_entries.RUNNERS)
 LOOPS = Registry("loop", scope=_SCOPE, builtin_entries=builtin_entries.LOOPS)
 HOOKS = Registry("hook", scope=_SCOPE, builtin_entries=builtin_entries.HOOKS)
+TRACKERS = Registry("tracker", scope=_SCOPE, builtin_entries=builtin_entries.TRACKERS)
 
 DATASETS = Registry("dataset", scope=_SCOPE)
 DATA_SAMPLERS = Registry("data sampler", scope=_SCOPE, builtin_entries=builtin_entries.DATA_SAMPLERS)

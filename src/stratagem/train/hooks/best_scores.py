@@ -144,6 +144,10 @@ class BestScores:
         """Return whether all scores in a saved state belong to the monitored metrics."""
         return self._names == [_AUTO] or set(state_dict.get("scores", {})) <= set(self._names)
 
+    def best(self) -> dict[str, float]:
+        """Return the best value of each metric that has one."""
+        return {metric: next(iter(scores.values())) for metric, scores in self._scores.items() if scores}
+
     def add_saved(self, retention_tags: Iterable[RetentionTag]) -> None:
         """Add the scores that are recorded in the manifests of saved checkpoints."""
         for retention_tag in retention_tags:

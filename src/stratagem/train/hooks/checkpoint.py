@@ -213,6 +213,11 @@ class CheckpointHook(Hook):
         """Whether a thread writes the checkpoints."""
         return self._async_save
 
+    @property
+    def best_values(self) -> Mapping[str, float]:
+        """The best values of the metrics in ``save_best`` so far."""
+        return {} if self._best is None else self._best.best()
+
     def before_train(self, run: Run) -> None:
         folder = Path(run.work_dir)
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder

@@ -130,6 +130,7 @@ class LoggerHook(Hook):
         run.record(
             {
                 **rates,
+                **_group_rates(run),
                 **durations(seconds),
                 **speed,
                 **memory,
@@ -191,6 +192,16 @@ class LoggerHook(Hook):
 def _learning_rates(run: Run) -> dict[str, float]:
     """Return the current learning rate of the first parameter group of each optimizer."""
     return {name: rates[0] for name, rates in run.optim_wrapper.get_lr().items() if rates}
+
+
+def _group_rates(run: Run) -> dict[str, float]:
+    """Return the current learning rate of each parameter group of the optimizers whose groups have different ones."""
+    return {
+        f"{name}/group_{index}": rate
+        for name, rates in run.optim_wrapper.get_lr().items()
+        if len(set(rates)) > 1
+        for index, rate in enumerate(rates)
+    }
 
 
 def _updates(run: Run) -> int | None:

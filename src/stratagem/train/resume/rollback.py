@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.errors import TrainingError
+from stratagem.train.resume.tracked_sessions import rewind_tracking
 from stratagem.train.run.context import Run
 from stratagem.train.run.progress import Position
 
@@ -58,6 +59,7 @@ def roll_back(run: Run, request: RollBackError) -> None:
     run.progress.move_to(replace(saved, epoch=request.epoch, batch=request.batch))
     _follow_epochs(run, request.epoch - saved.epoch)
     _update_run_length(run)
+    rewind_tracking(run)
     run.logger.warning(
         "Rolled back to %s, after %d iterations. Skipping the data of %d iterations: continuing in epoch %d after "
         "batch %d.", request.checkpoint, saved.iter, request.iteration - saved.iter, request.epoch + 1, request.batch,

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stratagem.train.loops import updates_of
+from stratagem.train.resume.tracked_sessions import begin_tracking
 from stratagem.train.run.context import Run
 from stratagem.train.run.run_history import Outcome, Session
+from stratagem.train.trackers.tracker import EndState
 from stratagem.utils import mask_text
 
 __all__ = ["is_complete", "session_record"]
@@ -34,20 +36,23 @@ def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
         world_size=run.world_size,
     )
     run.history = run.history.with_session(session)
-    how = "killed"
+    how, state = "killed", EndState.FAILED
     if run.rank == 0:
         run.history.write(folder, run.logger)
+    begin_tracking(run)
     try:
         yield
         received = run.interrupt.received
         name = None if received is None else signal.Signals(received).name
         how = f"stopped by {name}" if name else "complete" if is_complete(run) else "stopped early"
+        state = EndState.INTERRUPTED if name else EndState.COMPLETE if is_complete(run) else EndState.STOPPED
     except BaseException as error:
         how = f"failed: {type(error).__name__}: {_first_line(error)}"
         raise
     finally:
         if run.rank == 0:
             run.history.write(folder, run.logger, Outcome.now(how, epoch=run.epoch, iteration=run.iter))
+        run.tracking.outcome = (state, how)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from stratagem.distributed import ProcessIdentity, RankGroup, all_gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.strategies.state.resuming import resume_newest
 from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
+from stratagem.train.resume.tracked_sessions import adopt_tracking
 from stratagem.train.run.context import Run
 from stratagem.train.run.progress import Position
 from stratagem.train.run.run_history import RunHistory
@@ -123,6 +124,8 @@ class ResumeSource:
             return None
         else:
             rest = load_or_resume(resume)
+        if training and self.meta:
+            adopt_tracking(run, self.meta, resumed=rest is not None and bool(own or resume), loaded_from=load_from)
         if rest is None or not (own or resume):
             return None
         meta = rest.get("meta") or {}

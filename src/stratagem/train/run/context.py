@@ -26,6 +26,7 @@ from stratagem.train.run.rank_guard import RankGuard
 from stratagem.train.run.run_history import RunHistory
 from stratagem.train.run.save_counter import SaveCounter
 from stratagem.train.run.work_dir_lock import WorkDirLocks
+from stratagem.train.trackers.tracking import Tracking
 from stratagem.utils.scalars import as_number
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
@@ -102,6 +103,7 @@ class Run:
         clock: divides the wall time of the session into phases.
         save_counter: numbers the checkpoints, so that their order does not depend on clocks.
         flops_meter: counts the floating-point operations of iterations; None if no hook counts them.
+        tracking: the trackers of the run.
         before_saving: functions that are called on every rank before each save; they may raise to prevent it.
         at_close: functions that are called when the run is closed, also if it failed.
     """
@@ -133,6 +135,7 @@ class Run:
         self.save_counter = SaveCounter(strategy.work_dir)
         self._config_text = config_text
         self.recorders: list[Recorder] = []
+        self.tracking = Tracking(strategy.logger)
 
     # Attributes of the strategy under the names that hooks use.
 
@@ -332,6 +335,7 @@ class Run:
             "purpose": retention_tag.as_meta(),
             _HOOKS_BY_KEY: True,
             **self.history.as_meta(),
+            **self.tracking.as_meta(),
         }
         if self._config_text is not None:
             meta["cfg"] = self._config_text
