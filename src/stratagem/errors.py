@@ -137,5 +137,9 @@ class ParityError(StratagemError, RuntimeError):
     exit_status = 2
 
 
+class LaunchedRankError(StratagemError, RuntimeError):
+    """A function that ``launch`` called in several processes failed on one of them."""
+
+
 class RankFailedError(StratagemError, RuntimeError):
     """This rank was stopped because another rank failed, exited or stopped responding."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import threading
+import types
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from stratagem.logging import Logger, TrainingProgress
+from stratagem.logging import Logger, TrainingProgress, notebook
 from stratagem.logging import logger as logger_module
 from stratagem.logging import progress as progress_module
 
@@ -159,3 +160,70 @@ def test_an_unknown_total_is_supported(screen: Console) -> None:
     with TrainingProgress("stream", total=None, console=screen) as progress:
         progress.completed = 7
     assert "7/?" in written(screen)
+
+
+class Shell:
+    """A kernel of a notebook that records what its cells show, with updates in place."""
+
+    kernel = object()
+
+    def __init__(self) -> None:
+        self.execution_count = 1
+        self.outputs: dict[str, dict[str, str]] = {}
+        self.shown: list[str] = []
+
+    def publish(self, data: dict[str, str], *, transient: dict[str, str], update: bool) -> None:
+        """Show an output, or replace the contents of one that was shown."""
+        name = transient["display_id"]
+        assert update == (name in self.outputs)
+        if not update:
+            self.shown.append(name)
+        self.outputs[name] = data
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A kernel in which this process seems to run."""
+    shell = Shell()
+    monkeypatch.setattr(notebook, "notebook_shell", lambda: shell)
+    monkeypatch.setattr(progress_module, "notebook_shell", lambda: shell)
+    display = types.SimpleNamespace(publish_display_data=shell.publish)
+    monkeypatch.setattr(notebook, "import_module", lambda _: display)
+    monkeypatch.setattr(notebook.NotebookBar, "_shown_in", None)
+    return shell
+
+
+def test_a_notebook_cell_has_one_line_for_all_bars(shell: Shell) -> None:
+    """The bars of training and validation replace each other in the output of the cell; another cell has its own."""
+    with TrainingProgress("Epoch <1>", total=4) as progress:
+        progress.completed = 3
+        progress.show({"loss": 0.25})
+    with TrainingProgress("val", total=None, unit="batch") as progress:
+        progress.completed = 2
+    assert len(shell.shown) == 1
+    shell.execution_count += 1
+    with TrainingProgress("train", total=4):
+        pass
+    assert len(shell.shown) == 2
+    first, second = (shell.outputs[name] for name in shell.shown)
+    assert first["text/plain"].startswith("val [........................] 2/?")
+    assert "train" in second["text/plain"]
+
+
+def test_a_bar_in_a_notebook_is_html_and_text(shell: Shell) -> None:
+    """The label is escaped in HTML, and the text has a bar of 24 characters, of which three quarters are complete."""
+    with TrainingProgress("Epoch <1>", total=4) as progress:
+        progress.completed = 3
+        progress.show({"loss": 0.25})
+    (output,) = shell.outputs.values()
+    assert output["text/plain"].startswith("Epoch <1> [##################......] 3/4")
+    assert "loss 0.25" in output["text/plain"]
+    assert 'Epoch &lt;1&gt; <progress value="3" max="4"' in output["text/html"]
+
+
+def test_a_given_console_is_used_in_a_notebook(shell: Shell, screen: Console) -> None:
+    """A bar with its own console does not appear in the cell."""
+    with TrainingProgress("train", total=4, console=screen):
+        pass
+    assert shell.outputs == {}
+    assert "train" in written(screen)

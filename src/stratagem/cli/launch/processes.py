@@ -8,8 +8,10 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import final
 
 import typer
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -23,7 +25,7 @@ from stratagem.cli.output import echo
 from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["launch_ranks", "launch_locally"]
+__all__ = ["RankExitError", "launch_locally", "launch_ranks", "run_ranks"]
 
 # The time that ranks have to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
@@ -57,31 +59,51 @@ def launch_ranks(nproc: int, *, by: str | None, max_restarts: int = 0) -> None:
         launch_locally(nproc, arguments, max_restarts=max_restarts)
 
 
-def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
-    """Run Python with ``arguments`` as ``nproc`` ranks on this machine, and wait until all have succeeded.
+@final
+class RankExitError(Exception):
+    """A rank has failed. The message contains the rank, and its exit status or the signal that killed it.
 
-    If a rank fails, all are restarted, at most ``max_restarts`` times. Signals are forwarded to the ranks, which have
-    time to save a checkpoint; ranks that are stopped (SIGSTOP) are continued for this. The rendezvous uses a file and
-    the loopback interface, so no port is open to other hosts.
+    Attributes:
+        status: the exit status for the launcher.
+        has_reported: whether the rank has described its error in its error file.
+    """
+
+    def __init__(self, message: str, status: int, *, has_reported: bool) -> None:
+        super().__init__(message)
+        self.status = status
+        self.has_reported = has_reported
+
+
+def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks on this machine, as :func:`run_ranks` does, for a command.
 
     Raises:
         typer.Exit: with the exit status of the first rank that failed.
     """
-    # Let the ranks create their own store on the loopback interface. The store of torchrun's launcher would listen on
-    # all interfaces.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ[NPROC_VARIABLE] = str(nproc)
-    if max_restarts:
-        os.environ[RESTARTS_VARIABLE] = str(max_restarts)
-    # If rank 0 dies, the others lose its store, and torch would print C++ stack traces above the error message.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # torch would report the errors and signals of the ranks a second time.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Divide the cores among the ranks unless the user has set the number of threads.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    try:
+        run_ranks(nproc, arguments, max_restarts=max_restarts)
+    except RankExitError as error:
+        if not error.has_reported:
+            echo(f"stratagem: {error}.", err=True)
+        raise typer.Exit(error.status) from error
+    except SignalException as error:
+        raise typer.Exit(128 + int(error.sigval)) from error
+
+
+def run_ranks(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks on this machine, and wait until all have succeeded.
+
+    If a rank fails, all are restarted, at most ``max_restarts`` times. Signals are forwarded to the ranks, which have
+    time to save a checkpoint; ranks that are stopped (SIGSTOP) are continued for this. The rendezvous uses a file and
+    the loopback interface, so no port is open to other hosts. Call it in the main thread.
+
+    Raises:
+        RankExitError: if a rank failed; it describes the first one.
+        SignalException: if this process received a signal and the ranks have exited.
+    """
     # Windows has fewer signals.
     numbers = [getattr(signal, name) for name in _FORWARDED_SIGNALS if hasattr(signal, name)]
-    with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
+    with tempfile.TemporaryDirectory(prefix="stratagem-") as folder, _launcher_settings(nproc, max_restarts, numbers):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -103,14 +125,44 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             reported = failure.error_file_data.get(STATUS_KEY)
-            if reported is not None:
-                raise typer.Exit(reported) from error
             status = failure.exitcode
             cause = f"exited with status {status}" if status > 0 else f"was killed by {failure.signal_name()}"
-            echo(f"stratagem: rank {rank} of {nproc} {cause}.", err=True)
-            raise typer.Exit(status if status > 0 else 128 - status) from error
-        except SignalException as error:
-            raise typer.Exit(128 + int(error.sigval)) from error
+            if reported is None:
+                reported = status if status > 0 else 128 - status
+                raise RankExitError(f"rank {rank} of {nproc} {cause}", reported, has_reported=False) from error
+            raise RankExitError(f"rank {rank} of {nproc} {cause}", reported, has_reported=True) from error
+
+
+@contextmanager
+def _launcher_settings(nproc: int, max_restarts: int, signals: Sequence[int]) -> Iterator[None]:
+    """Set what torch's launcher and the ranks read from this process, and restore it: it may be a notebook."""
+    before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    elastic = logging.getLogger("torch.distributed.elastic")
+    level = elastic.level
+    # Let the ranks create their own store on the loopback interface. The store of torchrun's launcher would listen on
+    # all interfaces.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[NPROC_VARIABLE] = str(nproc)
+    if max_restarts:
+        os.environ[RESTARTS_VARIABLE] = str(max_restarts)
+    # If rank 0 dies, the others lose its store, and torch would print C++ stack traces above the error message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Divide the cores among the ranks unless the user has set the number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # torch would report the errors and signals of the ranks a second time.
+    elastic.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        elastic.setLevel(level)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            # None is a handler that was not installed from Python, which cannot be restored.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _without_launch_options(arguments: list[str]) -> list[str]:
