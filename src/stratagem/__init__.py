@@ -41,6 +41,7 @@ _HOME = {
     "load_checkpoint": "stratagem.checkpoint",
     "plan": "stratagem.planning.planner",
     "save_checkpoint": "stratagem.checkpoint",
+    "summary": "stratagem.planning.summary",
 }
 # Folders whose names are used through them: stratagem.trace.record(...).
 _FOLDERS = ("trace",)
@@ -77,6 +78,7 @@ __all__ = [
     "load_checkpoint",
     "plan",
     "save_checkpoint",
+    "summary",
     "trace",
     "__version__",
 ]

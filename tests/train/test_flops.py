@@ -244,6 +244,7 @@ def test_hfu_contains_repeated_forward_passes(make_runner: MakeRunner) -> None:
     assert record["hfu"] / record["mfu"] == pytest.approx(1 + repeated / expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_counted(make_runner: MakeRunner) -> None:
     """Counting would run it without the compiler; a log line explains that the operations are unknown."""
     runner = make_runner(

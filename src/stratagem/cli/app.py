@@ -14,6 +14,7 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
 from stratagem.cli.runs_app import runs_app
+from stratagem.cli.speed_app import summary
 
 __all__ = ["app"]
 
@@ -305,6 +306,9 @@ def parity(
     lazy_command("stratagem.cli.parity.command:parity")(
         files, options, settings, record=record, as_json=as_json, out=out, zero_gradients=zero_gradients
     )
+
+
+app.command()(summary)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
 from stratagem.train.hooks.averaging import EMAHook
 
-__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "plan", "plan_config"]
+__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "meta_copy", "model_factory", "plan", "plan_config"]
 
 StrategySpec = str | Mapping[str, Any]
 
@@ -92,7 +92,7 @@ def plan(
         )
     spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
     request = _Request(
-        job=Job(make_model=lambda: _meta_copy(model), optim_wrapper=optim_wrapper),
+        job=Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper),
         batch=spec,
         ranks_per_node=gpus_per_node,
         memory_limits=_limits(memory),
@@ -135,7 +135,7 @@ def plan_config(
             spec = first_batch(config["train_dataloader"])
         request = _Request(
             job=Job(
-                make_model=_model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
+                make_model=model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
                 optim_wrapper=config["optim_wrapper"],
                 randomness=config.get("randomness"),
             ),
@@ -147,10 +147,10 @@ def plan_config(
         return _plan(request, strategies or [config.get("strategy") or "ddp"], worlds)
 
 
-def _model_factory(model: Any) -> Callable[[], nn.Module]:
+def model_factory(model: Any) -> Callable[[], nn.Module]:
     """Return a function that builds a model on the meta device."""
     if isinstance(model, nn.Module):
-        return lambda: _meta_copy(model)
+        return lambda: meta_copy(model)
 
     def build() -> nn.Module:
         with without_network("The model", "Set the option of the model that loads pretrained weights to False."):
@@ -161,12 +161,12 @@ def _model_factory(model: Any) -> Callable[[], nn.Module]:
                 if "meta" not in str(error).lower():
                     raise
             # The constructor reads values of tensors.
-            return _meta_copy(build_model(model))
+            return meta_copy(build_model(model))
 
     return build
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with parameters and buffers on the meta device; shared ones stay shared."""
     known: dict[int, Any] = {}
     for tensor in named_tensors(model).values():
