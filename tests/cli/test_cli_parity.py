@@ -16,6 +16,7 @@ from stratagem.cli.parity.training import train_variant
 from stratagem.cli.parity.variants import Family, ParitySettings, variant_config, variants, variants_for
 from stratagem.config import Config
 from stratagem.data import DefaultSampler
+from stratagem.errors import ConfigValueError
 from stratagem.model import BaseModel
 from stratagem.trace import Part
 
@@ -378,7 +379,7 @@ def keys(**changes: Any) -> list[str]:
 
 def test_each_option_adds_variants():
     """Every axis adds the variants that the documentation lists, each compared with an earlier one."""
-    default = ["one", "double", "again", "accumulated_2", "ranks_DDPStrategy"]
+    default = ["one", "float64", "rounded", "again", "accumulated_2", "ranks_DDPStrategy"]
     assert keys() == default
     assert set(keys(resumed=True)) - set(default) == {"resumed", "ranks_DDPStrategy_resumed"}
     assert set(keys(nproc=4)) - set(default) == {"accumulated_4"}
@@ -423,13 +424,27 @@ def test_the_options_change_the_configuration():
         "clip_grad": {"max_norm": 1.0},
     }  # fmt: skip
     assert configured("float16_one", config, dtypes=("float16",))["optim_wrapper"]["loss_scale"] == 1024.0
-    assert "dtype" not in configured("bfloat16_double", config, dtypes=("bfloat16",))["optim_wrapper"]
+    assert "dtype" not in configured("bfloat16_float64", config, dtypes=("bfloat16",))["optim_wrapper"]
     assert configured("workers_2", config, workers=(2,))["train_dataloader"]["num_workers"] == 2
     assert configured("compiled", config, compiled=True)["compile"] is True
     assert configured("one", config, compiled=True)["compile"] is False
     accumulated = configured("accumulated_4", config, accumulate=(4,))
     assert accumulated["optim_wrapper"]["accumulative_counts"] == 4
     assert (accumulated["train_dataloader"]["batch_size"], accumulated["train_cfg"]["max_iters"]) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FSDPStrategy", {"tp": 2}), ("ColossalAIStrategy", {"plugin": {"type": "hybrid-parallel", "tp_size": 2}})],
+)
+def test_ranks_that_share_samples_have_larger_batches(name: str, options: dict[str, Any]):
+    """Under tensor parallelism over 2 of 4 ranks, a step has the same samples as in one process, in 2 batches instead of 4."""
+    config = toy(strategy={"type": name, **options}, **{"train_dataloader.batch_size": 2})
+    changes: dict[str, Any] = {"nproc": 4, "strategies": (name,), "accumulate": ()}
+    assert configured("one", config, **changes)["train_dataloader"]["batch_size"] == 8
+    assert configured(f"ranks_{name}", config, **changes)["train_dataloader"]["batch_size"] == 4
+    with pytest.raises(ConfigValueError, match="across 2 ranks, which do not divide .* Set --nproc to a multiple of 2"):
+        configured(f"ranks_{name}", config, **{**changes, "nproc": 3})
 
 
 def test_schedules_count_optimizer_steps_in_all_variants():

@@ -272,13 +272,36 @@ def variants_for(config: Config, settings: ParitySettings) -> list[Variant]:
     listed = variants(settings, accumulates=accumulates)
     total = config["train_dataloader"]["batch_size"] * settings.nproc
     for variant in listed:
-        if total % (variant.nproc * variant.micro_batches):
+        parts = _num_parts(variant, _strategy_config(config, variant))
+        if total % parts:
             raise ConfigValueError(
                 f"{variant.name}: {total} samples per step ({total // settings.nproc} for each of {settings.nproc} processes) "
-                f"cannot be split into {variant.nproc * variant.micro_batches} equal micro-batches. Change --accumulate, or set "
-                "train_dataloader.batch_size."
+                f"cannot be split into {parts} equal micro-batches. Change --accumulate, or set train_dataloader.batch_size."
             )
     return listed
+
+
+def _strategy_config(config: Config, variant: Variant) -> dict[str, Any]:
+    """Return the ``strategy`` of a variant, with the configured options if it is the configured strategy."""
+    defaults = _ENGINE_DEFAULTS.get(variant.strategy, {})
+    return {**defaults, **with_strategy(config.get("strategy"), variant.strategy)}
+
+
+def _num_parts(variant: Variant, strategy: Mapping[str, Any]) -> int:
+    """Return the number of micro-batches into which a variant splits the samples of a step.
+
+    Raises:
+        ConfigValueError: if the ranks that share a micro-batch under tensor parallelism do not divide the processes.
+    """
+    plugin = strategy.get("plugin")
+    sharing = plugin.get("tp_size") if isinstance(plugin, Mapping) else strategy.get("tp")
+    sharing = sharing if isinstance(sharing, int) and sharing > 0 else 1
+    if variant.nproc % sharing:
+        raise ConfigValueError(
+            f"{variant.name}: tensor parallelism shards layers across {sharing} ranks, which do not divide the number of "
+            f"processes. Set --nproc to a multiple of {sharing}."
+        )
+    return variant.nproc // sharing * variant.micro_batches
 
 
 def _require_changeable(optim: Mapping[str, Any], settings: ParitySettings) -> None:
@@ -331,10 +354,7 @@ def variant_config(
         result.pop(key, None)
     accumulative_counts = accumulation_count(config)
     result["work_dir"] = str(folder / f"{variant.key}_run")
-    result["strategy"] = {
-        **_ENGINE_DEFAULTS.get(variant.strategy, {}),
-        **with_strategy(config.get("strategy"), variant.strategy),
-    }
+    result["strategy"] = _strategy_config(config, variant)
     max_iters = settings.steps * accumulative_counts * variant.micro_batches
     result["train_cfg"] = {"by_epoch": False, "max_iters": max_iters}
     length = run_length(config, settings, epoch_length)
@@ -343,7 +363,7 @@ def variant_config(
     result["custom_hooks"] = hooks_in_steps(config.get("custom_hooks"), variant.micro_batches)
     result["randomness"] = {"seed": 0, **(config.get("randomness") or {}), "diff_rank_seed": False}
     result["log_level"] = "ERROR"
-    batch_size = config["train_dataloader"]["batch_size"] * settings.nproc // (variant.nproc * variant.micro_batches)
+    batch_size = config["train_dataloader"]["batch_size"] * settings.nproc // _num_parts(variant, result["strategy"])
     changes: dict[str, Any] = {"train_dataloader.batch_size": batch_size}
     if variant.micro_batches > 1:
         changes["optim_wrapper.accumulative_counts"] = accumulative_counts * variant.micro_batches
