@@ -289,6 +289,7 @@ SECTIONS: Mapping[str, Rule] = {
     "train_dataloader": _TRAIN_LOADER,
     "val_dataloader": _evaluation_loader("val_dataloader"),
     "test_dataloader": _evaluation_loader("test_dataloader"),
+    "predict_dataloader": _EVALUATION_LOADER,
     "train_cfg": _train_cfg,
     "val_cfg": _evaluation_cfg("val"),
     "test_cfg": _evaluation_cfg("test"),

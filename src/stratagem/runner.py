@@ -17,7 +17,7 @@ from stratagem.config import Config, show
 from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
 from stratagem.config_schema import require_valid
-from stratagem.data import BatchLimits, EpochLoader, build_dataloader, report_dead_workers
+from stratagem.data import BatchLimits, EpochLoader, build_dataloader, in_dataset_order, report_dead_workers
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AmpOptimWrapper, OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
@@ -48,6 +48,8 @@ from stratagem.train.building import (
 )
 from stratagem.train.evaluation.sets import named_loaders
 from stratagem.train.goodput.session import identify_session, measured_session
+from stratagem.train.prediction.files import require_prediction_file
+from stratagem.train.prediction.predict import predict_to_file, predict_to_list
 from stratagem.train.resume.preemption import require_requeue, save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
@@ -55,6 +57,7 @@ from stratagem.train.resume.source import ResumeSource, restore_data_position
 from stratagem.train.resume.tracked_sessions import tracked_session
 from stratagem.train.trackers.building import TrackerSpec, build_trackers
 from stratagem.train.trackers.tracking import Tracking
+from stratagem.utils import absolute
 from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
@@ -66,10 +69,10 @@ _ARGUMENTS = (
     "auto_scale_lr", "default_hooks", "custom_hooks", "trackers", "data_preprocessor", "load_from", "resume",
     "resume_optimizer", "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness",
     "compile", "default_scope", "requeue", "limit_train_batches", "limit_val_batches", "limit_test_batches",
-    "overfit_batches",
+    "overfit_batches", "predict_dataloader",
 )  # fmt: skip
 
-_DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+_DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test", "predict": "Prediction"}
 
 # For validation and testing, a mapping may also contain the dataloaders of several sets by name.
 DataLoaderSpec = DataLoader[Any] | Mapping[str, Any]
@@ -139,6 +142,7 @@ class Runner:
         test_dataloader: as ``val_dataloader``, for testing.
         test_evaluator: as ``val_evaluator``, for testing.
         test_cfg: the arguments of the test loop; may be empty.
+        predict_dataloader: the data for :meth:`predict`: a ``DataLoader`` or its configuration; by default ``test_dataloader``.
         strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
         default_hooks: a mapping from the names of default hooks to changed options; None removes a hook.
@@ -187,6 +191,7 @@ class Runner:
         test_dataloader: DataLoaderSpec | None = None,
         test_evaluator: EvaluatorSpec | None = None,
         test_cfg: Mapping[str, Any] | None = None,
+        predict_dataloader: DataLoaderSpec | None = None,
         strategy: BaseStrategy | Mapping[str, Any] | str | None = None,
         auto_scale_lr: Mapping[str, Any] | None = None,
         default_hooks: Mapping[str, Any] | None = None,
@@ -232,6 +237,7 @@ class Runner:
             val_dataloader=val_dataloader,
             test_dataloader=test_dataloader,
         )
+        self._predict_data = predict_dataloader
         require_optimizer(param_scheduler, optim_wrapper)
         parse_compile(compile)
         if work_dir is not None:
@@ -411,6 +417,72 @@ class Runner:
         with self.run.guard.monitored():
             return self._evaluate(self._test, strict=strict)
 
+    def predict(
+        self,
+        dataloader: DataLoaderSpec | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        strict: bool = False,
+    ) -> list[Any] | None:
+        """Return the results of the model for all samples in the order of the data. Collective.
+
+        The model runs ``predict_step(batch)`` if it has this method, and ``test_step(batch)`` otherwise, in evaluation mode with
+        the weights and the precision of a test. Each sample is predicted once, under any strategy and for any number of samples.
+        The state of the run does not change.
+
+        A tensor or array in the output for a batch must have one row for each sample, and a list one item. Mappings and tuples
+        may contain them. The result of a sample has the same structure, with tensors on the CPU.
+
+        Args:
+            dataloader: a ``DataLoader`` or its configuration; by default ``predict_dataloader``, or else ``test_dataloader``.
+                It is read without shuffling, unless it has its own sampler.
+            out: a file to which rank 0 writes the results instead of returning them: ``.jsonl``, ``.csv``, ``.npz`` or ``.pt``.
+                The other ranks write their results to temporary files in its folder.
+            strict: whether the weights in ``load_from`` must match the model's weights exactly.
+
+        Returns:
+            The results on rank 0, and None on the other ranks or if they are written to a file.
+
+        Raises:
+            ConfigValueError: if there is no data, it has several sets, or the format of the file is unknown.
+            TrainingError: if an output does not have one part for each sample, or does not fit the format.
+        """
+        path = None if out is None else absolute(out)
+        if path is not None:
+            require_prediction_file(path)
+        spec, mode = self._data_to_predict(dataloader)
+        with self.run.guard.monitored():
+            self._require_one_config()
+            with switch_scope(self._scope):
+                loader = self._build_loader(spec, mode)
+                self._prepare_evaluation(strict=strict)
+            fp16 = (self._test.cfg or {}).get("fp16")
+            with report_dead_workers():
+                if path is None:
+                    results = predict_to_list(self.run, loader, fp16=fp16)
+                else:
+                    results, count = None, predict_to_file(self.run, loader, path, fp16=fp16)
+                    self.strategy.logger.info("Wrote the results of %d samples to %s", count, path)
+            self.run.events.call("after_run", self.run)
+        return results
+
+    def _data_to_predict(self, dataloader: DataLoaderSpec | None) -> tuple[DataLoaderSpec, str]:
+        """Return the data for a prediction, which is read in order, and its mode for the log and the limits."""
+        given = dataloader if dataloader is not None else self._predict_data
+        spec, mode = (given, "predict") if given is not None else (self._test.dataloader, "test")
+        if spec is None:
+            raise ConfigValueError(
+                "There is no data to predict. Pass a dataloader, or add predict_dataloader or test_dataloader to the "
+                "configuration."
+            )
+        named = named_loaders(spec, f"{mode}_dataloader")
+        if named is not None:
+            raise ConfigValueError(
+                f"{mode}_dataloader has the sets {', '.join(named)}, but a prediction has a single order of samples. Specify one "
+                "of them: pass it to predict(), or set predict_dataloader."
+            )
+        return in_dataset_order(spec, every_sample=True), mode
+
     def close(self) -> None:
         """Close files, and destroy the process group if the strategy created it. Idempotent."""
         self.run.close()
@@ -421,8 +493,16 @@ class Runner:
         self._require_one_config()
         with switch_scope(self._scope):
             loop = self._evaluation_loop(phase)
-            self.strategy.prepare(self._model, compile=self._compile)
-            self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
+            self._prepare_evaluation(strict=strict)
+        with report_dead_workers():
+            metrics: dict[str, Any] = loop.run()
+        self.run.events.call("after_run", self.run)
+        return metrics
+
+    def _prepare_evaluation(self, *, strict: bool) -> None:
+        """Prepare the model, load its weights, and call the hooks at the start of a run. Collective."""
+        self.strategy.prepare(self._model, compile=self._compile)
+        self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
         saved = self._resume_source.meta
         self.run.saved_autocast = saved["autocast"] if "autocast" in saved else _configured_autocast(self._train.third)
         if self._resume_source.has_average and not any(isinstance(hook, EMAHook) for hook in self.run.events.hooks):
@@ -431,10 +511,6 @@ class Runner:
                 "trained weights, because there is no EMAHook. To use the averaged weights, add EMAHook to custom_hooks."
             )
         self.run.events.call("before_run", self.run)
-        with report_dead_workers():
-            metrics: dict[str, Any] = loop.run()
-        self.run.events.call("after_run", self.run)
-        return metrics
 
     def _training_data(self) -> EpochLoader:
         """Return the training loader, which keeps its position if it was used before."""
@@ -464,7 +540,7 @@ class Runner:
             world_size=self.strategy.dp_size,
             training=mode == "train",
             device=self.strategy.world.device,
-            limit=self._limits.of(mode),
+            limit=None if mode == "predict" else self._limits.of(mode),
         )
         copies = loader.describe_copies(self.strategy.world.device)
         what = f"{_DATA_NAMES[mode]} data" if name is None else f"{_DATA_NAMES[mode]} data {name!r}"

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,23 @@ def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str
     assert (tmp_path / "run" / "toy_config.py").read_bytes() == kept
 
 
+def test_predictions_are_printed_or_written(stratagem: Command, config: str, tmp_path: Path):
+    """``predict`` prints a JSON object for each of 8 samples, or writes a file; a wrong suffix is an error before loading."""
+    assert stratagem("train", config, "--work-dir", "run").status == 0
+    printed = stratagem("predict", config, "run/epoch_2", "--work-dir", "run")
+    assert printed.status == 0
+    results = [json.loads(line) for line in printed.out.splitlines()]
+    assert [len(each["preds"]) for each in results] == [4] * 8
+    done = stratagem("predict", config, "run/epoch_2", "--work-dir", "run", "--out", "results.pt")
+    assert "Saved the results to results.pt" in done.out
+    assert [each["preds"].tolist() for each in torch.load(tmp_path / "results.pt")] == [
+        each["preds"] for each in results
+    ]
+    wrong = stratagem("predict", config, "run/epoch_2", "--out", "results.txt")
+    assert wrong.status == 2
+    assert "must be .jsonl, .csv, .npz, .pt" in wrong.err
+
+
 def test_env_prints_the_environment(stratagem: Command):
     """`env` prints one line per fact."""
     done = stratagem("env")
@@ -122,6 +140,7 @@ def test_version(stratagem: Command):
             ("CONFIG", "--set", "--work-dir", "--resume", "--load-from", "--nproc", "--launcher", "--strategy"),
         ),
         (("test",), ("CONFIG", "CHECKPOINT", "--set", "--traceback")),
+        (("predict",), ("CONFIG", "CHECKPOINT", "--out", "--nproc")),
         (("env",), ("bug reports",)),
     ],
 )

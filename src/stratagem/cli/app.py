@@ -150,6 +150,38 @@ def test(
 
 
 @app.command()
+def predict(
+    config: ConfigFile,
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint whose weights are used.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The file for the results: .jsonl, .csv, .npz or .pt. Default: JSON lines on stdout."
+        ),
+    ] = None,
+    work_dir: WorkDir = None,
+    nproc: Nproc = None,
+    launcher: Launcher = None,
+    strategy: Strategy = None,
+    traceback: Traceback = False,
+) -> None:
+    """Predict the samples of predict_dataloader, or of test_dataloader, with the weights of CHECKPOINT.
+
+    The results are in the order of the data.
+    """
+    options = RunOptions(
+        config=config,
+        overrides=tuple(overrides or ()),
+        work_dir=work_dir,
+        launcher=launcher,
+        strategy=strategy,
+        nproc=nproc,
+    )
+    lazy_command("stratagem.cli.predict:predict")(options, checkpoint=checkpoint, out=out)
+
+
+@app.command()
 def sample(
     config: ConfigFile,
     checkpoint: Annotated[

@@ -1,7 +1,7 @@
 """Data loading whose order and random numbers are independent of ranks, workers and restarts."""
 
 from stratagem.data.batches import ConsumedSamples, PositionedBatches
-from stratagem.data.building import build_dataloader, check_dataloader
+from stratagem.data.building import build_dataloader, check_dataloader, in_dataset_order
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.copy_ahead import AcceleratorCopyStream, CopyStream, copy_ahead, supports_pinned_memory
 from stratagem.data.grouped import GroupedBatchSampler
@@ -30,6 +30,7 @@ __all__ = [
     "check_dataloader",
     "copy_ahead",
     "epoch_order",
+    "in_dataset_order",
     "report_dead_workers",
     "pseudo_collate",
     "stream_seed",

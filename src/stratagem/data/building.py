@@ -37,7 +37,7 @@ from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, Registry
 from stratagem.utils import did_you_mean
 from stratagem.utils.data_rules import refuse_data_arguments
 
-__all__ = ["build_dataloader", "check_dataloader"]
+__all__ = ["build_dataloader", "check_dataloader", "in_dataset_order"]
 
 # When the generators are seeded for each sample.
 _STREAMS = ("auto", "always")
@@ -96,7 +96,7 @@ def build_dataloader(
             different rank or number of ranks.
     """
     if limit is not None and limit.first_epoch:
-        dataloader = _in_order(dataloader)
+        dataloader = in_dataset_order(dataloader, every_sample=False)
     loader = _build_loader(
         dataloader, seed, RankShare(rank, world_size, round_up=training), device, limited=limit is not None
     )
@@ -112,8 +112,15 @@ def build_dataloader(
     return loader
 
 
-def _in_order(dataloader: DataLoader[Any] | Mapping[str, Any]) -> DataLoader[Any] | Mapping[str, Any]:
-    """Return the arguments of a dataloader that does not shuffle; a dataloader with a custom sampler is returned unchanged."""
+def in_dataset_order(
+    dataloader: DataLoader[Any] | Mapping[str, Any], *, every_sample: bool
+) -> DataLoader[Any] | Mapping[str, Any]:
+    """Return the arguments of a dataloader that does not shuffle.
+
+    Args:
+        dataloader: a configuration or a ``DataLoader``. If it has its own sampler or batch sampler, it is returned unchanged.
+        every_sample: whether an incomplete last batch is not dropped.
+    """
     if isinstance(dataloader, DataLoader):
         if not _is_plain(dataloader):
             return dataloader
@@ -122,7 +129,7 @@ def _in_order(dataloader: DataLoader[Any] | Mapping[str, Any]) -> DataLoader[Any
         dataloader.get(key) is not None for key in ("sampler", "batch_sampler")
     ):
         return dataloader
-    return {**dataloader, "shuffle": False}
+    return {**dataloader, "shuffle": False, **({"drop_last": False} if every_sample else {})}
 
 
 def _build_loader(

@@ -184,6 +184,29 @@ class EpochLoader:
         return given.by_batch if isinstance(given, PositionedBatches | OpaqueBatches) else self.share is not None
 
     @property
+    def is_batched(self) -> bool:
+        """Whether the items that the loader yields are batches of samples, rather than single items of the dataset."""
+        return self.loader.batch_sampler is not None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the data was already split across the ranks in an unknown way, rather than in turn by this package or torch."""
+        order = self._order
+        if isinstance(order, OpaqueBatches):
+            sampler = order.sampler.sampler if forms_plain_batches(order.sampler) else order.sampler
+            return order.share is None and not isinstance(sampler, UnpaddedSampler)
+        return not isinstance(order, PositionedBatches) and self.share is None
+
+    def batch_sizes(self, epoch: int = 0) -> Iterator[int] | None:
+        """Return the number of samples in each batch of this rank; None if it is only known after loading the batches."""
+        if self._source is None:
+            return None
+        return (
+            len(request.indices)
+            for request in self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, 0))
+        )
+
+    @property
     def division(self) -> str:
         """A phrase for the log that describes how the data is split across the data-parallel ranks."""
         order = self._order

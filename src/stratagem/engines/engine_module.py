@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import PlacementError
-from stratagem.model import Trainable
+from stratagem.model import Trainable, predict_step_of
 from stratagem.parallel.forward_redirection import redirect_forward
 from stratagem.parallel.trainable import TrainableChange
 
@@ -122,6 +122,11 @@ class EngineModule(nn.Module):
         """Return the model's predictions."""
         with redirect_forward(self.unwrapped, self._eval_forward):
             return self._model.test_step(data)
+
+    def predict_step(self, data: Any) -> Any:
+        """Return the results of a batch."""
+        with redirect_forward(self.unwrapped, self._eval_forward):
+            return predict_step_of(self.unwrapped)(data)
 
     @property
     def _model(self) -> Trainable:

@@ -6,7 +6,7 @@ from stratagem.model.averaging import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from stratagem.model.base import BaseModel, Trainable
+from stratagem.model.base import BaseModel, Trainable, predict_step_of
 from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, pin_tensors, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
@@ -31,6 +31,7 @@ __all__ = [
     "is_model_wrapper",
     "parse_losses",
     "pin_tensors",
+    "predict_step_of",
     "revert_sync_batchnorm",
     "to_device",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from stratagem.model.preprocess import BaseDataPreprocessor
 from stratagem.registry import MODELS
 from stratagem.step import call_forward, train_step
 
-__all__ = ["BaseModel", "Trainable"]
+__all__ = ["BaseModel", "Trainable", "predict_step_of"]
 
 
 @runtime_checkable
@@ -28,6 +28,12 @@ class Trainable(Protocol):
 
     def test_step(self, data: Any) -> Any:
         """Return the predictions for one batch, in the form that the evaluator expects."""
+
+
+def predict_step_of(model: Any) -> Callable[[Any], Any]:
+    """Return the method of a model that predicts the results of a batch: ``predict_step``, or ``test_step`` if it has none."""
+    step: Callable[[Any], Any] | None = getattr(model, "predict_step", None)
+    return cast("Trainable", model).test_step if step is None else step
 
 
 class BaseModel(nn.Module, ABC):

@@ -51,11 +51,11 @@ def _uses_graphs(compiled: Any) -> bool:
 
 
 def keep_outputs_of_replays(model: nn.Module) -> None:
-    """Make ``train_step``, ``val_step`` and ``test_step`` of a placed model return copies, and mark the start of each iteration.
+    """Make the ``*_step`` methods of a placed model return copies, and mark the start of each iteration.
 
     If gradients are accumulated, the gradients of the first micro-batch are copied once, and later ones are added to the copies.
     """
-    for name in ("train_step", "val_step", "test_step"):
+    for name in ("train_step", "val_step", "test_step", "predict_step"):
         step = getattr(model, name, None)
         if callable(step):
             wrapper = _training if name == "train_step" else _evaluating

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stratagem.distributed import World
 from stratagem.errors import ConfigKeyError, PlacementError
-from stratagem.model import Trainable, convert_sync_batchnorm, is_model_wrapper, unwrap_model
+from stratagem.model import Trainable, convert_sync_batchnorm, is_model_wrapper, predict_step_of, unwrap_model
 from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel.activation_checkpointing import checkpoint_activations, log_checkpointed, refuse_compiled
 from stratagem.parallel.forward_redirection import redirect_forward
@@ -183,6 +183,10 @@ class Replica(DistributedDataParallel):
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions. Not collective."""
         return cast("Trainable", self.module).test_step(data)
+
+    def predict_step(self, data: Any) -> Any:
+        """Return the results of a batch. Not collective."""
+        return predict_step_of(self.module)(data)
 
 
 def require_ddp_options(options: Iterable[str]) -> None:

@@ -52,6 +52,15 @@ def test_a_run_is_resumed_on_two_ranks_and_in_one_process(tmp_path: Path) -> Non
     assert last.position == {"epoch": 3, "iter": 9}
     assert read_any(last.path)["optimizer"]["counts"]["attempts"] == 5
     plain = _config(tmp_path / "plain.py", strategy="", optimizer="AdamW")
+    # The results of two ranks are in the order of the data.
+    for name, words in {"two": (config, "--nproc", "2"), "one": (plain,)}.items():
+        _stratagem(tmp_path, "predict", str(words[0]), str(last.path), "--out", f"{name}.pt", *words[1:])
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    assert len(one) == 8
+    assert [each["target"] for each in two] == [each["target"] for each in one]
+    # The ranks compute in bfloat16.
+    scores = [torch.stack([each["preds"].float() for each in results]) for results in (one, two)]
+    torch.testing.assert_close(*scores, rtol=0.02, atol=0.02)
     resumed = _stratagem(tmp_path, "train", str(plain), "--resume", str(last.path), "--set", "train_cfg.max_epochs=4")
     assert "Epoch(train) [4]" in resumed
 

@@ -79,6 +79,9 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
         warnings.simplefilter("ignore")
         runner = Runner.from_cfg({**config, **changes})
         try:
+            if evaluates == "predictions":
+                results = runner.predict({"batch_size": 3, "dataset": torch.utils.data.Subset(Points(), range(13))})
+                return {"results": results}
             if evaluates:
                 return dict(runner.val())
             runner.train()
@@ -269,3 +272,15 @@ def test_traces_of_zero_equal_those_of_one_process(tmp_path: Path, ranks: Ranks)
         assert result.first is None, result.first
         assert set(result.sizes) == set(Part) - {Part.REDUCTION, Part.AVERAGE}
         assert set(trace.ranks[1].steps[0].absent) == {"reduced", "clipped"}
+
+
+@pytest.mark.parametrize("name", ["ZeRO-2", "ZeRO-3"])
+def test_predictions_equal_those_of_a_single_process(two: Ranks, folder: Path, name: str) -> None:
+    """13 samples, which the ranks share unevenly, have the results of one process in the order of the data."""
+    run(placed("single"), folder / "a", size=1)
+    checkpoint = {"load_from": str(folder / "a" / "epoch_3"), "evaluates": "predictions"}
+    expected = run(placed("single"), folder / "b", size=1, **checkpoint)["results"]
+    first, second = two.run(run, placed(name), folder / "c", **checkpoint)
+    assert second == {"results": None}
+    assert [int(each["target"]) for each in first["results"]] == Points().classes[:13].tolist()
+    torch.testing.assert_close(first["results"], expected)
