@@ -20,6 +20,7 @@ from stratagem.checkpoint.directory.verify import verify_checkpoint
 from stratagem.checkpoint.formats.choice import CheckpointFormat, format_for
 from stratagem.checkpoint.formats.release import release_checkpoint
 from stratagem.checkpoint.formats.single_file import SingleFileFormat
+from stratagem.checkpoint.frozen_weights import OMITTED, FrozenWeights, omitted_digests, require_omitted_weights
 from stratagem.checkpoint.remote.checkpoint_urls import find_latest_remote, remote_save_orders, save_remote
 from stratagem.checkpoint.remote.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.staging import StagedState
@@ -47,7 +48,9 @@ __all__ = [
     "CheckpointFormat",
     "CheckpointLoader",
     "DirectoryFormat",
+    "FrozenWeights",
     "LoadReport",
+    "OMITTED",
     "ShardedTensorState",
     "RetentionTag",
     "TensorBox",
@@ -63,6 +66,8 @@ __all__ = [
     "digest_of_tensor",
     "find_latest_checkpoint",
     "match_state",
+    "omitted_digests",
+    "require_omitted_weights",
     "format_for",
     "gather_tree",
     "inspect_checkpoint",

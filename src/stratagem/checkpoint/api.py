@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from stratagem.checkpoint.directory.directory import DirectoryFormat
 from stratagem.checkpoint.directory.write_plan import spec_of
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
+from stratagem.checkpoint.frozen_weights import omitted_digests, require_omitted_weights
 from stratagem.checkpoint.remote.checkpoint_urls import save_remote
 from stratagem.checkpoint.remote.sources import CheckpointLoader
 from stratagem.checkpoint.tree.flatten import StateTree, flatten_state
@@ -113,7 +115,11 @@ def load_checkpoint(
     """
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
     state = get_model_state(checkpoint, filename)
-    return checkpoint, load_state_dict(unwrap_model(model), state, strict=strict, revise_keys=revise_keys)
+    require_omitted_weights(unwrap_model(model), checkpoint, filename)
+    allowed = [re.escape(name) for name in omitted_digests(checkpoint)]
+    return checkpoint, load_state_dict(
+        unwrap_model(model), state, strict=strict, revise_keys=revise_keys, allow_missing=allowed
+    )
 
 
 def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:

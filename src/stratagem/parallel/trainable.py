@@ -52,6 +52,9 @@ class TrainableChange:
 class TrainableParameters:
     """Detects changes of ``requires_grad`` between training steps, and prepares the placement for them.
 
+    Attributes:
+        unfrozen: the parameters that became trainable at some time.
+
     Args:
         model: the unwrapped model, after it was placed.
         wrappers: returns the optimizer wrappers of the model.
@@ -78,6 +81,7 @@ class TrainableParameters:
         self._fixed = fixed
         self._agreement = EventAgreement()
         self._num_lines = 0
+        self.unfrozen: set[nn.Parameter] = set()
         self._flags = self._read()
 
     def check(self) -> None:
@@ -101,6 +105,7 @@ class TrainableParameters:
     def adopt(self) -> None:
         """Prepare the placement for a change that a checkpoint made on every rank, without a log line."""
         change = self._difference()
+        self._note_unfrozen(change)
         self._flags = self._read()
         if change.unfrozen or change.frozen:
             self._apply(change)
@@ -136,11 +141,16 @@ class TrainableParameters:
         if not self._fixed:
             self._require_optimizer(change, iteration)
         self._apply(change)
+        self._note_unfrozen(change)
         self._flags = self._read()
         self._num_lines += 1
         if self._num_lines <= _MOST_LINES:
             last = " Further changes are not logged." if self._num_lines == _MOST_LINES else ""
             self._logger.info("Iteration %d: %s.%s", iteration, change, last)
+
+    def _note_unfrozen(self, change: TrainableChange) -> None:
+        by_name = dict(zip(self._names, self._parameters, strict=True))
+        self.unfrozen.update(by_name[name] for name in change.unfrozen)
 
     def _require_agreement(self, change: TrainableChange, iteration: int) -> None:
         posted = self._agreement.find_disagreement("\n".join([*change.unfrozen, "", *change.frozen]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -246,6 +248,11 @@ class BaseStrategy(ABC):
         """Whether training continues from values that are written into the model's parameters."""
         return True
 
+    @property
+    def can_omit_frozen(self) -> bool:
+        """Whether checkpoints can omit parameters that are frozen (``save_frozen=False``)."""
+        return False
+
     def global_numel(self, parameter: nn.Parameter) -> int:
         """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""
         return parameter.numel()
@@ -464,8 +471,12 @@ class BaseStrategy(ABC):
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
         write: CheckpointWriter = save_checkpoint,
+        save_frozen: bool = True,
     ) -> None:
         """Save the state of the run under ``filename`` atomically. Collective.
+
+        With ``save_frozen=False``, the checkpoint omits parameters that have been frozen since the model was built and contains
+        their digests instead. A model that loads it must have their values already; a different value is an error.
 
         ``write`` is called with the state, ``filename`` and the rank group. Use
         :meth:`BackgroundSaver.save <stratagem.checkpoint.BackgroundSaver.save>` to save in the background.
@@ -564,15 +575,19 @@ class BaseStrategy(ABC):
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         allow_missing: Sequence[str] = (),
+        omitted: Collection[str] = (),
     ) -> LoadReport:
         """Load the state of the unwrapped model, and log differences on rank 0.
 
-        With ``strict`` only keys that match a regular expression in ``allow_missing`` may be missing.
+        With ``strict`` only keys that match a regular expression in ``allow_missing`` may be missing. Keys in ``omitted`` are not
+        considered missing; the model keeps their values.
 
         Raises:
             CheckpointMismatchError: if no key matches, or, with ``strict``, if there is a difference.
         """
-        report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing)
+        may_lack = [*allow_missing, *map(re.escape, omitted)]
+        report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, allow_missing=may_lack)
+        report = replace(report, missing=tuple(name for name in report.missing if name not in omitted))
         if not report.exact:
             self.logger.warning(report.describe())
         return report

@@ -18,11 +18,15 @@ from torch.nn.parameter import is_lazy
 from stratagem._version import __version__
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
+    OMITTED,
     CheckpointLoader,
+    FrozenWeights,
     LoadReport,
     StateTree,
     gather_tree,
     get_model_state,
+    omitted_digests,
+    require_omitted_weights,
     save_checkpoint,
 )
 from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
@@ -63,6 +67,7 @@ class ComposedStrategy(BaseStrategy):
             undo.callback(self.close)
             self._placement = self._make_placement()
             self._trainable: TrainableParameters | None = None
+            self._frozen: FrozenWeights | None = None
             # Whether compiled parts of the model may use CUDA graphs.
             self._replays_graphs = False
             self._access = self._make_access()
@@ -152,6 +157,11 @@ class ComposedStrategy(BaseStrategy):
             )
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
+        self._frozen = FrozenWeights(self.unwrap_model())
+
+    @property
+    def can_omit_frozen(self) -> bool:
+        return isinstance(self._access, TorchState)
 
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Connect an optimizer wrapper to the placed model: gradient policy, accumulation, learning rates."""
@@ -288,7 +298,9 @@ class ComposedStrategy(BaseStrategy):
         self.logger.info("Loading weights from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         state = get_model_state(checkpoint, filename)
-        self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
+        omitted = self._require_omitted(checkpoint, filename)
+        self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys, omitted=omitted)
+        self._frozen = FrozenWeights(self.unwrap_model())
         return {key: value for key, value in checkpoint.items() if key != "state_dict"}
 
     def resume(
@@ -314,8 +326,9 @@ class ComposedStrategy(BaseStrategy):
         if "optimizer" in parts:
             require_same_class(self.optim_wrapper, parts["optimizer"])
             require_same_parts(self.optim_wrapper, parts["optimizer"], self.unwrap_model())
+        omitted = self._require_omitted(checkpoint, filename)
         # Load strictly, because the optimizer state of a different model must not be applied to these parameters.
-        report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
+        report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters, omitted=omitted)
         if report.missing:
             self.logger.warning(
                 "New parameters keep their initial values and have no optimizer state: %s. All other parameters were "
@@ -339,6 +352,32 @@ class ComposedStrategy(BaseStrategy):
         # Restore the random state last, since no random numbers may be drawn afterwards.
         self._resume_randomness(checkpoint, meta)
         return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def _require_omitted(self, checkpoint: StateTree, filename: str | os.PathLike[str]) -> Collection[str]:
+        """Return the names of the frozen parameters that a checkpoint omits; require that the model has their values. Collective.
+
+        Raises:
+            CheckpointMismatchError: if it does not, or the strategy cannot find out.
+        """
+        omitted = omitted_digests(checkpoint)
+        if omitted and not self.can_omit_frozen:
+            raise CheckpointMismatchError(
+                f"{mask_text(os.fspath(filename))} omits {len(omitted)} frozen parameters (save_frozen=False), which "
+                f"{type(self).__name__} cannot compare with the weights of its model. Resume with SingleDeviceStrategy, "
+                "DDPStrategy or FSDPStrategy, and save a checkpoint with save_frozen=True for this strategy."
+            )
+        require_omitted_weights(self.unwrap_model(), checkpoint, filename, RankGroup.of())
+        return omitted.keys()
+
+    def _find_omittable(self) -> Mapping[str, str]:
+        """Return the digests of the frozen parameters that a checkpoint can omit, by name. Collective."""
+        if not self.can_omit_frozen or self._frozen is None:
+            raise PlacementError(
+                f"{type(self).__name__} cannot save checkpoints without frozen parameters, because its engine stores them. Omit "
+                "save_frozen=False, or use SingleDeviceStrategy, DDPStrategy or FSDPStrategy."
+            )
+        unfrozen = () if self._trainable is None else self._trainable.unfrozen
+        return self._frozen.find_omittable(self.unwrap_model(), unfrozen, RankGroup.of())
 
     def _restore_trainable(self, checkpoint: StateTree, new: Sequence[str], *, restore: bool) -> None:
         """Freeze and unfreeze parameters as in the saved run, since hooks may have changed them; log differences.
@@ -375,8 +414,10 @@ class ComposedStrategy(BaseStrategy):
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
         write: CheckpointWriter = save_checkpoint,
+        save_frozen: bool = True,
     ) -> None:
         parts: StateTree = {}
+        omitted = {} if save_frozen else self._find_omittable()
         optim = self.optim_wrapper_or_none
         local_buffers = self._synced_buffers.local_values(self.unwrap_model(), self.dp_group)
         with ExitStack() as evaluating:
@@ -404,8 +445,9 @@ class ComposedStrategy(BaseStrategy):
             rank_group = RankGroup.of()
             # Each rank builds the tree because it writes its own shards; rank 0 writes everything else. Tensors stay on
             # their device: the writer moves them to the CPU one at a time.
-            parts = {"state_dict": self._model_state(), **parts}
-            checkpoint = rank_group.run_checked(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
+            parts = {"state_dict": _without_keys(self._model_state(), omitted), **parts}
+            facts = {"finite": finite, **({OMITTED: dict(omitted)} if omitted else {})}
+            checkpoint = rank_group.run_checked(lambda: self._tree(parts, facts, extra_ckpt, callback))
             if self._placement.full_state:
                 checkpoint = gather_tree(checkpoint, rank_group)
             self._writer(write)(checkpoint, filename, rank_group)
@@ -553,6 +595,17 @@ class ComposedStrategy(BaseStrategy):
                 "again.",
                 unknown,
             )
+
+
+def _without_keys(state: StateTree, omitted: Collection[str]) -> StateTree:
+    """Return a state dict without some of its keys; unchanged if there are none to omit."""
+    if not omitted:
+        return state
+    kept = type(state)((key, value) for key, value in state.items() if key not in omitted)
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        kept._metadata = versions  # type: ignore[attr-defined]  # torch's versions of modules
+    return kept
 
 
 def _refuse_lazy_parameters(model: nn.Module) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.filesize import decimal
 
-from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, has_averaged_weights
+from stratagem.checkpoint import AVERAGE_PART, evaluated_weights, has_averaged_weights, omitted_digests
 from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, weights_of, write_weights
 from stratagem.cli.output import echo, status
 from stratagem.errors import CheckpointError
@@ -18,13 +19,17 @@ __all__ = ["consolidate", "convert"]
 
 def convert(source: str, target: Path, form: str | None, *, raw: bool) -> None:
     """Convert ``source`` to another format, and print which parts that format cannot store."""
+    where = source if is_url(source) else Path(source)
     with status(f"Converting {mask_text(source)} ..."):
-        left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form, raw=raw)
+        left_out = convert_checkpoint(where, target, form, raw=raw)
+        with open_checkpoint(where) as tree:
+            omitted = omitted_digests(tree)
     echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
     if AVERAGE_PART in left_out and not raw:
         echo("Wrote the averaged weights, which the run used for evaluation. Use --raw to write the trained weights.")
     if left_out:
         echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
+    _report_omitted(omitted)
 
 
 def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None:
@@ -52,6 +57,16 @@ def consolidate(source: str, target: Path, *, averaged: bool, raw: bool) -> None
             )
         weights = weights if raw else evaluated_weights(tree, weights)
         write_weights(weights, absolute(target), folder=False)
+        omitted = omitted_digests(tree)
     if has_averages and not raw:
         echo("Wrote the averaged weights, which the run used for evaluation. Use --raw to write the trained weights.")
     echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")
+    _report_omitted(omitted)
+
+
+def _report_omitted(omitted: Collection[str]) -> None:
+    if omitted:
+        echo(
+            f"The checkpoint omits {len(omitted)} frozen parameters (save_frozen=False), so the file contains only the others: "
+            "load it into a model that has the frozen weights."
+        )

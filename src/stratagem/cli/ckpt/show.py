@@ -11,7 +11,7 @@ import typer
 from rich.filesize import decimal
 from torch import Tensor
 
-from stratagem.checkpoint import StateTree, flatten_tree
+from stratagem.checkpoint import OMITTED, StateTree, flatten_tree, omitted_digests
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.output import Table, echo, print_json, print_table, rows_of
@@ -106,11 +106,13 @@ def _describe_difference(difference: CheckpointDifference) -> str:
 
 
 def _facts(meta: Mapping[str, Any]) -> dict[str, str]:
+    omitted = omitted_digests({"meta": meta})
+    facts = {OMITTED: f"{len(omitted)} frozen parameters (save_frozen=False)"} if omitted else {}
     return {
         str(key): _short(mask_text(repr(value) if not isinstance(value, str) else value))
         for key, value in meta.items()
-        if key not in _LONG
-    }
+        if key not in _LONG and key != OMITTED
+    } | facts
 
 
 def _parts(tree: StateTree) -> Table:

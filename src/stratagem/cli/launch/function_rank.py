@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stratagem.cli.launch.child_status import claim_error_report
 from stratagem.cli.launch.functions import CALL, PREPARATION, dump, error_file, exception_file, result_file
+from stratagem.distributed import close_dist
 from stratagem.errors import RankFailedError
 
 __all__ = ["main"]
@@ -35,9 +36,14 @@ def main(folder: Path) -> None:
         function, args, kwargs = pickle.loads((folder / CALL).read_bytes())  # noqa: S301 -- see above
         result, _ = dump(function(*args, **kwargs), allow_main=any(key.startswith("init_main") for key in preparation))
         _write(result_file(folder, rank), result)
+        # Threads of a process group that is still open may abort the process at its end.
+        close_dist()
     except Exception as error:  # noqa: BLE001 -- the outermost level of the process, where every error is reported
         _report(folder, rank, error)
-        sys.exit(1)
+        # Do not close the process group, because the other ranks may be waiting in a collective.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

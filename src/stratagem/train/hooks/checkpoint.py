@@ -21,7 +21,7 @@ from stratagem.checkpoint import (
 from stratagem.checkpoint.api import check_storable
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.distributed import RankGroup
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -54,6 +54,8 @@ class CheckpointHook(Hook):
         by_epoch: whether ``interval`` counts epochs (True) or iterations (False).
         save_optimizer: whether to save the state of the optimizer.
         save_param_scheduler: whether to save the state of the schedulers.
+        save_frozen: whether to save parameters that have been frozen since the model was built, such as the base weights of LoRA.
+            If not, checkpoints contain their digests, and a run only resumes if its model has the same values.
         out_dir: a folder in which a subfolder with the name of the work directory is created for the checkpoints; by
             default, the work directory itself.
         max_keep_ckpts: the number of most recent checkpoints to keep; -1 for all. Checkpoints that were saved when the run was
@@ -95,6 +97,7 @@ class CheckpointHook(Hook):
         by_epoch: bool = True,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
+        save_frozen: bool = True,
         out_dir: str | os.PathLike[str] | None = None,
         max_keep_ckpts: int = -1,
         save_last: bool = True,
@@ -143,6 +146,7 @@ class CheckpointHook(Hook):
         self._interval = interval
         self._by_epoch = by_epoch
         self._save_optimizer, self._save_param_scheduler = save_optimizer, save_param_scheduler
+        self._save_frozen = save_frozen
         self._out_dir = out_dir
         self._save_last = save_last
         self._template = template
@@ -227,6 +231,13 @@ class CheckpointHook(Hook):
             # after that save.
             RankGroup.of().run_on_rank0(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         self._check_storable(run)
+        if not self._save_frozen and not run.strategy.can_omit_frozen:
+            raise PlacementError(
+                f"CheckpointHook: {type(run.strategy).__name__} cannot save checkpoints without frozen parameters. Omit "
+                "save_frozen=False, or use SingleDeviceStrategy, DDPStrategy or FSDPStrategy."
+            )
+        # A checkpoint that is saved when the run is interrupted omits the same parameters.
+        run.save_frozen = self._save_frozen
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:

@@ -98,6 +98,7 @@ class Run:
             autocast. A run that trains uses the autocast dtype of its own optimizer instead.
         history: the sessions of the run, the current one last; saved in every checkpoint.
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
+        save_frozen: whether checkpoints contain frozen parameters; the hook that saves them sets it.
         work_dir_locks: the directories that the run has locked.
         checkpoint_writer: saves the checkpoints of the run.
         clock: divides the wall time of the session into phases.
@@ -129,6 +130,7 @@ class Run:
         self.at_close: list[Callable[[], None]] = []
         self.saved_autocast: str | None = None
         self.history = RunHistory()
+        self.save_frozen = True
         self.id = secrets.token_hex(8)
         self.work_dir_locks = WorkDirLocks(strategy.logger)
         self.checkpoint_writer = CheckpointWriter(strategy, self.clock)
@@ -275,6 +277,7 @@ class Run:
         *,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
+        save_frozen: bool | None = None,
         retention_tag: RetentionTag = _NEVER_REMOVED,
         then: Callable[[RankGroup], None] | None = None,
     ) -> None:
@@ -288,6 +291,8 @@ class Run:
             position: the position of the run.
             save_optimizer: whether to save the state of the optimizer.
             save_param_scheduler: whether to save the state of the schedulers.
+            save_frozen: whether to save parameters that have been frozen since the model was built; by default as in
+                :attr:`save_frozen`.
             retention_tag: determines when the checkpoint is removed; by default, it is never removed.
             then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
 
@@ -300,6 +305,8 @@ class Run:
                 position,
                 save_optimizer=save_optimizer,
                 save_param_scheduler=save_param_scheduler,
+                # Strategies of other packages may not have this argument.
+                **({} if (self.save_frozen if save_frozen is None else save_frozen) else {"save_frozen": False}),
                 retention_tag=retention_tag,
                 then=then,
             )
