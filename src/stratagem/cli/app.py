@@ -10,6 +10,7 @@ import typer
 
 from stratagem._version import __version__
 from stratagem.cli.ckpt.app import ckpt_app
+from stratagem.cli.completion import complete_config, complete_launcher, complete_strategy
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
@@ -22,14 +23,18 @@ app = typer.Typer(
     name="stratagem",
     help="Train PyTorch models from configurations, from one CPU to many nodes.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="The configuration file: .py, .yaml, .json or .toml.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="The configuration file: .py, .yaml, .json or .toml.",
+        autocompletion=complete_config,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -51,13 +56,18 @@ Launcher = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        autocompletion=complete_launcher,
         help="The launcher of this process: none, pytorch, slurm or mpi. Default: inferred from the environment. With "
         "--nproc, ray starts the processes on a Ray cluster.",
     ),
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class name."),
+    typer.Option(
+        metavar="NAME",
+        autocompletion=complete_strategy,
+        help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class name.",
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE.png", help="Also save the chart to this file. Requires stratagem[plot].")

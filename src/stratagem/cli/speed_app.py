@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from stratagem.cli.completion import complete_config
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 
 __all__ = ["summary"]
 
 _ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="The configuration file: .py, .yaml, .json or .toml.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="The configuration file: .py, .yaml, .json or .toml.",
+        autocompletion=complete_config,
+    ),
 ]
 _Overrides = Annotated[
     list[str] | None,
