@@ -33,6 +33,7 @@ LAYERS = (
     {"strategies"},
     {"engines"},
     {"train"},
+    {"report"},
     {"config_schema"},
     {"runner"},
     {"planning"},

@@ -250,6 +250,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"compile": {"mode": "fastest"}}, "compile.mode"),
     ({"compile": {"backend": "fastest"}}, "compile.backend"),
     ({"requeue": 1}, "requeue"),
+    ({"report": "report.html"}, "report"),
     ({"work_dir": 5}, "work_dir"),
     ({"work_dir": "a\0b"}, "work_dir"),
     ({"experiment_name": 5}, "experiment_name"),

@@ -156,9 +156,17 @@ class Site:
             return self.place(name)
         if (ROOT / target).is_dir():
             return "decisions/index.md" if name == "docs/decisions" else self._file_page(target)
-        if target.suffix in (".png", ".svg"):
-            return None
+        if target.suffix == ".svg":
+            return None  # It becomes a part of the page.
+        if target.suffix == ".png":
+            return self._copied(target)
         return self._file_page(target)
+
+    def _copied(self, picture: Path) -> str:
+        placed = str(picture).removeprefix("docs/")
+        (self.folder / placed).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / picture, self.folder / placed)
+        return placed
 
     def _file_page(self, target: Path) -> str:
         self.files.add(str(target))

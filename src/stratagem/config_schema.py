@@ -39,6 +39,7 @@ from stratagem.registry import (
     switch_scope,
 )
 from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.report.automatic import require_report
 from stratagem.strategies import BaseStrategy, SingleDeviceStrategy
 from stratagem.strategies.base import require_readable_path
 from stratagem.strategies.choice import (
@@ -321,6 +322,7 @@ SECTIONS: Mapping[str, Rule] = {
     "work_dir": Section(validate=require_readable_path),
     "experiment_name": Section(validate=os.fspath),
     "requeue": Section(validate=require_requeue),
+    "report": Section(validate=require_report),
     **{option: _limit(option) for option in _LIMITS},
     **dict.fromkeys(
         (

@@ -21,6 +21,7 @@ from stratagem.data import BatchLimits, EpochLoader, build_dataloader, in_datase
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AmpOptimWrapper, OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
+from stratagem.report.automatic import reporting, require_report
 from stratagem.storage import write_record
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.base import require_readable_path
@@ -68,7 +69,7 @@ _ARGUMENTS = (
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "trackers", "data_preprocessor", "load_from", "resume",
     "resume_optimizer", "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness",
-    "compile", "default_scope", "requeue", "limit_train_batches", "limit_val_batches", "limit_test_batches",
+    "compile", "default_scope", "requeue", "report", "limit_train_batches", "limit_val_batches", "limit_test_batches",
     "overfit_batches", "predict_dataloader",
 )  # fmt: skip
 
@@ -165,6 +166,7 @@ class Runner:
         compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.
         default_scope: the registry scope in which names are looked up first.
         requeue: whether a run that is stopped by SIGUSR1 requeues its SLURM job, to be resumed later.
+        report: whether to write ``<work_dir>/report.html`` at the end of each training session.
         limit_train_batches: the number of training batches of an epoch on each rank (an integer), or their fraction (a float).
         limit_val_batches: the same for each validation set.
         limit_test_batches: the same for each test set.
@@ -210,6 +212,7 @@ class Runner:
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
         requeue: bool = False,
+        report: bool = True,
         limit_train_batches: float | None = None,
         limit_val_batches: float | None = None,
         limit_test_batches: float | None = None,
@@ -261,6 +264,7 @@ class Runner:
         self._scope = default_scope
         self._described: dict[str, str] = {}
         self._requeue = require_requeue(requeue)
+        self._report = require_report(report)
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             built_trackers = build_trackers(trackers)
@@ -362,6 +366,7 @@ class Runner:
             report_dead_workers(),
             run.interrupt.listening(),
             run.work_dir_locks.holding(folder),
+            reporting(run, enabled=self._report),
             # The goodput, which is logged when the inner context exits, is tracked as well.
             tracked_session(run),
             measured_session(run) as times,

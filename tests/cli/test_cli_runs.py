@@ -80,3 +80,14 @@ def test_show_prints_the_goodput_up_to_the_session(stratagem: Command, session_f
         last = stratagem("runs", "show", path).out.splitlines()[-1]
         assert last.startswith("Goodput: ")
         assert "in 2 sessions;" in last
+
+
+def test_report_writes_the_run_and_prints_its_path(stratagem: Command, session_folders: list[Path]) -> None:
+    """The command writes a page with both sessions, and refuses a folder without a run."""
+    written = stratagem("report", "run", "-o", "page.html")
+    assert (written.status, written.out) == (0, "Saved the report to page.html\n")
+    page = Path("page.html").read_text()
+    assert all(folder.name in page for folder in session_folders)
+    refused = stratagem("report", "elsewhere")
+    assert refused.status == 2
+    assert "elsewhere does not contain a run" in refused.err

@@ -143,5 +143,6 @@ def settings(**changes: Any) -> dict[str, Any]:
         "default_hooks": QUIET_HOOKS,
         "randomness": {"seed": 3},
         "log_level": "ERROR",
+        "report": False,
         **changes,
     }

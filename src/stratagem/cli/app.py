@@ -14,6 +14,7 @@ from stratagem.cli.completion import complete_config, complete_launcher, complet
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
+from stratagem.cli.report_app import report
 from stratagem.cli.runs_app import runs_app
 from stratagem.cli.speed_app import summary
 
@@ -540,6 +541,7 @@ def doctor(
 
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(runs_app, name="runs")
+app.command()(report)
 
 find_app = typer.Typer(help="Find a learning rate or a batch size with short trial runs.", no_args_is_help=True)
 app.add_typer(find_app, name="find")

@@ -143,6 +143,9 @@ def lineage_of(sessions: Sequence[SessionTimes], folder: Path | None = None) -> 
     Sessions of a run have the same ID. A session that should have resumed but found no checkpoint continues the previous one. A
     session that ended before it was prepared belongs to the run that was prepared next.
     """
+    if folder is not None:
+        while sessions and sessions[-1].folder != folder:
+            sessions = sessions[:-1]
     lineages: list[list[SessionTimes]] = []
     by_id: dict[str, list[SessionTimes]] = {}
     unidentified: list[SessionTimes] = []
@@ -158,11 +161,7 @@ def lineage_of(sessions: Sequence[SessionTimes], folder: Path | None = None) -> 
             by_id[session.run_id] = known
             known += [*unidentified, session]
             unidentified = []
-        if folder is not None and session.folder == folder:
-            return [*(by_id[session.run_id] if session.run_id is not None else unidentified)]
-    if folder is not None or not lineages:
-        return [] if folder is not None else unidentified
-    newest = max(lineages, key=lambda lineage: lineage[-1].began)
+    newest = max(lineages, key=lambda lineage: lineage[-1].began, default=[])
     return [*newest, *unidentified]
 
 
