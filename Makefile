@@ -8,6 +8,7 @@ LAUNCHERS := .venv/.launchers
 DEEPSPEED := .venv-deepspeed
 COLOSSALAI := .venv-colossalai
 FOREIGN := .venv-foreign
+TRACKERS := .venv-trackers
 PEERS := .venv-peers
 DOCS := .venv-docs
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
@@ -18,7 +19,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,6 +94,17 @@ $(FOREIGN)/.installed: pyproject.toml constraints.txt tests/foreign/requirements
 	$(FOREIGN)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/foreign/requirements-no-deps.txt
 	@touch $@
 
+test-trackers: $(TRACKERS)/.installed ## Test the trackers with wandb, MLflow and Trackio, without network, in a separate environment.
+	$(TRACKERS)/bin/python -m pytest -m trackers tests/trackers
+
+$(TRACKERS)/.installed: pyproject.toml constraints.txt tests/trackers/requirements.txt tests/trackers/requirements-no-deps.txt
+	@echo "Creating $(TRACKERS) (first run only; takes two minutes) ..."
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python $(PIP_INSTALL) torch
+	$(TRACKERS)/bin/python $(PIP_INSTALL) --editable . hypothesis psutil pytest pytest-timeout --requirement tests/trackers/requirements.txt
+	$(TRACKERS)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/trackers/requirements-no-deps.txt
+	@touch $@
+
 # With PYTHON on the command line, as in `make test-gpu PYTHON=/opt/python PYTHONPATH=src`, the GPU targets use that
 # interpreter and the packages that it finds: they install nothing and create no .venv. Otherwise, they use .venv.
 ifeq ($(origin PYTHON),command line)
@@ -137,6 +149,9 @@ bench: setup ## Run the benchmarks (training step, import time and others).
 bench-gpu: $(GPU_SETUP) ## Compare training on a GPU with hand-written loops (OPTIONS="--jobs ResNet-50 --rounds 20").
 	$(GPU_PYTHON) benchmarks/gpu.py $(OPTIONS)
 
+bench-trackers: $(TRACKERS)/.installed ## Measure what each tracker costs per iteration, in a separate environment.
+	$(TRACKERS)/bin/python benchmarks/trackers.py $(OPTIONS)
+
 bench-peers: $(PEERS)/.installed ## Compare the training step with Fabric, Lightning, Accelerate and others, in a separate environment.
 	$(PEERS)/bin/python benchmarks/step.py $(OPTIONS)
 
@@ -173,4 +188,4 @@ $(DOCS)/.installed: docs/site/requirements.txt constraints.txt
 	@touch $@
 
 clean: ## Remove everything that these targets created.
-	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(PEERS) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(TRACKERS) $(PEERS) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _ID_TAG: Final = "stratagem/id"
 _PREFIX: Final = "stratagem"
+# The class of the stores whose values this process can delete.
+_DATABASE: Final = "SqlAlchemyStore"
 _STATUS: Final[Mapping[EndState, str]] = {EndState.FAILED: "FAILED", EndState.INTERRUPTED: "KILLED"}
 # The limits of MLflow.
 _MOST_METRICS: Final = 1000
@@ -138,7 +140,7 @@ class MLflowTracker(Tracker):
         if not first:
             return
         store = self._client._tracking_client.store
-        if type(store).__name__ == "SqlAlchemyStore":
+        if type(store).__name__ == _DATABASE:
             self._delete_from_database(store, first, {name: kept[name] for name in first})
             return
         old, self._id = self._id, self._create(experiment_id, run)
