@@ -56,12 +56,13 @@ from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
 from stratagem.train.resume.source import ResumeSource, restore_data_position
 from stratagem.train.resume.tracked_sessions import tracked_session
+from stratagem.train.tools.dry_run import DryRun, dry_run
 from stratagem.train.trackers.building import TrackerSpec, build_trackers
 from stratagem.train.trackers.tracking import Tracking
 from stratagem.utils import absolute
 from stratagem.utils.secrets.values import allow_in_texts
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "runner_arguments"]
 
 # The sections of a configuration that are arguments of the runner; config_schema.py lists the other top-level keys.
 _ARGUMENTS = (
@@ -219,6 +220,8 @@ class Runner:
         overfit_batches: int | None = None,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
+        given = locals()
+        self._arguments = {name: given[name] for name in (*_ARGUMENTS, "cfg")}
         self._train: _Phase[OptimSpec] = _Phase(
             mode="train", dataloader=train_dataloader, cfg=train_cfg, third=optim_wrapper, third_name="optim_wrapper"
         )
@@ -294,8 +297,20 @@ class Runner:
         """
         config = cfg if isinstance(cfg, Config) else Config(cfg)
         require_valid(config)
-        arguments = {key: config[key] for key in _ARGUMENTS if key in config}
-        return cls(**arguments, cfg=config)
+        return cls(**runner_arguments(config))
+
+    def dry_run(self) -> DryRun:
+        """Try all parts of this run for a few iterations in a temporary folder; return what was tried. Collective.
+
+        Two complete accumulation windows, a validation and a test on two batches, the saves, and loading the last checkpoint in a
+        new run are tried with the strategy and the processes of this run. Models, optimizers and hooks are copied, so this run
+        does not change, and trackers are not started.
+
+        Raises:
+            ConfigValueError: if the strategy was passed as an object, or there is nothing to train.
+            Exception: if a part of the run fails; a note names the part.
+        """
+        return dry_run(type(self), self._arguments)
 
     @property
     def interrupted(self) -> int | None:
@@ -596,6 +611,11 @@ class Runner:
         A data file is never stored as Python, because loading it would execute code.
         """
         return ".yaml" if self.cfg.is_data else ".py"
+
+
+def runner_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of the runner for a valid configuration."""
+    return {**{key: config[key] for key in _ARGUMENTS if key in config}, "cfg": config}
 
 
 def _configured_autocast(spec: OptimSpec | None) -> str | None:

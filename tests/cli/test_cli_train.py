@@ -167,3 +167,26 @@ def test_the_help_lists_all_options(stratagem: Command, command: tuple[str, ...]
 def test_the_path_of_resume_is_optional(words: list[str], spelled: list[str]):
     """The path of --resume is optional, at the end or before another option."""
     assert spell_out_resume(words) == spelled
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_a_summary_and_leaves_nothing(stratagem: Command, config: str, tmp_path: Path):
+    """``train --dry-run`` tries all parts; the only files are those from before."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = stratagem("train", config, "--work-dir", "deep/run", "--dry-run")
+    assert done.status == 0
+    parts = [line.split("  ")[1] for line in done.out.splitlines()[1:]]
+    assert parts == ["start-up", "training", "waiting for data", "validation", "saving", "test", "loading"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_dry_run_that_fails_has_an_exit_status(stratagem: Command, config: str, tmp_path: Path):
+    """The error names the part, and nothing is left."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    hooks = ("--set", "default_hooks.checkpoint={save_best: acuracy, rule: greater}")
+    done = stratagem("train", config, "--dry-run", *hooks)
+    assert done.status == 2
+    assert "Did you mean 'accuracy'?" in done.err
+    assert "The dry run failed in this part: validation." in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

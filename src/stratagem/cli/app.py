@@ -116,6 +116,13 @@ def train(
     ] = 0,
     launcher: Launcher = None,
     strategy: Strategy = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Try training, validation, saves, test and loading for a few iterations. Leaves no files.",
+        ),
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Train the model of CONFIG.
@@ -134,7 +141,7 @@ def train(
     if all(os.environ.get(variable, "0") == "0" for variable in _RANK_VARIABLES):
         # Importing torch and the model's code takes seconds.
         typer.echo(f"stratagem {__version__}: loading {config}", err=True)
-    lazy_command("stratagem.cli.train:train")(options, resume=resume, load_from=load_from)
+    lazy_command("stratagem.cli.train:train")(options, resume=resume, load_from=load_from, dry_run=dry_run)
 
 
 @app.command()

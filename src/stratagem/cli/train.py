@@ -18,11 +18,13 @@ from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.output import echo
 from stratagem.config import Config
+from stratagem.config_schema import require_valid
 from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
-from stratagem.runner import Runner
+from stratagem.runner import Runner, runner_arguments
 from stratagem.train.run.hard_exit import exit_after
 from stratagem.train.run.signals import signals
+from stratagem.train.tools.dry_run import dry_run as try_all_parts
 from stratagem.utils import mask_text
 
 __all__ = ["train"]
@@ -33,13 +35,14 @@ _SHUTDOWN_GRACE_S = 10.0
 _RESUME_SCHEDULES = "resume_param_scheduler"
 
 
-def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> None:
+def train(options: RunOptions, *, resume: str | None, load_from: str | None, dry_run: bool = False) -> None:
     """Train in this process, or in the ranks that ``--nproc`` starts, and print a summary on rank 0.
 
     Args:
         options: the configuration, and where to run it.
         resume: the checkpoint to resume from, ``"auto"`` for the latest one of the run, or None.
         load_from: the checkpoint whose weights initialize the model, or None.
+        dry_run: try all parts of the run in a temporary folder instead, and print what was tried.
 
     Raises:
         typer.Exit: with 128 plus the number of the signal that interrupted the run, or with the exit status of the
@@ -54,7 +57,7 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
     # From here on, a signal requests a stop, even during the rendezvous.
     with signals.listening():
         try:
-            interrupted = _train(options, resume=resume, load_from=load_from)
+            interrupted = _train(options, resume=resume, load_from=load_from, dry_run=dry_run)
         except KeyboardInterrupt:
             echo("Stopped immediately by a second signal. The last saved checkpoint is intact.", err=True)
             interrupted = signals.second or signal.SIGINT
@@ -62,13 +65,16 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         raise typer.Exit(128 + interrupted)
 
 
-def _train(options: RunOptions, *, resume: str | None, load_from: str | None) -> int | None:
+def _train(options: RunOptions, *, resume: str | None, load_from: str | None, dry_run: bool) -> int | None:
     """Train in this process. Return the number of the signal that interrupted the run, or None."""
     config = read_config(options)
     if resume is not None:
         config.merge_from_dict({"resume": True if resume == "auto" else resume}, source="--resume")
     if load_from is not None:
         config.merge_from_dict({"load_from": load_from}, source="--load-from")
+    if dry_run:
+        _try_run(config)
+        return None
     began = time.monotonic()
     runner = Runner.from_cfg(config)
     try:
@@ -88,6 +94,14 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     finally:
         runner.close()
     return runner.interrupted
+
+
+def _try_run(config: Config) -> None:
+    """Try all parts of the run, and print what was tried on rank 0."""
+    require_valid(config)
+    tried = try_all_parts(Runner, runner_arguments(config))
+    if tried.rank == 0:
+        echo(tried.describe())
 
 
 def _train_until_stopped(runner: Runner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -221,6 +222,12 @@ class CheckpointHook(Hook):
     def best_values(self) -> Mapping[str, float]:
         """The best values of the metrics in ``save_best`` so far."""
         return {} if self._best is None else self._best.best()
+
+    def for_dry_run(self) -> CheckpointHook:
+        """Return a copy that saves the last checkpoint to the work directory."""
+        copied = copy.copy(self)
+        copied._save_last, copied._out_dir = True, None
+        return copied
 
     def before_train(self, run: Run) -> None:
         folder = Path(run.work_dir)
