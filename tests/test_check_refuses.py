@@ -219,6 +219,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (hooks({"type": Counting}, {"type": Counting}), "custom_hooks"),
     (hooks({"type": "GarbageCollectionHook", "interval": 0}), "custom_hooks"),
     (hooks({"type": "FlopsHook", "peak_flops": -1.0}), "custom_hooks"),
+    (hooks({"type": "ProfilerHook", "warmup": 0}), "custom_hooks"),
     ({"env_cfg": {"float32_matmul_precision": "tf32"}}, "env_cfg"),
     ({"env_cfg": {"cudnn_allow_tf32": "no"}}, "env_cfg"),
     (hooks(*[{"type": Renamed, "name": name, "state_key": "a"} for name in "bc"]), "custom_hooks"),

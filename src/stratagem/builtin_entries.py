@@ -105,6 +105,7 @@ HOOKS: Final[Mapping[str, str]] = {
     "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
     "NonFiniteHook": "stratagem.train.hooks.nonfinite:NonFiniteHook",
     "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
+    "ProfilerHook": "stratagem.train.hooks.profiler:ProfilerHook",
     "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
     "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
     "TraceHook": "stratagem.train.hooks.trace:TraceHook",

@@ -16,7 +16,7 @@ from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
 from stratagem.cli.report_app import report
 from stratagem.cli.runs_app import runs_app
-from stratagem.cli.speed_app import summary
+from stratagem.cli.speed_app import profile, summary
 
 __all__ = ["app"]
 
@@ -359,6 +359,7 @@ def parity(
 
 
 app.command()(summary)
+app.command()(profile)
 
 
 @app.command()
