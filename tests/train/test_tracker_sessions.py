@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 from stratagem import Runner
 from stratagem.train.trackers import TrackedRecord, TrackedRun, Tracker, TrackingEnd
 from stratagem.train.trackers.tracker import EndState
+from tests.support.ranks import Ranks
 from tests.train.spoiled import spoiled_settings
-from tests.train.toys import EPOCH, QUIET_HOOKS, VALIDATION, At, stop, train_until_signal
+from tests.train.toys import EPOCH, QUIET_HOOKS, VALIDATION, At, settings, stop, train_until_signal
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +185,67 @@ def test_secrets_of_the_configuration_are_masked(make_runner: MakeRunner) -> Non
     cfg = {"vars": {"api_token": "hunter2hunter2", "lr": 0.1}}
     tracked(make_runner, memory, cfg=cfg, train_cfg={"max_epochs": 1}).train()
     assert memory.runs[0].config == {"vars": {"api_token": "{{ $SECRET:vars.api_token }}", "lr": 0.1}}
+
+
+class Hanging(Memory):
+    """A tracker that never returns."""
+
+    flush_s = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def start(self, run: TrackedRun) -> None:
+        self.gate.wait()
+
+
+def test_a_run_ends_although_a_tracker_hangs(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """The training completes and saves its checkpoints; the other trackers have all records."""
+    hanging, memory = Hanging(), Memory()
+    tracked(make_runner, memory, trackers=[hanging, memory]).train()
+    assert memory.iterations("train") == list(range(1, 2 * EPOCH + 1))
+    assert (tmp_path / "run" / "epoch_2").is_dir()
+    hanging.gate.set()
+
+
+def test_the_tracker_in_the_documentation_has_each_iteration_once(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """The example in ``docs/trackers.md`` runs, and a resumed run replaces the discarded iterations in its file."""
+    text = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class JsonTracker" in block)
+    names: dict[str, Any] = {}
+    exec(code.replace("@TRACKERS.register_module()\n", ""), names)
+    options = {"trackers": [names["JsonTracker"]("all.json")], "default_hooks": LOGGED, **VALIDATION}
+    make_runner(**options, train_cfg={"max_epochs": 2}).train()
+    options["trackers"] = [names["JsonTracker"]("all.json")]
+    make_runner(**options, train_cfg={"max_epochs": 3}, resume=tmp_path / "run" / "epoch_1").train()
+    (path,) = (tmp_path / "run").glob("*/all.json")
+    records = json.loads(path.read_text())
+    assert [each["iter"] for each in records if each["mode"] == "train"] == list(range(1, 3 * EPOCH + 1))
+    assert [each["iter"] for each in records if each["mode"] == "val"] == [EPOCH, 2 * EPOCH, 3 * EPOCH]
+
+
+def train_on_ranks(folder: str) -> tuple[int, int, str | None]:
+    """Train with two ranks; return the number of sessions and of records of this rank, and the ID in the checkpoint."""
+    memory = Memory()
+    changes = {"default_hooks": LOGGED, "train_cfg": {"max_epochs": 1}, **VALIDATION, "trackers": [memory]}
+    runner = Runner(**settings(**changes, strategy="DDPStrategy", work_dir=folder))
+    try:
+        runner.train()
+        return (
+            len(memory.runs),
+            len(memory.iterations("train")),
+            runner.run.tracking.as_meta().get("tracking", {}).get("id"),
+        )
+    finally:
+        runner.close()
+
+
+def test_trackers_run_on_the_first_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """With several ranks, the run is tracked once."""
+    (first, other) = ranks.run(train_on_ranks, str(tmp_path))
+    assert first[:2] == (1, 4)
+    assert other == (0, 0, None)
 
 
 def test_a_run_without_trackers_has_no_tracking_in_its_checkpoints(make_runner: MakeRunner, tmp_path: Path) -> None:

@@ -186,6 +186,24 @@ def test_invalid_trackers_are_found_by_the_check(trackers: object, message: str)
     assert [message in each for each in problems if "trackers" in each] == [True]
 
 
+@pytest.mark.parametrize(
+    ("tracker", "argument"),
+    [
+        ("wandb", "entity: someone"),
+        ("wandb", "settings: {base_url: 'https://other.invalid'}"),
+        ("mlflow", "tracking_uri: 'https://other.invalid'"),
+        ("trackio", "space_id: someone/else"),
+        ("trackio", "server_url: 'https://other.invalid'"),
+    ],
+)
+def test_a_data_file_cannot_choose_the_server_of_a_tracker(tmp_path: Path, tracker: str, argument: str) -> None:
+    """A downloaded YAML file must not send the values of a run to a server or account of its author."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{type: Linear}}\ntrackers:\n- type: {tracker}\n  name: run\n  {argument}\n")
+    (problem,) = (str(each) for each in check_run(Config.fromdata(file)) if each.key == "trackers")
+    assert f"a data file cannot set {argument.partition(':')[0]!r}" in problem
+
+
 def test_trackers_can_be_names_configurations_and_objects() -> None:
     """The common options are set on the tracker."""
     own = Silent()

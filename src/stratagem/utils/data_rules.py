@@ -235,6 +235,33 @@ _PROCESS_GROUP: Final = DataRules(
 )
 
 
+# Trackers -----------------------------------------------------------------------------------------------------------
+
+
+def _tracker_rules(module: str, **allowed: AllowedValues) -> DataRules:
+    """Return the rules for a tracker. Only the program may choose the server or the account that receives the values of a run."""
+    return DataRules(
+        lambda target: getattr(target, "__module__", None) == f"stratagem.train.trackers.{module}",
+        {"queue_size": _NUMBERS, "flush_s": _NUMBERS, "name": _TEXT, **allowed},
+    )
+
+
+_TRACKERS: Final = (
+    _tracker_rules(
+        "wandb",
+        project=_TEXT,
+        group=_TEXT,
+        notes=_TEXT,
+        tags=AllowedValues(
+            "a list of strings", lambda value: isinstance(value, list) and all(map(_is_plain_text, value))
+        ),
+        mode=_TEXT,
+    ),
+    _tracker_rules("mlflow", experiment=_TEXT, tags=_LABELS),
+    _tracker_rules("trackio", project=_TEXT, group=_TEXT),
+)
+
+
 # Model libraries ----------------------------------------------------------------------------------------------------
 
 
@@ -414,5 +441,5 @@ _MODEL_METRICS: Final = DataRules(
 # The first matching rule is used.
 _RULES: Final = (
     _COMPILE, _PROCESS_GROUP, _TRANSFORMERS_MODEL, _TRANSFORMERS_PART, _TRANSFORMERS_OTHER, _TIMM, _TORCHVISION,
-    _HEAVYBALL, _LOADERS, _MODEL_METRICS,
+    _HEAVYBALL, _LOADERS, _MODEL_METRICS, *_TRACKERS,
 )  # fmt: skip
