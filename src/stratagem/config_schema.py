@@ -38,7 +38,7 @@ from stratagem.registry import (
     TRACKERS,
     switch_scope,
 )
-from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.registry.strategy_names import require_strategy_name
 from stratagem.report.automatic import require_report
 from stratagem.strategies import BaseStrategy, SingleDeviceStrategy
 from stratagem.strategies.base import require_readable_path
@@ -262,8 +262,13 @@ _STRATEGY = Section(registry=STRATEGIES, by_name=True, validate=check_strategy)
 def _strategy(value: Any) -> Section:
     """Return the schema of a strategy, whose name may be short, such as "ddp"."""
     name = value.get("type") if isinstance(value, Mapping) else value
-    full = full_strategy_name(name) if isinstance(name, str) else None
-    if full is None or full == name:
+    if not isinstance(name, str):
+        return _STRATEGY
+    try:
+        full = require_strategy_name(name)
+    except ConfigKeyError:
+        return Section(others=_FREE, validate=lambda _: require_strategy_name(name))
+    if full == name:
         return _STRATEGY
     return (
         replace(_STRATEGY, registry=None, target=builtin_entries.STRATEGIES[full])

@@ -145,7 +145,8 @@ class Runner:
         test_evaluator: as ``val_evaluator``, for testing.
         test_cfg: the arguments of the test loop; may be empty.
         predict_dataloader: the data for :meth:`predict`: a ``DataLoader`` or its configuration; by default ``test_dataloader``.
-        strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
+        strategy: a strategy, its configuration or its name, which may be short, such as ``"ddp"`` or ``"fsdp"``; by default a
+            single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
         default_hooks: a mapping from the names of default hooks to changed options; None removes a hook.
         custom_hooks: additional hooks or their configurations.

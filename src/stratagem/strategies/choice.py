@@ -9,7 +9,7 @@ from typing import Any
 from stratagem.distributed import infer_launcher
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import STRATEGIES
-from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.registry.strategy_names import full_strategy_name, require_strategy_name
 from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.setup.environment import check_environment
 
@@ -60,7 +60,7 @@ def choose_strategy(
         strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
     cfg = {"type": strategy} if isinstance(strategy, str) else strategy
     if isinstance(cfg, Mapping) and isinstance(cfg.get("type"), str):
-        cfg = {**cfg, "type": full_strategy_name(cfg["type"])}
+        cfg = {**cfg, "type": require_strategy_name(cfg["type"])}
     defaults = {
         "work_dir": work_dir or "work_dirs",
         "experiment_name": experiment_name,

@@ -296,11 +296,17 @@ def _training_parts(runner: Any, hook: _Shortening) -> list[TriedPart]:
     """Return the parts of a training that is complete."""
     run: Run = runner.run
     seconds = run.clock.read().seconds
-    updates = {name or "updates": wrapper.num_steps_applied for name, wrapper in run.optim_wrapper.each().items()}
-    counts = ", ".join(f"{count} {name}" for name, count in updates.items())
+    counts = ", ".join(
+        f"{_count(wrapper.num_steps_applied, 'update')}{f' of {name}' if name else ''}"
+        for name, wrapper in run.optim_wrapper.each().items()
+    )
     parts = [
         TriedPart(name="start-up", seconds=seconds.get(START, 0.0), details="processes, data, model and optimizer"),
-        TriedPart(name="training", seconds=seconds.get(TRAIN, 0.0), details=f"{hook.iterations} iterations, {counts}"),
+        TriedPart(
+            name="training",
+            seconds=seconds.get(TRAIN, 0.0),
+            details=f"{_count(hook.iterations, 'iteration')}, {counts}",
+        ),
         TriedPart(name="waiting for data", seconds=seconds.get(DATA, 0.0)),
     ]
     validated = run.progress.validated >= 0
@@ -315,6 +321,10 @@ def _training_parts(runner: Any, hook: _Shortening) -> list[TriedPart]:
         details = f"the last checkpoint ({checkpoint.name}) has {_bytes_text(size)}"
         parts.append(TriedPart(name="saving", seconds=seconds.get(SAVE, 0.0), details=details))
     return parts
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 def _bytes_text(size: int) -> str:
