@@ -411,7 +411,7 @@ class Runner:
 
     def _train_to_the_end(self, loop: TrainLoop) -> None:
         run = self.run
-        run.clock.end_start_up()
+        run.clock.end_start_up(measured=isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop))
         while True:
             try:
                 loop.run()

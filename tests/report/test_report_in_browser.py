@@ -177,3 +177,18 @@ def test_a_run_without_values_has_a_page(browser: Page, tmp_path: Path) -> None:
     write_report([collect(tmp_path / "run")], tmp_path / "report.html")
     open_without_errors(browser, tmp_path / "report.html")
     assert browser.evaluate("document.getElementById('charts').textContent") == "No values were logged."
+
+
+def test_the_learning_rates_of_parameter_groups_share_a_chart(browser: Page, tmp_path: Path) -> None:
+    """Three groups are three curves with different colors; the rate of the first group is not repeated."""
+    records = [
+        train_record(step, **{"lr": 1.0 / step, **{f"lr/group_{group}": (group + 1) / step for group in range(3)}})
+        for step in range(1, 101)
+    ]
+    write_session(tmp_path / "run", FIRST, records=records, lineage=[session_entry(FIRST, 0)])
+    write_report([collect(tmp_path / "run")], tmp_path / "report.html")
+    open_without_errors(browser, tmp_path / "report.html")
+    check_curves(browser, charts=1, runs=3)
+    assert browser.evaluate("document.querySelector('figcaption').textContent") == "lr of the parameter groups"
+    colors = browser.evaluate("[...document.querySelectorAll('path.line')].map((path) => path.getAttribute('stroke'))")
+    assert len(set(colors)) == 3

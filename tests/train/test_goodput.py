@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from stratagem import Runner
+from stratagem.train.goodput import clock as clock_module
 from stratagem.train.goodput.account import Goodput, account, goodput_of, lineage_of, read_sessions
+from stratagem.train.goodput.clock import SessionClock
 from stratagem.train.goodput.recorder import TIMES
+from stratagem.train.run.progress import Progress, StepTimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,3 +248,46 @@ def test_a_session_killed_while_it_starts_belongs_to_the_run_that_starts_next(tm
     assert len(lineage_of(sessions)) == 2
     assert account(sessions).seconds["start"] == 4.0
     assert account(sessions).seconds["restart"] == 2.0
+
+
+def test_a_phase_inside_of_another_one_interrupts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 s of start-up, 10 s of training that waits 2 s for data and contains a save of 4 s, and 1 s of other time."""
+    now = 100.0
+    monkeypatch.setattr(clock_module, "perf_counter", lambda: now)
+    timer = StepTimer()
+    clock = SessionClock(timer, Progress(iter=7))
+    now += 3
+    clock.end_start_up()
+    with clock.phase("train"):
+        now += 5
+        timer.data_seconds = 2.0
+        timer.count = 1
+        timer.pop_means()  # A log line does not change the times.
+        with clock.phase("save"):
+            now += 4
+        now += 5
+    now += 1
+    reading = clock.read()
+    assert (reading.elapsed, reading.iter) == (18.0, 7)
+    assert reading.seconds == {"start": 3.0, "other": 1.0, "train": 8.0, "data": 2.0, "save": 4.0}
+
+
+class SleepingLoop:
+    """A loop of a user, which does not use the training functions of this package."""
+
+    def __init__(self, run: Any, dataloader: Any, val_loop: Any, max_epochs: int = 1) -> None:
+        self.run_, self.dataloader = run, dataloader
+        run.progress.max_epochs = max_epochs
+
+    def run(self) -> None:
+        time.sleep(0.2)
+        self.run_.progress.epoch = 1
+
+
+def test_the_time_of_a_custom_loop_is_training(make_runner: Callable[..., Runner]) -> None:
+    """A loop that does not measure its training does not have a goodput of 0."""
+    runner = make_runner(train_cfg={"type": SleepingLoop})
+    runner.train()
+    goodput = goodput_of(Path(runner.strategy.work_dir))
+    assert goodput is not None
+    assert goodput.seconds["train"] >= 0.2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Final
 
 from stratagem._version import __version__
 from stratagem.errors import ConfigFileError
-from stratagem.report.collect import RunFacts, config_changes
+from stratagem.report.collect import RunFacts, SessionFacts, config_changes
 from stratagem.report.log_records import name_of_curve
 from stratagem.storage import write_atomic
 from stratagem.train.goodput.account import LABELS, SessionTimes
@@ -24,6 +23,8 @@ __all__ = ["page_of", "write_report"]
 
 _MOST_ROWS: Final = 60
 _MOST_POINTS: Final = 300
+_MINUTE_S: Final = 60
+_FEW_SESSIONS: Final = 10
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -123,7 +124,14 @@ def _number(value: float | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    if seconds < _MINUTE_S:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _moment(seconds: float) -> str:
@@ -229,7 +237,8 @@ def _sessions_of(run: RunFacts) -> str:
         )  # fmt: skip
     headings = ["", "session", "began", "resumed from", "from iteration", "to", "strategy, ranks", "outcome"]
     others = f'<p class="faint">The folder contains {run.others} session(s) of other runs.</p>' if run.others else ""
-    return _table(headings, rows) + others
+    table = _table(headings, rows)
+    return (table if len(rows) <= _FEW_SESSIONS else _folded(f"{len(run.sessions)} sessions", table)) + others
 
 
 def _validation(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
@@ -408,16 +417,22 @@ def _lineage(run: RunFacts) -> Iterator[dict[str, Any]]:
     for number, (session, times) in enumerate(all_times):
         later = [first for first, (_, each) in zip(first_iters[number + 1 :], all_times[number + 1 :], strict=True)
                  if each.run_id is not None]  # fmt: skip
-        ended = times.outcome or ("running" if session.running else "killed")
         yield {
             "number": run.sessions.index(session) + 1,
             "began": times.began,
             "ended": times.ended,
-            "how": ended,
+            "how": _ending(session, times),
             "label": mask_text(session.how),
             "kept": min(later, default=None),
             **_lines_of(times),
         }
+
+
+def _ending(session: SessionFacts, times: SessionTimes) -> str:
+    """Return the word for the sign at the end of a session: how it ended, without the reason."""
+    if times.outcome is not None or times is not session.times[-1]:
+        return times.outcome or "killed"
+    return session.how.split()[0].rstrip(":") if session.how else "killed"
 
 
 def _lines_of(times: SessionTimes) -> dict[str, Any]:

@@ -7,7 +7,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   const HEIGHT = 210, LEFT = 54, RIGHT = 12, TOP = 10, BOTTOM = 24;
 
-  const color = (run) => `var(--c${run % 8})`;
+  const color = (number) => `var(--c${number % 8})`;
 
   function make(name, attributes, parent, text) {
     const element = document.createElement(name);
@@ -137,7 +137,7 @@
       const log = state.log && this.shown.some(({ curve }) => curve.y.some((v) => v > 0));
       const usable = log ? (v) => v > 0 : () => true;
       const weight = this.smooth ? state.smoothing : 0;
-      this.prepared = this.shown.map(({ run, curve }) => ({ run, curve, y: smoothed(curve.y, weight) }));
+      this.prepared = this.shown.map((each) => ({ ...each, y: smoothed(each.curve.y, weight) }));
       let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
       const see = (values) => {
         for (const v of values) if (v !== null && usable(v)) { if (v < y0) y0 = v; if (v > y1) y1 = v; }
@@ -174,18 +174,18 @@
         if (!Number.isInteger(x) || x < x0 || x > x1) continue;
         draw("text", { x: X(x), y: HEIGHT - 7, "text-anchor": "middle" }, this.layer, short(x));
       }
-      for (const { run, curve } of this.prepared) {
+      for (const { tint, curve } of this.prepared) {
         for (const part of curve.lost || [])
-          draw("path", { class: "lost", d: path(part.x, part.y, X, Y, usable), stroke: color(run) }, this.layer);
-        if (curve.lo) draw("path", { class: "range", d: band(curve, X, Y, usable), fill: color(run) }, this.layer);
+          draw("path", { class: "lost", d: path(part.x, part.y, X, Y, usable), stroke: color(tint) }, this.layer);
+        if (curve.lo) draw("path", { class: "range", d: band(curve, X, Y, usable), fill: color(tint), stroke: color(tint) }, this.layer);
         if (weight)
-          draw("path", { class: "raw", d: path(curve.x, curve.y, X, Y, usable), stroke: color(run) }, this.layer);
+          draw("path", { class: "raw", d: path(curve.x, curve.y, X, Y, usable), stroke: color(tint) }, this.layer);
       }
-      for (const { run, curve, y } of this.prepared) {
-        draw("path", { class: "line", d: path(curve.x, y, X, Y, usable), stroke: color(run) }, this.layer);
+      for (const { tint, curve, y } of this.prepared) {
+        draw("path", { class: "line", d: path(curve.x, y, X, Y, usable), stroke: color(tint) }, this.layer);
         if (curve.x.length <= FEW)
           curve.x.forEach((x, i) => {
-            if (y[i] !== null && usable(y[i])) draw("circle", { cx: X(x), cy: Y(y[i]), r: 2.5, fill: color(run) }, this.layer);
+            if (y[i] !== null && usable(y[i])) draw("circle", { cx: X(x), cy: Y(y[i]), r: 2.5, fill: color(tint) }, this.layer);
           });
         for (const x of curve.bad || [])
           draw("text", { class: "badmark", x: X(x), y: TOP + 9, "text-anchor": "middle" }, this.layer, "✕");
@@ -212,19 +212,22 @@
       draw("line", { class: "cursor", x1: X(at), x2: X(at), y1: TOP, y2: HEIGHT - BOTTOM }, this.overlay);
       this.tip.replaceChildren();
       make("div", { class: "faint" }, this.tip, `iteration ${at.toLocaleString("en")}`);
-      for (const { run, curve, y } of this.prepared) {
+      for (const { tint, label, curve, y } of this.prepared.slice(0, MOST_ROWS)) {
         const i = nearest(curve.x, at);
         if (curve.x[i] === undefined) continue;
         const row = make("div", {}, this.tip);
-        make("i", { class: `dot c${run % 8}` }, row);
+        make("i", { class: `dot c${tint % 8}` }, row);
+        if (label) make("span", { class: "faint" }, row, `${label}: `);
         let text = y[i] === null ? "NaN or Inf" : precise(curve.y[i]);
         if (curve.lo && curve.lo[i] !== null) text += ` (${precise(curve.lo[i])} to ${precise(curve.hi[i])})`;
         if (y !== curve.y && y[i] !== null) text += `, smoothed ${precise(y[i])}`;
         if (curve.x[i] !== at) text += ` at ${curve.x[i].toLocaleString("en")}`;
         row.append(text);
         if (y[i] !== null && usable(y[i]))
-          draw("circle", { cx: X(curve.x[i]), cy: Y(y[i]), r: 3.5, fill: color(run) }, this.overlay);
+          draw("circle", { cx: X(curve.x[i]), cy: Y(y[i]), r: 3.5, fill: color(tint) }, this.overlay);
       }
+      const rest = this.prepared.length - MOST_ROWS;
+      if (rest > 0) make("div", { class: "faint" }, this.tip, `and ${rest} more`);
       this.tip.hidden = false;
       const room = this.figure.clientWidth, left = X(at) + 20;
       this.tip.style.left = `${Math.max(4, left + this.tip.offsetWidth > room ? X(at) - this.tip.offsetWidth - 4 : left)}px`;
@@ -255,6 +258,7 @@
   }
 
   const COLUMNS = 3;
+  const MOST_ROWS = 12; // of the values under the pointer
   const FEW = 20; // Curves of at most this many points have dots.
   const LABELLED = new Set(["Validation", "Test"]);
   const ORDER = ["Training", "Validation", "Test", "Learning rates", "Speed", "Memory"];
@@ -272,8 +276,13 @@
           const group = groupOf(mode, name);
           if (!groups.has(group)) groups.set(group, new Map());
           const names = groups.get(group);
-          if (!names.has(name)) names.set(name, []);
-          names.get(name).push({ run, curve });
+          // The rates of all parameter groups share a chart, which also contains the first one under its own name.
+          const [, base, number] = name.match(/^(.*)\/group_(\d+)$/) || [];
+          if (base === undefined && `${name}/group_0` in curves) continue;
+          const title = base === undefined ? name : `${base} of the parameter groups`;
+          if (!names.has(title)) names.set(title, []);
+          const tint = base !== undefined && runs.length === 1 ? +number : run;
+          names.get(title).push({ run, curve, tint, label: base === undefined ? "" : `group ${number}` });
         }
       }
     });
@@ -340,6 +349,7 @@
       session.shift = removed;
       previous = Math.max(previous === null ? -Infinity : previous, session.ended);
     }
+    const saves = sessions.reduce((sum, s) => sum + s.saves.length, 0);
     const begin = sessions[0].began;
     const end = Math.max(...sessions.map((s) => s.ended - s.shift)) - begin || 1;
     const all = sessions.flatMap((s) => s.lines.flat().map((p) => p[1]));
@@ -360,7 +370,7 @@
       draw("text", { x: LEFT, y: height - 6 }, svg, "start");
       draw("text", { x: width - 12, y: height - 6, "text-anchor": "end" }, svg, `${duration(end + removed)} later`);
       draw("text", { x: LEFT - 6, y: 9, "text-anchor": "end" }, svg, "iteration");
-      let last = null;
+      let last = null, labelled = -Infinity;
       for (const session of sessions) {
         const flat = session.lines.flat();
         const first = flat[0];
@@ -380,20 +390,26 @@
             draw("path", { class: "rollback", d }, svg);
           }
         });
-        if (session.saves.length <= 80)
+        if (saves <= 60)
           for (const [t, i] of session.saves) draw("circle", { class: "save", cx: X(t, session), cy: Y(i), r: 3 }, svg);
         const point = flat.length ? flat[flat.length - 1] : [session.ended, last ? last.i : bottom];
         const x = X(session.ended, session), y = Y(point[1]);
         const sign = { complete: "●", killed: "✕", failed: "✕", running: "▸" }[session.how] || "■";
         const mark = draw("text", { class: `end ${session.how}`, x, y: y + 5 }, svg, sign);
         draw("title", {}, mark, `session ${session.number}: ${session.label} at iteration ${point[1].toLocaleString("en")}`);
-        draw("text", { x: Math.min(x, width - 14), y: y - 9, "text-anchor": "middle" }, svg, String(session.number));
+        if (x - labelled > 18 || session === sessions[sessions.length - 1]) {
+          draw("text", { x: Math.min(x, width - 14), y: y - 9, "text-anchor": "middle" }, svg, String(session.number));
+          labelled = x;
+        }
         last = { t: session.ended, i: point[1], session };
       }
+      let pauseLabel = LEFT;
       for (const pause of breaks) {
         const session = sessions.find((s) => s.began > pause.after);
         const x = X(session.began, session) - (inner * longest) / end / 2;
+        if (x - pauseLabel < 70 || x > width - 130) continue;
         draw("text", { x, y: height - 6, "text-anchor": "middle" }, svg, `⋯ ${duration(pause.seconds)}`);
+        pauseLabel = x;
       }
     };
   }

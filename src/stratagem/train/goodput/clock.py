@@ -85,7 +85,6 @@ class SessionClock:
         self.on_event: Callable[[Event], None] | None = None
         self._timer, self._progress = timer, progress
         self._waited_before = 0.0
-        self._base = START
         self._used = False
         self._began = perf_counter()
         self._state = _State({}, START, self._began)
@@ -102,14 +101,17 @@ class SessionClock:
         elif not _sessions_begun and not _is_interactive():
             self._began = now - (_process_age() or now - self._began)
         self._used = _sessions_begun = True
-        self._base, self._state = START, _State({}, START, self._began)
+        self._state = _State({}, START, self._began)
         self._waited_before = self._timer.all_data_seconds
         return time.time() - (now - self._began)
 
-    def end_start_up(self) -> None:
-        """End the start-up: time outside of the other phases is ``other`` from now on."""
-        self._base = OTHER
-        self._change_to(OTHER)
+    def end_start_up(self, *, measured: bool = True) -> None:
+        """End the start-up.
+
+        Args:
+            measured: whether the loop measures its training. If not, all time outside of saves and evaluations is training.
+        """
+        self._change_to(OTHER if measured else TRAIN)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
