@@ -19,7 +19,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -180,6 +180,10 @@ docs: setup $(DOCS)/.installed ## Build the documentation site in build/docs/htm
 	$(DOCS)/bin/sphinx-build --quiet --fail-on-warning --keep-going --builder html -c docs/site build/docs/source build/docs/html
 	$(DOCS)/bin/python docs/site/check_html.py build/docs/html
 	@echo "Open build/docs/html/index.html."
+
+docs-test: setup $(FOREIGN)/.installed ## Run all recipes and migrations of the documentation, and check their pages.
+	$(BIN)/python -m pytest tests/docs
+	$(FOREIGN)/bin/python -m pytest -m foreign tests/foreign/test_recipes.py tests/foreign/test_migration.py
 
 $(DOCS)/.installed: docs/site/requirements.txt constraints.txt
 	@echo "Creating $(DOCS) (first run only) ..."

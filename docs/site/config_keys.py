@@ -33,6 +33,7 @@ _REGISTRY_PAGES: Final = {
     "function": "samplers",
     "metric": "metrics",
     "evaluator": "metrics",
+    "tracker": "trackers",
 }
 _DEPTH: Final = 3
 # Keys that the configuration check rejects, although the function that it calls has arguments with these names.

@@ -47,6 +47,7 @@ _REGISTRIES: Final[Mapping[str, str]] = {
     "MODELS": "models",
     "METRICS": "metrics",
     "EVALUATORS": "metrics",
+    "TRACKERS": "trackers",
 }
 
 # Public packages, and the page of their names that have no other page.
@@ -56,6 +57,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "stratagem.train": "runs",
     "stratagem.train.hooks": "hooks",
     "stratagem.train.tools": "runs",
+    "stratagem.train.trackers": "trackers",
     "stratagem.strategies": "strategies",
     "stratagem.model": "models",
     "stratagem.data": "samplers",

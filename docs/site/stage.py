@@ -40,6 +40,7 @@ _ALL_OTHERS: Final = "docs/**"
 _GUIDE: Final = Path("docs/guide.md")
 _FENCE: Final = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 _LINK: Final = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\]|!\[[^\]]*\])*\])\(<?([^)\s>]+)>?((?:\s+\"[^\"]*\")?)\)")
+_BESIDE: Final = re.compile(r"<!-- beside: begin -->\n(.*?)<!-- beside: end -->", re.DOTALL)
 _HEADING: Final = re.compile(r"^(#{1,6})\s+(.*?)\s*#*$", re.MULTILINE)
 _LANGUAGES: Final = {
     ".py": "python",
@@ -135,7 +136,7 @@ class Site:
         if not page.startswith(("reference/", "project/changelog")):
             text = _with_reference_links(text, page)
         text = re.sub(r"\0(\d+)\0", lambda match: kept[int(match[1])], text)
-        return _with_inline_pictures(text, source)
+        return _side_by_side(_with_inline_pictures(text, source))
 
     def _target(self, link: str, source: Path, page: str) -> str:
         if re.match(r"[a-z][a-z0-9+.-]*:", link):
@@ -202,6 +203,17 @@ def _reference_link(name: str) -> str | None:
 @functools.cache
 def _command_names() -> frozenset[str]:
     return frozenset(name for name, _ in commands())
+
+
+def _side_by_side(text: str) -> str:
+    """Place the parts between ``<!-- beside: begin -->`` and ``end``, which begin with a bold line, next to each other."""
+    parts = _BESIDE.split(text)
+    for number, body in enumerate(parts[1::2]):
+        columns = re.split(r"^(?=\*\*)", body.strip(), flags=re.MULTILINE)[1:]
+        cells = "\n".join(f"::::{{grid-item}}\n{column.strip()}\n::::" for column in columns)
+        parts[2 * number + 1] = f":::::{{grid}} 1 1 1 2\n:gutter: 2\n:class-container: beside\n\n{cells}\n:::::"
+    text = "".join(parts)
+    return f"---\nhide-toc: true\n---\n{text}" if len(parts) > 1 else text
 
 
 def _with_inline_pictures(text: str, source: Path) -> str:
@@ -327,22 +339,28 @@ def stage(folder: Path) -> None:
 
 
 def _stage_part(site: Site, part: Part) -> Iterator[str]:
-    """Write the pages of a part, and yield those that the navigation lists."""
+    """Write the pages of a part, and yield those that the navigation lists; pages of a folder are below its index."""
     folders: dict[str, list[str]] = {}
     for name in part.pages:
+        folder = str(Path(name).parent)
+        if f"{folder}/index.md" in part.pages or folder == "docs/decisions":
+            folders.setdefault(folder, []).append(name)
+    for name in part.pages:
+        folder = str(Path(name).parent)
         if name == _GENERATED:
             yield from _stage_reference(site, set(page_files()))
         elif Path(name) == _GUIDE:
             yield from _stage_guide(site)
         else:
             page = site.place(name)
-            site.write(page, site.rewritten((ROOT / name).read_text(encoding="utf-8"), ROOT / name, page))
-            if name.startswith("docs/decisions/"):
-                folders.setdefault("decisions", []).append(name)
-            else:
+            text = site.rewritten((ROOT / name).read_text(encoding="utf-8"), ROOT / name, page)
+            if name == f"{folder}/index.md":
+                text += "\n" + _toctree("", [Path(each).stem for each in folders[folder] if each != name])
+            site.write(page, text)
+            if folder not in folders or name == f"{folder}/index.md":
                 yield page
-    for folder, files in folders.items():
-        yield _stage_folder_index(site, folder, files)
+    if "docs/decisions" in folders:
+        yield _stage_folder_index(site, "decisions", folders["docs/decisions"])
 
 
 if __name__ == "__main__":
