@@ -10,6 +10,14 @@ from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
+def one() -> Iterator[Ranks]:
+    """A process group with a single rank."""
+    pool = Ranks(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def two() -> Iterator[Ranks]:
     """Two ranks that are shared by the whole session."""
     pool = Ranks(2)

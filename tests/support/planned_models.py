@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stratagem import BaseModel, SupervisedModel
+from stratagem.planning.result import StepPlan
 from stratagem.planning.trace import CollectiveCall, StepTrace
 from stratagem.strategies.choice import choose_strategy
 
@@ -170,4 +171,22 @@ def summed(calls: list[CollectiveCall]) -> dict[tuple[str, int, str], tuple[int,
         key = (call.kind, len(call.ranks), call.phase)
         count, nbytes = found.get(key, (0, 0))
         found[key] = (count + 1, nbytes + call.nbytes)
+    return found
+
+
+def counted(calls: list[CollectiveCall]) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return the number and bytes of collectives by kind and group size; engines run them outside of the backward pass."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for call in calls:
+        count, nbytes = found.get((call.kind, len(call.ranks)), (0, 0))
+        found[call.kind, len(call.ranks)] = (count + 1, nbytes + call.nbytes)
+    return found
+
+
+def planned_collectives(step: StepPlan) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return the same for a plan."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for each in step.collectives:
+        count, nbytes = found.get((each.kind, each.group_size), (0, 0))
+        found[each.kind, each.group_size] = (count + each.count, nbytes + each.bytes)
     return found

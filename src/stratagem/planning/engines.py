@@ -1,144 +1,193 @@
-"""The static sizes of engines that are computed by their partitioning rules, because their code cannot run with fake tensors."""
+"""Plan engines, whose code cannot run with fake tensors: their rules are applied to a simulated micro-batch of the model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stratagem.errors import PlacementError
-from stratagem.planning.fake_world import fake_copies, new_fake_mode
-from stratagem.planning.result import MemoryPlan, StepPlan
+from stratagem.planning.batch import BatchSpec
+from stratagem.planning.failures import describe_failure
+from stratagem.planning.ledger import EngineStep, Ledger, replay
+from stratagem.planning.result import CONTEXT_BYTES, MemoryPlan, StepPlan
+from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job
-from stratagem.planning.trace import storage_bytes
-from stratagem.strategies.setup.building import build_optim_wrapper
-from stratagem.utils import import_object
+from stratagem.planning.timeline import Timeline, record_timeline
+from stratagem.planning.trace import StepTrace, storage_bytes
+from stratagem.train.hooks.averaging import EMAHook
 
-__all__ = ["plan_deepspeed"]
+__all__ = ["EngineRequest", "EngineStatic", "Timelines", "batch_bytes", "finish", "state_bytes"]
 
-# ZeRO 1 and 2 pad the parameters of a group to a multiple of the number of ranks times this factor.
-_ALIGNMENT: Final = 2
-# DeepSpeed's defaults for stage 3.
-_PERSISTENCE_THRESHOLD: Final = 100_000
-_SUB_GROUP_SIZE: Final = 1_000_000_000
-_NOTE: Final = (
-    "Computed by the partitioning rules of DeepSpeed, without activations, buckets and collectives, because its engine cannot "
-    "run with fake tensors."
-)
+_NO_BATCH: Final = "Without a batch, no step was simulated."
 
 
-def plan_deepspeed(job: Job, base: StepPlan, batch_bytes: int) -> StepPlan:
-    """Return the plan of ``DeepSpeedStrategy`` with static sizes.
+@final
+@dataclass(frozen=True, slots=True)
+class Timelines:
+    """The micro-batches of a model, which do not depend on the strategy and the number of ranks.
 
-    Args:
+    Attributes:
         job: what is planned.
-        base: the plan without sizes, with the options of the strategy.
-        batch_bytes: the size of the batch.
-
-    Raises:
-        ConfigError: (or a subclass) if an option is invalid.
-        PlacementError: if parameters are offloaded.
+        batch: the batch; None if there is none.
     """
-    options, optim_wrapper = import_object("stratagem.engines.deepspeed.strategy:parse_for_plan")(
-        base.options, job.optim_wrapper
+
+    job: Job
+    batch: BatchSpec | None
+    _known: dict[Any, Timeline] = field(default_factory=dict)
+    _failures: dict[Any, str] = field(default_factory=dict)
+
+    def get(
+        self, dtype: torch.dtype | None, *, visits: bool = False, tp_size: int = 1, size: int | None = None
+    ) -> Timeline | str:
+        """Return a micro-batch, or why it cannot be simulated.
+
+        Args:
+            dtype: the dtype that the engine casts the model to.
+            visits: whether to record when modules are entered and left.
+            tp_size: the number of ranks that the layers of ``tp_plan`` are sharded across.
+            size: the number of samples; by default that of the batch.
+        """
+        if self.batch is None:
+            return _NO_BATCH
+        key = (dtype, visits, tp_size, self.batch.size if size is None else size)
+        if key not in self._known and key not in self._failures:
+            batch = self.batch.batch if size is None else self.batch.resized(size)
+            try:
+                self._known[key] = record_timeline(self.job, batch, dtype, visits=visits, tp_size=tp_size)
+            except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
+                self._failures[key] = describe_failure(error, "the model")
+        return self._failures[key] if key in self._failures else self._known[key]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What is planned.
+
+    Attributes:
+        job: the model and the optimizer.
+        timelines: its micro-batches.
+        limits: the memory of the devices.
+        average: the hook that averages weights, if any.
+    """
+
+    job: Job
+    timelines: Timelines
+    limits: tuple[int | None, ...]
+    average: EMAHook | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatic:
+    """What an engine keeps, and how it replays a step.
+
+    Attributes:
+        memory: the plan without activations and peak.
+        buckets: buffers for communication that exist during the whole run.
+        resting_gradients: the gradients that exist between steps.
+        dtype: the dtype that the model is cast to.
+        visits: whether the replay needs to know when modules are entered.
+        tp_size: the number of ranks that layers are sharded across.
+        accumulation: the number of micro-batches in a step.
+        make: returns the replay of a step.
+    """
+
+    memory: MemoryPlan
+    buckets: int
+    resting_gradients: int
+    dtype: torch.dtype | None
+    visits: bool
+    accumulation: int
+    tp_size: int = 1
+    make: Callable[[Ledger, Timeline], EngineStep]
+
+
+def finish(request: EngineRequest, base: StepPlan, static: EngineStatic, note: str) -> list[StepPlan]:
+    """Return the plans of an engine for each limit: with activations, peak and collectives if a micro-batch can be simulated."""
+    timeline = request.timelines.get(static.dtype, visits=static.visits, tp_size=static.tp_size)
+    if isinstance(timeline, str):
+        failed = replace(base, memory=static.memory, notes=(*base.notes, note), failure=timeline, simulated=False)
+        return [replace(failed, memory_limit=limit) for limit in request.limits]
+    ledger = _replayed(static, timeline, base)
+    memory = replace(
+        static.memory,
+        activations=timeline.saved,
+        peak=max(ledger.totals),
+        at_peak={kind: size for kind, size in ledger.at_peak.items() if size},
+        peak_phase=ledger.peak_phase,
+        transient={
+            **{
+                kind: ledger.most[kind]
+                for kind in ("gathered parameters", "communication", "temporary")
+                if ledger.most[kind]
+            },
+            "largest tensor": timeline.largest,
+        },
     )
-    zero = options.config.get("zero_optimization", {})
-    if zero.get("offload_param"):
-        raise PlacementError("Planning does not support offload_param of DeepSpeed. Omit it, or use FSDPStrategy.")
-    with new_fake_mode() as mode:
-        model = job.make_model()
-        fake_copies(mode, model, torch.device("cpu"))
-        wrapper: Any = build_optim_wrapper(optim_wrapper, model)
-        groups = [[each for each in group["params"] if each.requires_grad] for group in wrapper.optimizer.param_groups]
-        updated, at_rest, gradients = _layout(groups, options, zero, base.world)
-        state = _state_bytes(wrapper.optimizer, updated)
-        masters = 4 * sum(each.numel() for group in updated for each in group)
-        frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
-        buffers = storage_bytes(model.buffers())
-        checkpoint = sum(each.nbytes for each in model.state_dict().values()) + state * (
-            base.world if options.stage else 1
-        )
-        accumulation = int(wrapper.accumulative_counts)
-    owns_masters = options.stage > 0 or options.dtype is not None
-    sizes = {
-        "gradients": gradients,
-        "optimizer state": state,
-        "master weights": masters if owns_masters else 0,
-    }
-    host = {"asynchronous save": at_rest + sum(sizes.values()) - gradients}
-    if options.offloads_optimizer:
-        host.update(sizes)
-        sizes = dict.fromkeys(sizes, 0)
-    memory = MemoryPlan(
-        parameters=at_rest + frozen * _item_size(options),
-        gradients=sizes["gradients"],
-        optimizer_state=sizes["optimizer state"],
-        master_weights=sizes["master weights"],
-        buffers=buffers,
-        batch=batch_bytes,
-        host=host,
-    )
-    return replace(
+    planned = replace(
         base,
         memory=memory,
-        accumulation=accumulation,
-        checkpoint_bytes=checkpoint,
-        compute_dtype=str(options.dtype or torch.float32).removeprefix("torch."),
+        collectives=ledger.collectives(),
+        flops=timeline.flops * static.accumulation,
+        compute_dtype=timeline.compute_dtype,
         simulated=False,
-        notes=(*base.notes, _NOTE),
-        failure=_NOTE,
+        notes=(*base.notes, note),
     )
+    largest = _largest(request, static, base)
+    return [
+        replace(planned, memory_limit=limit, largest_micro_batch=largest[limit] if limit is not None else None)
+        for limit in request.limits
+    ]
 
 
-def _item_size(options: Any) -> int:
-    return 4 if options.dtype is None else int(options.dtype.itemsize)
-
-
-def _layout(
-    groups: Sequence[Sequence[Tensor]], options: Any, zero: Mapping[str, Any], world: int
-) -> tuple[list[list[Tensor]], int, int]:
-    """Return the tensors that the optimizer of a rank updates, by group, and the bytes of parameters and gradients."""
-    size = _item_size(options)
-    if options.stage == 0:
-        numel = sum(each.numel() for group in groups for each in group)
-        # In half precision, the optimizer reads copies of the gradients in float32.
-        gradients = numel * 4 if options.dtype is None else numel * (size + 4)
-        return [[torch.empty_like(each) for each in group] for group in groups], numel * size, gradients
-    if options.stage < 3:
-        multiple = _ALIGNMENT * world
-        padded = [math.ceil(sum(each.numel() for each in group) / multiple) * multiple for group in groups]
-        updated = [[torch.empty(count // world)] if count else [] for count in padded]
-        return updated, sum(padded) * size, sum(padded) // world * 4
-    largest = int(zero.get("sub_group_size", _SUB_GROUP_SIZE))
-    updated = [[torch.empty(count) for count in _sub_groups(group, world, largest)] for group in groups]
-    partitions = sum(each.numel() for group in updated for each in group)
-    limit = int(
-        zero.get("stage3_param_persistence_threshold", zero.get("param_persistence_threshold", _PERSISTENCE_THRESHOLD))
+def _replayed(static: EngineStatic, timeline: Timeline, base: StepPlan) -> Ledger:
+    memory = static.memory
+    ledger = Ledger(
+        {
+            "parameters": memory.parameters,
+            "gradients": static.resting_gradients,
+            "optimizer state": memory.optimizer_state,
+            "master weights": memory.master_weights,
+            "averaged weights": memory.ema,
+            "buffers": memory.buffers,
+            "batch": timeline.batch,
+            "communication": static.buckets,
+        },
+        base.gpus_per_node,
     )
-    persistent = sum(each.numel() for group in groups for each in group if each.numel() <= limit)
-    # Gradients are collected in a buffer in the dtype of the computation, and copied to float32 for the update.
-    return updated, (partitions + persistent) * size, partitions * (size + 4)
+    replay(timeline, static.make(ledger, timeline), static.accumulation)
+    return ledger
 
 
-def _sub_groups(group: Sequence[Tensor], world: int, largest: int) -> list[int]:
-    """Return the number of elements of a rank in each sub-group of stage 3, which is updated at once."""
-    counts: list[int] = []
-    current = 0
-    for index, parameter in enumerate(group):
-        current += math.ceil(parameter.numel() / world)
-        if current >= largest or index == len(group) - 1:
-            counts.append(current)
-            current = 0
-    return counts
+def _largest(request: EngineRequest, static: EngineStatic, base: StepPlan) -> dict[int, int | None]:
+    batch = request.timelines.batch
+    limits = [limit for limit in request.limits if limit is not None]
+    if batch is None or batch.size is None or not limits:
+        return dict.fromkeys(limits)
+
+    def totals(size: int) -> list[int]:
+        timeline = request.timelines.get(static.dtype, visits=static.visits, tp_size=static.tp_size, size=size)
+        if isinstance(timeline, str):
+            raise PlacementError(timeline)
+        return _replayed(static, timeline, base).totals
+
+    found = largest_of_profiles(totals, [limit - CONTEXT_BYTES for limit in limits], batch.size)
+    return dict(zip(limits, found, strict=True))
 
 
-def _state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> int:
-    """Return the size of the state that an optimizer creates for other tensors than its own."""
+def batch_bytes(batch: BatchSpec) -> int:
+    """Return the bytes of the tensors of a batch."""
+    return sum(each.nbytes for each in tree_leaves(batch.batch) if isinstance(each, Tensor))
+
+
+def state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
+    """Return the size of the state that an optimizer creates for other tensors than its own, and of its temporary tensors."""
     for group, tensors in zip(optimizer.param_groups, updated, strict=True):
         group["params"] = [nn.Parameter(each) for each in tensors]
         for each in group["params"]:
@@ -146,4 +195,15 @@ def _state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> int:
     optimizer.state.clear()
     optimizer.step()
     state = [each for each in tree_leaves(dict(optimizer.state)) if isinstance(each, Tensor)]
-    return storage_bytes(each for each in state if not isinstance(each, nn.Parameter))
+    state = [each for each in state if not isinstance(each, nn.Parameter)]
+    owned = [each for group in optimizer.param_groups for each in group["params"]]
+    known: Mapping[str, list[Tensor]] = {
+        "parameters": owned,
+        "gradients": [each.grad for each in owned],
+        "optimizer state": state,
+    }
+    trace = StepTrace(known)
+    with trace:
+        optimizer.step()
+    totals = trace.running_totals()
+    return storage_bytes(state), max(totals) - totals[0]

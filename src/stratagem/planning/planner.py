@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stratagem.config import Config
-from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError, StratagemError
+from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.optim import OptimSpec
 from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES, named_tensors
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
-from stratagem.planning.engines import plan_deepspeed
+from stratagem.planning.colossalai_plan import plan_colossalai
+from stratagem.planning.deepspeed_plan import plan_deepspeed
+from stratagem.planning.engines import EngineRequest, Timelines
 from stratagem.planning.failures import describe_failure
 from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, ModelFacts, Plan, StepPlan
-from stratagem.planning.search import largest_that_fits
+from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
 from stratagem.planning.trace import storage_bytes
 from stratagem.registry import HOOKS, switch_scope
@@ -44,7 +46,9 @@ DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
 )
 
 
-_ENGINES: Final = frozenset({"DeepSpeedStrategy", "ColossalAIStrategy"})
+# The kinds of tensors that ``cpu_offload`` keeps in the memory of the host.
+_ON_HOST: Final = ("parameters", "gradients", "optimizer state")
+_ENGINES: Final = {"DeepSpeedStrategy": plan_deepspeed, "ColossalAIStrategy": plan_colossalai}
 
 
 @final
@@ -54,6 +58,7 @@ class _Request:
     batch: BatchSpec | None
     ranks_per_node: int
     memory_limits: tuple[int | None, ...]
+    timelines: Timelines
     average: EMAHook | None = None
     notes: tuple[str, ...] = ()
 
@@ -91,9 +96,11 @@ def plan(
             "ModelWithLoss(model)."
         )
     spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
+    job = Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper)
     request = _Request(
-        job=Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper),
+        job=job,
         batch=spec,
+        timelines=Timelines(job, spec),
         ranks_per_node=gpus_per_node,
         memory_limits=_limits(memory),
     )
@@ -133,13 +140,15 @@ def plan_config(
         spec = parse_batch(batch) if batch is not None else None
         if spec is None and config.get("train_dataloader") is not None:
             spec = first_batch(config["train_dataloader"])
+        job = Job(
+            make_model=model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
+            optim_wrapper=config["optim_wrapper"],
+            randomness=config.get("randomness"),
+        )
         request = _Request(
-            job=Job(
-                make_model=model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
-                optim_wrapper=config["optim_wrapper"],
-                randomness=config.get("randomness"),
-            ),
+            job=job,
             batch=spec,
+            timelines=Timelines(job, spec),
             ranks_per_node=gpus_per_node,
             memory_limits=_limits(memory),
             average=_averaging_hook(config),
@@ -247,16 +256,10 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
 
 
 def _plan_engine(request: _Request, base: StepPlan, start: float) -> list[StepPlan]:
-    if base.strategy != "DeepSpeedStrategy":
-        raise PlacementError(
-            f"Planning does not support {base.strategy}. Plan FSDPStrategy or DeepSpeedStrategy instead."
-        )
-    batch = 0 if request.batch is None else sum(each.nbytes for each in _tensors(request.batch.batch))
-    planned = plan_deepspeed(request.job, base, batch)
-    if request.average is not None:
-        planned = replace(planned, notes=(*planned.notes, "Averaged weights are not included."))
-    planned = replace(planned, seconds=time.perf_counter() - start)
-    return [replace(planned, memory_limit=limit) for limit in request.memory_limits]
+    own = EngineRequest(
+        job=request.job, timelines=request.timelines, limits=request.memory_limits, average=request.average
+    )
+    return [replace(each, seconds=time.perf_counter() - start) for each in _ENGINES[base.strategy](own, base)]
 
 
 def _try_plan(
@@ -291,11 +294,7 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
     offload = bool(base.options.get("cpu_offload"))
     # The search changes the size of the batch, so it comes after everything that reads the recorded step.
     memory = _memory(request, sim, record, gradients=gradients, ema=ema, offload=offload)
-    peaks: dict[int, int] = {}
-    largest = [
-        None if record is None else _largest_micro_batch(request, sim, limit, peaks, ema=ema, offload=offload)
-        for limit in request.memory_limits
-    ]
+    largest = _largest_micro_batches(request, sim, record, ema=ema, offload=offload)
     planned = replace(
         base,
         dp_size=sim.strategy.dp_size,
@@ -308,8 +307,8 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
         notes=request.notes,
     )
     return [
-        replace(planned, memory_limit=limit, largest_micro_batch=size)
-        for limit, size in zip(request.memory_limits, largest, strict=True)
+        replace(planned, memory_limit=limit, largest_micro_batch=None if limit is None else largest.get(limit))
+        for limit in request.memory_limits
     ]
 
 
@@ -360,7 +359,7 @@ def _memory(
 
 def _at_peak(record: StepRecord, *, ema: int, offload: bool) -> dict[str, int]:
     """Return the sizes on the device at the peak of a step."""
-    on_host = ("parameters", "gradients", "optimizer state") if offload else ()
+    on_host = _ON_HOST if offload else ()
     sizes = {kind: size for kind, size in record.peak.by_kind.items() if kind not in on_host}
     return {**sizes, "averaged weights": ema} if ema else sizes
 
@@ -380,20 +379,24 @@ def _collectives(record: StepRecord, ranks_per_node: int) -> tuple[Collective, .
     )
 
 
-def _largest_micro_batch(
-    request: _Request, sim: Simulation, limit: int | None, peaks: dict[int, int], *, ema: int, offload: bool
-) -> int | None:
+def _largest_micro_batches(
+    request: _Request, sim: Simulation, record: StepRecord | None, *, ema: int, offload: bool
+) -> dict[int, int]:
+    """Return the largest micro-batch for each memory limit; nothing without a batch whose samples are known."""
     batch = request.batch
-    if batch is None or batch.size is None or limit is None:
-        return None
+    limits = [limit for limit in request.memory_limits if limit is not None]
+    if batch is None or batch.size is None or record is None or not limits:
+        return {}
+    on_host = _ON_HOST if offload else ()
+    known = {batch.size: record.trace.running_totals(on_host)}
 
-    def peak(size: int) -> int:
-        if size not in peaks:
-            sizes = _at_peak(sim.step(batch.resized(size)), ema=ema, offload=offload)
-            peaks[size] = sum(sizes.values()) + CONTEXT_BYTES
-        return peaks[size]
+    def totals(size: int) -> Sequence[int]:
+        if size not in known:
+            known[size] = sim.step(batch.resized(size)).trace.running_totals(on_host)
+        return known[size]
 
-    return largest_that_fits(peak, limit, batch.size)
+    found = largest_of_profiles(totals, [limit - ema - CONTEXT_BYTES for limit in limits], batch.size)
+    return dict(zip(limits, found, strict=True))
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

@@ -151,6 +151,26 @@ class Simulation:
         gradients, (calls, flops) = self._train(batch, trace)
         return StepRecord(trace=trace, peak=trace.peak(), gradients=gradients, calls=calls, flops=flops)
 
+    def micro_batch(self, batch: Any, hooked: Callable[[StepTrace], None]) -> tuple[StepTrace, int, int]:
+        """Run one micro-batch of an accumulation window, without an update.
+
+        Args:
+            batch: a batch on the meta device.
+            hooked: is called with the trace before the micro-batch.
+
+        Returns:
+            The trace, the bytes of the batch, and those of the weight of the loss; 0 without one.
+        """
+        batch = fake_batch(batch, self.strategy.world.device)
+        tensors = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+        trace = StepTrace({"parameters": self.parameters(), "buffers": self.buffers(), "batch": tensors})
+        hooked(trace)
+        step: Any = self.strategy.model.train_step
+        with trace:
+            step(batch, optim_wrapper=self.strategy.optim_wrapper)
+        weight = self._wrappers()[0].weight
+        return trace, storage_bytes(tensors), weight.nbytes if isinstance(weight, Tensor) else 0
+
     @contextmanager
     def _settling_buckets(self) -> Iterator[None]:
         """Note the order of gradients in the first step, after which DDP decides which gradients are sent together."""

@@ -20,7 +20,7 @@ from stratagem.tensors.dtensor import to_local
 from stratagem.tensors.flops import flops_of_call, operand_dtype
 from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
 
-__all__ = ["CollectiveCall", "Peak", "StepTrace", "storage_bytes", "storages_of"]
+__all__ = ["Change", "CollectiveCall", "Peak", "StepTrace", "storage_bytes", "storages_of"]
 
 _KINDS: Final = {
     "allreduce_": "all_reduce",
@@ -76,6 +76,22 @@ class Peak:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Storages are allocated or freed.
+
+    Attributes:
+        kind: the kind of storage, such as ``"activations"``.
+        nbytes: the bytes that are allocated; negative if they are freed.
+        phase: the part of the step.
+    """
+
+    kind: str
+    nbytes: int
+    phase: str
+
+
+@final
 @dataclass(slots=True)
 class _Event:
     number: int
@@ -110,6 +126,8 @@ class StepTrace(TorchDispatchMode):
         # The sizes of storages that exist before the step, and the changes during the step.
         self._before: dict[int, int] = {}
         self._events: list[_Event] = []
+        # What other code noted, each with the number of events before it.
+        self._marks: list[tuple[int, Any]] = []
         self._kinds: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}
@@ -250,6 +268,10 @@ class StepTrace(TorchDispatchMode):
             if number is not None and self._kinds.get(number) != "parameters":
                 self._kinds[number] = kind
 
+    def mark(self, what: Any) -> None:
+        """Note what happens now, for ``timeline``."""
+        self._marks.append((len(self._events), what))
+
     def _note_saved(self, tensor: Tensor) -> Tensor:
         number = self._add(tensor, None)
         if self._kinds.setdefault(number, "activations") == "activations":
@@ -284,6 +306,31 @@ class StepTrace(TorchDispatchMode):
             by_kind[self._kinds.get(number, "temporary")] += size
         phase = self._events[end - 1].phase if end else "forward"
         return Peak(best, {kind: size for kind, size in by_kind.items() if size}, phase)
+
+    def timeline(self) -> Iterator[Any]:
+        """Yield the changes of storages and the marks in order."""
+        marks = iter(self._marks)
+        mark = next(marks, None)
+        for index, event in enumerate(self._events):
+            while mark is not None and mark[0] <= index:
+                yield mark[1]
+                mark = next(marks, None)
+            yield Change(self._kinds.get(event.number, "temporary"), event.change, event.phase)
+        if mark is not None:
+            yield mark[1]
+        for _, what in marks:
+            yield what
+
+    def running_totals(self, without: Iterable[str] = ()) -> list[int]:
+        """Return the sum of all storages after each change, without those of some kinds."""
+        excluded = {number for number, kind in self._kinds.items() if kind in set(without)}
+        total = sum(size for number, size in self._before.items() if number not in excluded)
+        totals = [total]
+        for event in self._events:
+            if event.number not in excluded:
+                total += event.change
+            totals.append(total)
+        return totals
 
     def take_counts(self) -> tuple[list[CollectiveCall], int]:
         """Return the collectives and floating-point operations since the last call of this method."""

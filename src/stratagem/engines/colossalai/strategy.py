@@ -21,7 +21,7 @@ from stratagem.strategies.state.state_io import StateAccess
 from stratagem.utils import did_you_mean, import_object
 from stratagem.utils.imports import without_working_directory
 
-__all__ = ["ColossalAIStrategy"]
+__all__ = ["ColossalAIStrategy", "parse_for_plan"]
 
 _HERE = "stratagem.engines.colossalai"
 
@@ -106,6 +106,16 @@ class ColossalAIStrategy(ComposedStrategy):
             raise _not_in_background()
         writer: CheckpointWriter = _load("native:ColossalAIFormatWriter")(self._placement)
         return writer
+
+
+def parse_for_plan(arguments: Mapping[str, Any]) -> Any:
+    """Return the plugin specification of a ``ColossalAIStrategy``, or the built plugin.
+
+    Raises:
+        ConfigError: (or a subclass) if an option is invalid.
+        PlacementError: if a plugin or an option is not supported.
+    """
+    return _parse(arguments)
 
 
 def _not_in_background() -> CheckpointError:

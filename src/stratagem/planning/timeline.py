@@ -1,0 +1,260 @@
+"""Record one micro-batch of a model without a strategy; plans of engines are computed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from stratagem.planning.sharded_layers import shard_linear_layers
+from stratagem.planning.simulate import Job, simulating
+from stratagem.planning.trace import Change, StepTrace, storage_bytes
+from stratagem.utils.torch_private import storage_key
+
+__all__ = ["GradientReady", "Sent", "Timeline", "Visit", "cast_to", "record_timeline"]
+
+# Gradients are recorded before an update, so the optimizer does not matter.
+_NO_UPDATE: Final[Mapping[str, Any]] = {"optimizer": {"type": "SGD", "lr": 0.0}, "accumulative_counts": 2}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GradientReady:
+    """The gradient of a parameter is complete in this micro-batch.
+
+    Attributes:
+        parameter: the index of the parameter.
+        nbytes: the size of its storage; 0 if another gradient has the same storage.
+    """
+
+    parameter: int
+    nbytes: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A module is entered or left, in the forward or the backward pass.
+
+    Attributes:
+        module: the index of the module in ``Timeline.modules``.
+        enters: whether it is entered.
+        forward: whether this is its forward pass, which activation checkpointing repeats during the backward pass.
+        phase: the part of the step.
+    """
+
+    module: int
+    enters: bool
+    forward: bool
+    phase: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The model itself sends a tensor in its tensor-parallel group.
+
+    Attributes:
+        kind: the kind of collective.
+        nbytes: the bytes of the tensor.
+        ranks: the number of ranks of the group.
+    """
+
+    kind: str
+    nbytes: int
+    ranks: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """One micro-batch: forward and backward pass.
+
+    Attributes:
+        events: what happens, in order.
+        numels: the number of elements of each parameter, in the order of ``model.parameters()``.
+        trainable: whether each parameter is trainable.
+        modules: the indices of the parameters of each module, without those of its children.
+        saved: the bytes of the storages that the forward pass saves for the backward pass.
+        largest: the bytes of the largest storage that is created.
+        flops: the number of floating-point operations.
+        compute_dtype: the dtype of the operands of most of them.
+        buffers: the bytes of the buffers of the model.
+        batch: the bytes of the batch.
+        weight: the bytes of the weight of the loss, which is summed over ranks before an update; 0 without one.
+    """
+
+    events: tuple[Change | GradientReady | Visit | Sent, ...]
+    numels: tuple[int, ...]
+    trainable: tuple[bool, ...]
+    modules: tuple[tuple[int, ...], ...]
+    saved: int
+    largest: int
+    flops: int
+    compute_dtype: str
+    buffers: int
+    batch: int
+    weight: int
+
+
+def cast_to(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Cast a model and the floating-point inputs of its forward pass, as engines do."""
+    if dtype is None:
+        return model
+    model.to(dtype)
+
+    def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(convert, args), tree_map(convert, kwargs)
+
+    def convert(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    model.register_forward_pre_hook(cast, with_kwargs=True)
+    return model
+
+
+def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, visits: bool, tp_size: int = 1) -> Timeline:
+    """Run one micro-batch on fake tensors and record it.
+
+    Args:
+        job: what is planned.
+        batch: a batch on the meta device.
+        dtype: the dtype that an engine casts the model to; None for that of its parameters.
+        visits: whether to record when modules are entered and left.
+        tp_size: the number of ranks that ColossalAI shards the layers of ``tp_plan`` across.
+    """
+    recording: list[StepTrace] = []
+
+    def note(nbytes: int) -> None:
+        if recording:
+            recording[0].mark(Sent("all_reduce", nbytes, tp_size))
+
+    def make_model() -> nn.Module:
+        model = job.make_model()
+        if tp_size > 1:
+            shard_linear_layers(model, tp_size, note)
+        return cast_to(model, dtype)
+
+    plain = Job(make_model=make_model, optim_wrapper=_NO_UPDATE, randomness=job.randomness)
+    with simulating(plain, "SingleDeviceStrategy", 1) as sim:
+        model = sim.model
+        parameters = list(model.parameters())
+        index = {id(each): number for number, each in enumerate(parameters)}
+        modules = list(model.modules())
+        with ExitStack() as stack:
+
+            def hooked(trace: StepTrace) -> None:
+                recording.append(trace)
+                stack.enter_context(_gradients(trace, parameters))
+                if visits:
+                    stack.enter_context(_visits(trace, modules))
+
+            trace, batch_bytes, weight = sim.micro_batch(batch, hooked)
+        return Timeline(
+            events=tuple(trace.timeline()),
+            numels=tuple(each.numel() for each in parameters),
+            trainable=tuple(each.requires_grad for each in parameters),
+            modules=tuple(tuple(index[id(each)] for each in module.parameters(recurse=False)) for module in modules),
+            saved=trace.saved,
+            largest=trace.largest,
+            flops=trace.flops,
+            compute_dtype=trace.main_dtype,
+            buffers=storage_bytes(model.buffers()),
+            batch=batch_bytes,
+            weight=weight,
+        )
+
+
+@contextmanager
+def _gradients(trace: StepTrace, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    known: set[int] = set()
+
+    def ready(number: int) -> Callable[[Tensor], None]:
+        def note(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is None:
+                return
+            trace.label([gradient], "gradients")
+            storage = gradient.untyped_storage()
+            is_new = storage_key(storage) not in known
+            known.add(storage_key(storage))
+            trace.mark(GradientReady(number, storage.nbytes() if is_new else 0))
+
+        return note
+
+    hooks = [
+        each.register_post_accumulate_grad_hook(ready(number))
+        for number, each in enumerate(parameters)
+        if each.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _visits(trace: StepTrace, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Note when modules are entered and left: in the backward pass, when the gradients of outputs and inputs are complete."""
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            trace.mark(Visit(number, True, True, trace.phase))
+            _after_all(args, lambda: trace.mark(Visit(number, False, False, trace.phase)))
+
+        return hook
+
+    def leave(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            trace.mark(Visit(number, False, True, trace.phase))
+            _before_first(output, lambda: trace.mark(Visit(number, True, False, trace.phase)))
+
+        return hook
+
+    hooks = [
+        each
+        for number, module in enumerate(modules)
+        for each in (module.register_forward_pre_hook(enter(number)), module.register_forward_hook(leave(number)))
+    ]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _differentiable(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.requires_grad]
+
+
+def _after_all(values: Any, call: Callable[[], None]) -> None:
+    """Call a function when the gradients of all tensors have been computed."""
+    tensors = _differentiable(values)
+    missing = [len(tensors)]
+
+    def note(_: Tensor) -> None:
+        missing[0] -= 1
+        if missing[0] == 0:
+            call()
+
+    for each in tensors:
+        each.register_hook(note)
+
+
+def _before_first(values: Any, call: Callable[[], None]) -> None:
+    """Call a function when the first gradient of some tensors has been computed."""
+    called: list[bool] = []
+
+    def note(_: Tensor) -> None:
+        if not called:
+            called.append(True)
+            call()
+
+    for each in _differentiable(values):
+        each.register_hook(note)
