@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from stratagem.train.trackers import TrackedRecord, TrackedRun, Tracker, TrackingEnd
 from stratagem.train.trackers import delivery as delivery_module
 from stratagem.train.trackers.delivery import Delivery
+from stratagem.train.trackers.fork_guard import ForkGuard
 from stratagem.train.trackers.tracker import EndState
 
 RUN = TrackedRun(id="a", name="a", work_dir=Path(), folder=Path())
@@ -132,6 +136,50 @@ def test_a_tracker_that_never_starts_reports_its_records_as_dropped(caplog: pyte
     deliver(Listed(failing=("start",)), range(3))
     assert "Tracker listed failed in start(): OSError: no network." in caplog.text
     assert "Tracker listed: 3 records were dropped and" in caplog.text
+
+
+@pytest.fixture
+def forked() -> Iterator[Callable[[], int]]:
+    """Return a function that forks this process, as a dataloader does for a data worker."""
+    children = []
+
+    def fork() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12 warns about forks of processes with threads.
+            child = os.fork()
+        if child == 0:
+            os._exit(0)
+        children.append(child)
+        return child
+
+    yield fork
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def test_a_data_worker_is_forked_after_trackers_have_started(forked: Callable[[], int]) -> None:
+    """Otherwise the worker would hold the pipes of programs that trackers start open, and the trackers would hang."""
+    tracker = Listed(blocked=("start",))
+    delivery = Delivery("listed", tracker, RUN, LOGGER)
+    threading.Timer(0.1, tracker.gate.set).start()
+    forked()
+    assert tracker.calls == [("start", None)]
+    delivery.end(END)
+    delivery.wait(time.monotonic() + 10)
+
+
+def test_forks_wait_for_a_tracker_that_hangs_only_once(caplog: pytest.LogCaptureFixture) -> None:
+    """After a limited time, data workers start nevertheless, and later ones do not wait."""
+    guard = ForkGuard(longest_wait_s=0.05)
+    guard.begin(object(), "slow")
+    guard.wait()
+    assert "The trackers slow have not started after" in caplog.text
+    begun = time.monotonic()
+    for _ in range(100):
+        guard.wait()
+    assert time.monotonic() - begun < 100 * 0.05
 
 
 def test_a_rollback_restarts_the_tracker_at_the_iteration() -> None:

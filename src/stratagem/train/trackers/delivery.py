@@ -9,6 +9,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, TypeVar, final
 
+from stratagem.train.trackers.fork_guard import fork_guard
 from stratagem.train.trackers.tracker import TrackedRecord, TrackedRun, Tracker, TrackingEnd
 from stratagem.utils import mask_text
 
@@ -40,6 +41,8 @@ class Delivery:
         self._dropped = 0
         self._failed = 0
         self._warned = False
+        # Already now, because a data worker can be forked before the thread runs.
+        fork_guard.begin(self, name)
         # A daemon thread does not keep the process alive if the tracker blocks forever.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -91,12 +94,19 @@ class Delivery:
 
     def _start(self, run: TrackedRun) -> bool:
         """Start the tracker, repeatedly until it succeeds or the session ends; return whether it has started."""
-        while not self._attempt("start", self._tracker.start, run):
+        while not self._start_once(run):
             if self._ending.is_set():
                 self._dropped += self._queue.qsize() - 1
                 return False
             self._ending.wait(_RETRY_S)
         return True
+
+    def _start_once(self, run: TrackedRun) -> bool:
+        fork_guard.begin(self, self.name)
+        try:
+            return self._attempt("start", self._tracker.start, run)
+        finally:
+            fork_guard.end(self)
 
     def _store_records(self) -> TrackedRun | None:
         """Store queued records until the session ends; return the run that continues from an earlier iteration, if any."""
