@@ -10,6 +10,7 @@ import pytest
 
 from stratagem.cli import completion
 from stratagem.cli.app import app
+from stratagem.cli.init.command import KINDS
 from stratagem.distributed import LAUNCHERS
 from tests.support.ranks import scripts_environment
 
@@ -55,9 +56,10 @@ def test_words_are_completed(
     assert suggested(monkeypatch, capsys, line) == expected
 
 
-def test_all_launchers_are_suggested() -> None:
-    """The names are those that the option accepts."""
+def test_all_names_are_suggested() -> None:
+    """The suggested names are those that the commands accept."""
     assert completion.complete_launcher("") == list(LAUNCHERS)
+    assert completion.complete_kind("") == list(KINDS)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import typer
 from stratagem._version import __version__
 from stratagem.cli.ckpt.app import ckpt_app
 from stratagem.cli.completion import complete_config, complete_launcher, complete_strategy
+from stratagem.cli.init_app import init
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
@@ -360,6 +361,7 @@ def parity(
 
 app.command()(summary)
 app.command()(profile)
+app.command()(init)
 
 
 @app.command()

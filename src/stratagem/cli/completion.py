@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["complete_config", "complete_launcher", "complete_strategy"]
+__all__ = ["complete_config", "complete_kind", "complete_launcher", "complete_strategy"]
 
 _SUFFIXES: Final = frozenset({".py", ".yaml", ".yml", ".json", ".toml"})
 _LAUNCHERS: Final = ("none", "pytorch", "slurm", "mpi", "ray")
+_KINDS: Final = ("image", "text", "table")
 _STRATEGIES: Final = ("single", "ddp", "fsdp", "deepspeed", "colossalai")
 
 
@@ -37,3 +38,8 @@ def complete_strategy(incomplete: str) -> list[str]:
 def complete_launcher(incomplete: str) -> list[str]:
     """Return the names of launchers that begin with ``incomplete``."""
     return [name for name in _LAUNCHERS if name.startswith(incomplete)]
+
+
+def complete_kind(incomplete: str) -> list[str]:
+    """Return the kinds of projects that begin with ``incomplete``."""
+    return [name for name in _KINDS if name.startswith(incomplete)]

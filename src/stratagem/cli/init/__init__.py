@@ -1,0 +1,1 @@
+"""``stratagem init``: create a small project that trains and passes its test."""
