@@ -3,12 +3,12 @@
     python benchmarks/trackers.py [--trackers csv wandb ...] [--rounds 60]
 
 The small job of the other benchmarks trains with default hooks, an ordinary dataset with one data worker, and a record
-in every iteration. Blocks of iterations with and without the tracker alternate, in random order within a round. The
-table contains the median and the 95 % bootstrap interval of the differences between the two blocks of a round, per
-record: the CPU time of the main thread, which delays the training, and the CPU time of the process with all threads. A
-tracker stores all records of a block before the next one begins. The last column is the part of a core that processes
-use which the tracker has started. Trackers whose packages are not installed are omitted; ``make bench-trackers``
-installs them.
+in every iteration. Blocks of 50 iterations with and without the tracker alternate, in random order within a round. The
+table contains the medians and their 95 % bootstrap intervals of the differences within a round, per record: between
+iterations in the CPU time of the main thread, which delays the training, and between blocks in the CPU time of the
+other threads of the process. A tracker stores all records of a block before the next one begins. The last column is the
+part of a core that processes use which the tracker has started. Trackers whose packages are not installed are omitted;
+``make bench-trackers`` installs them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, Final, final
 
 import psutil  # type: ignore[import-untyped]
@@ -58,21 +59,23 @@ class Blocks(Hook):
     def __init__(self, rounds: int) -> None:
         self._left = rounds + WARM_UP
         self._random = random.Random(0)
-        self._number = 0
         self._order: list[bool] = []
-        self._enabled = False
-        self._begun = (0.0, 0.0)
-        self._times: dict[bool, tuple[float, float]] = {}
+        self._enabled: bool | None = None
+        # When each iteration of the block began, in CPU time of the main thread, and the CPU time of other threads before it.
+        self._begun: list[float] = []
+        self._others = 0.0
+        self._blocks: dict[bool, tuple[list[float], float]] = {}
         self._since = (0.0, 0.0)
-        # For each round, the additional time of the main thread and of the process, in seconds.
-        self.differences: list[tuple[float, float]] = []
+        # The additional time of each iteration in the main thread, and of each block in other threads, in seconds.
+        self.main_thread: list[float] = []
+        self.other_threads: list[float] = []
         self.other_processes = 0.0
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
-        if self._number % BLOCK == 0:
+        self._begun.append(time.thread_time())
+        if len(self._begun) > BLOCK or self._enabled is None:
             self._end_block(run)
             self._begin_block(run)
-        self._number += 1
 
     def _begin_block(self, run: Any) -> None:
         if not self._order:
@@ -82,29 +85,29 @@ class Blocks(Hook):
             run.recorders.append(run.tracking)
         elif not self._enabled and run.tracking in run.recorders:
             run.recorders.remove(run.tracking)
-        self._begun = time.thread_time(), time.process_time()
+        self._others = time.process_time() - time.thread_time()
+        self._begun = [time.thread_time()]
 
     def _end_block(self, run: Any) -> None:
-        thread = time.thread_time()
         while any(not delivery._queue.empty() for delivery in run.tracking._deliveries):
             time.sleep(0.05)
         time.sleep(STORED_S)
-        # The main thread only waits here; what other threads do in the meantime is part of the block.
-        process = time.process_time() - (time.thread_time() - thread)
-        if self._number:
-            self._times[self._enabled] = thread - self._begun[0], process - self._begun[1]
-        if len(self._times) == 2:
+        if self._enabled is not None:
+            others = time.process_time() - time.thread_time() - self._others
+            self._blocks[self._enabled] = [end - begin for begin, end in pairwise(self._begun)], others
+        if len(self._blocks) == 2:
             self._end_round()
 
     def _end_round(self) -> None:
-        (thread, process), (thread_without, process_without) = self._times[True], self._times[False]
-        self._times = {}
+        (own, own_others), (without, without_others) = self._blocks[True], self._blocks[False]
+        self._blocks = {}
         self._left -= 1
-        self.differences.append((thread - thread_without, process - process_without))
-        if len(self.differences) == WARM_UP:
+        self.main_thread += [a - b for a, b in zip(own, without, strict=True)]
+        self.other_threads.append((own_others - without_others) / BLOCK)
+        if len(self.other_threads) == WARM_UP and not self._since[0]:
+            self.main_thread, self.other_threads = [], []
             self._since = time.monotonic(), _other_processes()
         if self._left == 0:
-            self.differences = self.differences[WARM_UP:]
             self.other_processes = (_other_processes() - self._since[1]) / (time.monotonic() - self._since[0])
             raise Stop
 
@@ -142,7 +145,7 @@ def train(tracker: str, rounds: int) -> None:
         with suppress(Stop):
             runner.train()
         runner.close()
-    print(json.dumps([*zip(*blocks.differences, strict=True), blocks.other_processes]))
+    print(json.dumps([blocks.main_thread, blocks.other_threads, blocks.other_processes]))
 
 
 def is_installed(tracker: str) -> bool:
@@ -162,14 +165,14 @@ def main() -> None:
     options = parser.parse_args()
     per_iteration = f"per iteration, with a record every {INTERVAL} iterations"
     table = Table(
-        "tracker", "main thread", "process", f"main thread, {per_iteration}", "other processes", title="CPU time"
+        "tracker", "main thread", "other threads", f"main thread, {per_iteration}", "other processes", title="CPU time"
     )
     for tracker in filter(is_installed, options.trackers):
         command = [sys.executable, __file__, "--train", tracker, str(options.rounds)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         *columns, share = json.loads(answer.splitlines()[-1])
-        thread, process = (interval([seconds / BLOCK * 1e6 for seconds in column]) for column in columns)
-        cells = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in (thread, process)]
+        thread, others = (interval([seconds * 1e6 for seconds in column]) for column in columns)
+        cells = [f"{median:.1f} us ({low:.1f} to {high:.1f})" for median, low, high in (thread, others)]
         table.add_row(tracker, *cells, f"{thread[0] / INTERVAL:.2f} us", f"{share:.1%}")
     Console(width=130).print(table)
 

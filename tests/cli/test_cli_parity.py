@@ -415,6 +415,11 @@ def configured(key: str, config: Config, **changes: Any) -> Config:
     return variant_config(config, variant, options, Path("folder"), epoch_length=5)
 
 
+def test_variants_are_not_tracked():
+    """A comparison does not add runs to the stores of trackers."""
+    assert "trackers" not in configured("one", toy(trackers=["csv"]))
+
+
 def test_the_options_change_the_configuration():
     """Each axis sets the keys of the configuration that the documentation names."""
     config = toy(**{"optim_wrapper.clip_grad": {"max_norm": 1.0}})

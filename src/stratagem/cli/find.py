@@ -29,7 +29,7 @@ __all__ = ["Sweep", "batch_size", "learning_rate"]
 # Sections that a trial run does not need, or that would change its learning rates.
 _REMOVED = (
     "param_scheduler", "custom_hooks", "val_dataloader", "val_cfg", "val_evaluator",
-    "test_dataloader", "test_cfg", "test_evaluator", "limit_val_batches", "limit_test_batches",
+    "test_dataloader", "test_cfg", "test_evaluator", "limit_val_batches", "limit_test_batches", "trackers",
 )  # fmt: skip
 _MEBIBYTE = 2**20
 

@@ -126,6 +126,7 @@ class Tracking:
         Raises:
             MissingDependencyError: if a package is not installed.
         """
+        self.outcome = (EndState.FAILED, "failed")
         self._updates = updates
         self._last = {}
         busy = {each.name for each in self._deliveries if each.is_busy}
