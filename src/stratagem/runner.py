@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.checkpoint import find_best_checkpoint, find_latest_checkpoint
 from stratagem.config import Config, show
 from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
@@ -56,6 +56,7 @@ from stratagem.train.resume.rollback import RollBackError, roll_back
 from stratagem.train.resume.session_record import is_complete, session_record
 from stratagem.train.resume.source import ResumeSource, restore_data_position
 from stratagem.train.resume.tracked_sessions import tracked_session
+from stratagem.train.run.closing import closing_rows, closing_summary, trained_length
 from stratagem.train.tools.dry_run import DryRun, dry_run
 from stratagem.train.trackers.building import TrackerSpec, build_trackers
 from stratagem.train.trackers.tracking import Tracking
@@ -321,6 +322,22 @@ class Runner:
     def latest_checkpoint(self) -> Path | None:
         """Return the checkpoint that this run saved last, or the latest in its folder; None if there is none."""
         return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
+
+    def best_checkpoint(self, metric: str | None = None) -> Path | None:
+        """Return the checkpoint of this run with the best value of a metric in ``save_best``; None if there is none.
+
+        Args:
+            metric: the name of the metric; it can be omitted if ``save_best`` has only one.
+
+        Raises:
+            ConfigValueError: if ``metric`` is None although there are several, or has no checkpoint.
+        """
+        run_id = self.run.id if self.run.iter else None
+        return find_best_checkpoint(self.strategy.work_dir, metric, run_id=run_id)
+
+    def summary(self) -> str:
+        """Return the results of the training as text: its length, the last metrics, the checkpoints, and where the logs are."""
+        return closing_summary(f"Trained {trained_length(self.run)}.", closing_rows(self.run))
 
     def prepare(self) -> TrainLoop:
         """Build everything for training and resume if configured, without training; return the loop. Collective.

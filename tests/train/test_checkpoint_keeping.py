@@ -106,6 +106,46 @@ def test_every_nth_checkpoint_is_kept_permanently(make_runner: MakeRunner):
     assert names(train(make_runner, {"max_keep_ckpts": 1, "keep_every": 2}, 5)) == {"epoch_2", "epoch_4", "epoch_5"}
 
 
+def test_the_best_checkpoint_of_a_run_is_found(make_runner: MakeRunner):
+    """``best_checkpoint`` returns the checkpoint with the best score, the earlier one of two equal ones."""
+    hook = {"save_best": "acc", "keep_best": 3}
+    runner = train(make_runner, hook, 4, **scored(0.25, 0.5, 0.5, 0.125))
+    best = Path(runner.strategy.work_dir) / "best_acc_epoch_2"
+    assert runner.best_checkpoint() == runner.best_checkpoint("acc") == best
+    assert "best_acc_epoch_2 (0.5000)" in runner.summary()
+    assert runner.summary().startswith("Trained 4 epochs (")
+    with pytest.raises(ConfigValueError, match="There is no best checkpoint for the metric 'top'"):
+        runner.best_checkpoint("top")
+
+
+def test_a_run_without_a_monitored_metric_has_no_best_checkpoint(make_runner: MakeRunner):
+    """Without ``save_best``, ``best_checkpoint`` returns None."""
+    assert train(make_runner, {}, 1).best_checkpoint() is None
+
+
+def test_the_best_checkpoint_of_several_metrics_needs_a_name(make_runner: MakeRunner):
+    """If there are best checkpoints for two metrics, their names are in the error."""
+
+    class Two(Scripted):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            return {"acc": 0.5, "loss": 0.25}
+
+    evaluated = {**VALIDATION, "val_evaluator": Two([])}
+    runner = train(make_runner, {"save_best": ["acc", "loss"]}, 1, **evaluated)
+    with pytest.raises(ConfigValueError, match="Specify one of acc, loss"):
+        runner.best_checkpoint()
+    best = runner.best_checkpoint("loss")
+    assert best is not None
+    assert best.name == "best_loss_epoch_1"
+
+
+def test_another_run_in_the_folder_does_not_have_the_best_checkpoint(make_runner: MakeRunner, tmp_path: Path):
+    """The best checkpoints of an earlier run in the same work directory do not belong to this run."""
+    train(make_runner, {"save_best": "acc"}, 1, work_dir=tmp_path / "one", **scored(0.75))
+    second = train(make_runner, {"save_best": "acc"}, 2, work_dir=tmp_path / "one", **scored(0.25, 0.5))
+    assert second.best_checkpoint() == tmp_path / "one" / "best_acc_epoch_2"
+
+
 def test_a_resumed_run_continues_to_remove_old_checkpoints(make_runner: MakeRunner):
     """A resumed run recognizes its own checkpoints by the run's id and continues to remove them."""
     train(make_runner, {"max_keep_ckpts": 2}, 2)

@@ -3,6 +3,8 @@
 from stratagem.checkpoint.api import get_model_state, load_checkpoint, save_checkpoint, write_to
 from stratagem.checkpoint.background import BackgroundSaver
 from stratagem.checkpoint.catalog.find import (
+    best_checkpoints,
+    find_best_checkpoint,
     find_latest_checkpoint,
     list_checkpoints,
     record_checkpoint_folder,
@@ -64,6 +66,8 @@ __all__ = [
     "with_known_names",
     "boxes_of_range",
     "digest_of_tensor",
+    "best_checkpoints",
+    "find_best_checkpoint",
     "find_latest_checkpoint",
     "match_state",
     "omitted_digests",

@@ -16,7 +16,7 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.output import AsJson, echo
 from stratagem.cli.report_app import report
-from stratagem.cli.runs_app import runs_app
+from stratagem.cli.runs.app import runs_app, watch
 from stratagem.cli.speed_app import profile, summary
 
 __all__ = ["app"]
@@ -360,6 +360,7 @@ def parity(
 
 
 app.command()(summary)
+app.command()(watch)
 app.command()(profile)
 app.command()(init)
 

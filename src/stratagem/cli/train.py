@@ -22,6 +22,7 @@ from stratagem.config_schema import require_valid
 from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
 from stratagem.runner import Runner, runner_arguments
+from stratagem.train.run.closing import closing_rows, closing_summary, relative_path, trained_length
 from stratagem.train.run.hard_exit import exit_after
 from stratagem.train.run.signals import signals
 from stratagem.train.tools.dry_run import dry_run as try_all_parts
@@ -117,11 +118,11 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
     run = runner.run
     options = replace(options, overrides=_without(options.overrides, _RESUME_SCHEDULES))
     if runner.interrupted is not None:
-        lines = [f"Interrupted after {run.iter} of {run.max_iters} iterations."]
+        headline = f"Interrupted after {run.iter} of {run.max_iters} iterations."
         next_command = _command(options, "--resume")
         label = "continue"
     else:
-        lines = [f"Trained {_length(runner)}; this session took {timedelta(seconds=round(seconds))}."]
+        headline = f"Trained {trained_length(run)}; this session took {timedelta(seconds=round(seconds))}."
         key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
         key = f"train_cfg.{key}"
         longer = (*_without(options.overrides, key), f"{key}={length * 2}")
@@ -130,41 +131,19 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         longer = (*longer, f"{_RESUME_SCHEDULES}=False") if scheduled else longer
         next_command = _command(replace(options, overrides=longer), "--resume")
         label = "extend"
-    rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
-    checkpoint = runner.latest_checkpoint()
-    if checkpoint is not None:
-        rows["checkpoint"] = _relative_path(checkpoint)
-        if config.get("test_cfg") is not None:
-            rows["test"] = _command(options, command="test", after=(_relative_path(checkpoint),))
-        if config.get("tokenizer") is not None:
-            # Sampling uses one process, so the command has no launcher options.
-            rows["sample"] = (
-                f"{shlex.join(_command_words(options, 'sample', _relative_path(checkpoint)))} --prompt TEXT"
-            )
-    rows["logs"] = _relative_path(Path(run.log_dir))
+    rows = closing_rows(run)
+    checkpoint = rows.get("checkpoint")
+    if checkpoint is not None and config.get("test_cfg") is not None:
+        rows["test"] = _command(options, command="test", after=(checkpoint,))
+    if checkpoint is not None and config.get("tokenizer") is not None:
+        # Sampling uses one process, so the command has no launcher options.
+        rows["sample"] = f"{shlex.join(_command_words(options, 'sample', checkpoint))} --prompt TEXT"
     rows[label] = next_command
-    width = max(map(len, rows))
-    return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+    return closing_summary(headline, rows)
 
 
 def _without(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:
     return tuple(each for each in overrides if each.partition("=")[0].strip() != key)
-
-
-def _length(runner: Runner) -> str:
-    run = runner.run
-    iterations = _count(run.iter, "iteration")
-    return f"{_count(run.epoch, 'epoch')} ({iterations})" if run.max_epochs is not None else iterations
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
-
-
-def _relative_path(path: Path) -> str:
-    """Return the path relative to the working directory if it is inside it, otherwise unchanged."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def _command(options: RunOptions, *flags: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
@@ -200,7 +179,7 @@ def _command_words(options: RunOptions, command: str, *after: str) -> list[str]:
         called = ["python", "-m", "stratagem"]
     else:
         called = (
-            [_relative_path(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
+            [relative_path(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
         )
     overrides = (word for override in options.overrides for word in ("--set", override))
     return [*called, command, str(options.config), *after, *overrides]

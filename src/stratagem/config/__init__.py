@@ -1,7 +1,7 @@
 """Configurations: read, merge, override, check and write them, and find where a value was set."""
 
 from stratagem.config.check import FREE_KEY, JointRule, Problem, Rule, Section, check, require
-from stratagem.config.compare import changed_values
+from stratagem.config.compare import changed_paths, changed_values
 from stratagem.config.config import Config
 from stratagem.config.explain import explain, show
 from stratagem.config.history import Change, ChangeKind
@@ -21,6 +21,7 @@ __all__ = [
     "JointRule",
     "Rule",
     "Section",
+    "changed_paths",
     "changed_values",
     "check",
     "explain",

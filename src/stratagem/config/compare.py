@@ -12,7 +12,7 @@ from stratagem.config.redact import redacted
 from stratagem.config.text import python_text
 from stratagem.errors import ConfigError
 
-__all__ = ["changed_values", "saved_text"]
+__all__ = ["changed_paths", "changed_values", "saved_text"]
 
 _WIDTH = 60
 
@@ -29,15 +29,20 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
         second: The text of the later configuration.
         ignored: Top-level keys that are not compared.
     """
+    return [f"{path}: {was} -> {now}" for path, (was, now) in changed_paths(first, second, ignored=ignored).items()]
+
+
+def changed_paths(first: str, second: str, *, ignored: Collection[str] = ()) -> dict[str, tuple[str, str]]:
+    """Return both values, as short texts, for the path of each value that differs; see :func:`changed_values`."""
     old, new = _values(first), _values(second)
     if old is None or new is None:
-        return []
-    lines = []
+        return {}
+    found: dict[str, tuple[str, str]] = {}
     for path in dict.fromkeys([*old, *new]):
         was, now = old.get(path), new.get(path)
         if was != now and path[0] not in ignored:
-            lines.append(f"{path_text(path)}: {_short(was, other=now)} -> {_short(now, other=was)}")
-    return lines
+            found[path_text(path)] = _short(was, other=now), _short(now, other=was)
+    return found
 
 
 def saved_text(text: str) -> str:

@@ -19,7 +19,16 @@ from stratagem.train.goodput.recorder import TIMES
 from stratagem.train.run.run_history import RECORD, Outcome, Session, read_record
 from stratagem.utils import mask_text
 
-__all__ = ["Checkpoint", "RunFacts", "SessionFacts", "collect", "config_changes"]
+__all__ = [
+    "KEYS_OF_RESUMING",
+    "Checkpoint",
+    "RunFacts",
+    "SessionFacts",
+    "collect",
+    "config_changes",
+    "find_runs",
+    "is_running",
+]
 
 _SCALARS: Final = "vis_data/scalars.json"
 _LOCK: Final = ".training.json"
@@ -27,7 +36,8 @@ _LOCK: Final = ".training.json"
 _RUNNING_S: Final = 60.0
 _CONFIGS: Final = (".py", ".yaml")
 _LONGEST_CONFIG: Final = 500_000
-_KEYS_OF_RESUMING: Final = (
+#: The keys of a configuration that do not describe the training.
+KEYS_OF_RESUMING: Final = (
     "resume",
     "load_from",
     "resume_optimizer",
@@ -140,7 +150,7 @@ def collect(path: Path) -> RunFacts:
     path = path.absolute()
     is_session = _is_session(path)
     work_dir = path.parent if is_session else path
-    folders = sorted(folder for folder in _subfolders(work_dir) if _is_session(folder))
+    folders = session_folders(work_dir)
     if not folders:
         raise CheckpointNotFoundError(
             f"{path} does not contain a run: it has no folder with {RECORD}, {TIMES} or {_SCALARS}. Pass the work directory of "
@@ -162,10 +172,22 @@ def collect(path: Path) -> RunFacts:
     return facts
 
 
+def session_folders(work_dir: Path) -> list[Path]:
+    """Return the folders of the sessions in a work directory, oldest first."""
+    return sorted(filter(_is_session, _subfolders(work_dir)))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the work directories in a folder, or the folder if it is one, from the one that was started first."""
+    candidates = [folder, *_subfolders(folder), *(inner for each in _subfolders(folder) for inner in _subfolders(each))]
+    found = {each: sessions for each in candidates if (sessions := session_folders(each))}
+    return sorted(found, key=lambda each: found[each][0].name)
+
+
 def config_changes(first: RunFacts, other: RunFacts) -> list[str]:
     """Return the differences between the configurations of two runs, one line each."""
     try:
-        return changed_values(first.config, other.config, ignored=_KEYS_OF_RESUMING)
+        return changed_values(first.config, other.config, ignored=KEYS_OF_RESUMING)
     except StratagemError:
         return []
 
@@ -190,7 +212,7 @@ def _sessions(work_dir: Path, folders: Sequence[Path], last: Path | None) -> lis
         times.setdefault(each.folder, []).append(each)
     named = {work_dir / Path(session.name).name for session in records[last][0]}
     found = [folder for folder in folders if folder in times or folder in named or folder == last]
-    running = last == folders[-1] and _is_running(work_dir)
+    running = last == folders[-1] and is_running(work_dir)
     return [
         SessionFacts(
             folder=folder,
@@ -211,7 +233,8 @@ def _read_record(folder: Path) -> tuple[Sequence[Session], Outcome | None]:
     return history.sessions, outcome
 
 
-def _is_running(work_dir: Path) -> bool:
+def is_running(work_dir: Path) -> bool:
+    """Return whether a run has updated the lock of its work directory in the last minute."""
     try:
         return time.time() - (work_dir / _LOCK).stat().st_mtime < _RUNNING_S
     except OSError:

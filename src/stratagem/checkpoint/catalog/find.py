@@ -8,10 +8,14 @@ from pathlib import Path
 from stratagem.checkpoint.catalog.inspection import CheckpointInfo
 from stratagem.checkpoint.catalog.order import oldest_first
 from stratagem.checkpoint.catalog.scan import inspect_folder
+from stratagem.errors import ConfigValueError
 from stratagem.storage import read_bytes, write_atomic
+from stratagem.utils import did_you_mean
 
 __all__ = [
     "POINTER",
+    "best_checkpoints",
+    "find_best_checkpoint",
     "find_latest_checkpoint",
     "list_checkpoints",
     "record_checkpoint_folder",
@@ -31,6 +35,43 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     their weights are skipped. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
     """
     return next((found.path for found in list_checkpoints(folder) if not found.fault), None)
+
+
+def find_best_checkpoint(
+    folder: str | os.PathLike[str], metric: str | None = None, *, run_id: str | None = None
+) -> Path | None:
+    """Return the checkpoint in ``folder`` with the best value of a metric in ``save_best``, or None if there is none.
+
+    Args:
+        folder: the work directory of a run.
+        metric: the name of the metric; it can be omitted if there are checkpoints for only one.
+        run_id: the ID of a run, to consider only its checkpoints.
+
+    Raises:
+        ConfigValueError: if ``metric`` is None and there are checkpoints for several metrics, or none is for ``metric``.
+    """
+    best = best_checkpoints(folder, run_id=run_id)
+    if not best:
+        return None
+    if metric is None and len(best) > 1:
+        raise ConfigValueError(f"There are best checkpoints for several metrics. Specify one of {', '.join(best)}.")
+    wanted = next(iter(best)) if metric is None else metric
+    if wanted not in best:
+        raise ConfigValueError(f"There is no best checkpoint for the metric {wanted!r}. {did_you_mean(wanted, best)}")
+    return best[wanted].path
+
+
+def best_checkpoints(folder: str | os.PathLike[str], *, run_id: str | None = None) -> dict[str, CheckpointInfo]:
+    """Return the best usable checkpoint in ``folder`` for each metric in ``save_best``; see :func:`find_best_checkpoint`."""
+    best: dict[str, CheckpointInfo] = {}
+    # Of two equal scores, the earlier one ranks first.
+    for found in reversed(list_checkpoints(folder)):
+        tag = found.retention_tag
+        if not tag.metric or found.fault or (run_id is not None and found.run_id != run_id):
+            continue
+        if tag.metric not in best or tag.is_better_than(best[tag.metric].retention_tag):
+            best[tag.metric] = found
+    return best
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:

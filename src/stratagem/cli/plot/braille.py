@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from stratagem.cli.plot.charts import Chart, Panel
+from stratagem.cli.plot.charts import Chart, Line, Panel
 from stratagem.utils.printable import escape_controls, printable_name
 
 __all__ = ["print_chart"]
@@ -25,6 +25,8 @@ _BLANK = 0x2800
 # The bit of each dot in a braille character, by row and column.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _MARK = "┊"
+# The row of a column without a value.
+_NOTHING = -1
 
 
 def print_chart(chart: Chart, console: Console) -> None:
@@ -45,7 +47,7 @@ def print_chart(chart: Chart, console: Console) -> None:
 
 def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) -> Iterator[Text]:
     columns = _spaced(low, high, 2 * width, log=log_x)
-    curves = [np.interp(columns, line.x, line.y) for line in panel.lines]
+    curves = [_at_columns(line, columns) for line in panel.lines]
     # Ignore faint lines when choosing the axis range, because outliers of a diverging sweep would flatten all other
     # lines.
     strong = [curve for curve, line in zip(curves, panel.lines, strict=True) if not line.faint]
@@ -91,21 +93,33 @@ def _legend(panel: Panel) -> list[tuple[str, str]]:
 
 def _plot(bits: NDArray[np.int64], styles: NDArray[np.object_], rows: NDArray[np.int64], style: str) -> None:
     """Set the dots of a curve, connecting each point to the previous one."""
-    before = rows[0]
+    before = None
     for column, row in enumerate(rows):
+        if row == _NOTHING:
+            continue
+        before = row if before is None else before
         for each in range(min(before, row), max(before, row) + 1):
             bits[each // 4, column // 2] |= _DOTS[each % 4][column % 2]
             styles[each // 4, column // 2] = style
         before = row
 
 
+def _at_columns(line: Line, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values of a line at the columns; NaN before and after the line, which may be shorter than the axis."""
+    values = np.interp(columns, line.x, line.y)
+    first, last = (int(np.abs(columns - end).argmin()) for end in (line.x[0], line.x[-1]))
+    values[:first] = values[last + 1 :] = np.nan
+    return values
+
+
 def _rows(curve: NDArray[np.float64], bottom: float, top: float, *, log: bool) -> NDArray[np.int64]:
     position = _position(curve, bottom, top, log=log)
-    return np.rint((1.0 - np.clip(position, 0.0, 1.0)) * (4 * _HEIGHT - 1)).astype(np.int64)
+    rows = np.rint((1.0 - np.clip(position, 0.0, 1.0)) * (4 * _HEIGHT - 1))
+    return np.where(np.isnan(rows), _NOTHING, rows).astype(np.int64)
 
 
 def _y_range(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:
-    bottom, top = float(values.min()), float(values.max())
+    bottom, top = float(np.nanmin(values)), float(np.nanmax(values))
     if not log and 0.0 < bottom < 0.1 * top:
         bottom = 0.0
     if bottom < top:

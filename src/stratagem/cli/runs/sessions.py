@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from stratagem.checkpoint.convert.convert import open_checkpoint
-from stratagem.cli.output import Table, echo, print_table
+from stratagem.cli.output import Table, echo, print_json, print_table
 from stratagem.errors import CheckpointNotFoundError
-from stratagem.train.goodput.account import goodput_of
+from stratagem.train.goodput.account import Goodput, goodput_of
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
 
@@ -60,11 +61,12 @@ def _without_outcome(successor: Path | None) -> str:
     return f"killed; {successor.parent.name} took over"
 
 
-def show_sessions(path: str) -> None:
+def show_sessions(path: str, *, as_json: bool = False) -> None:
     """Print the sessions that led to a checkpoint or to a session.
 
     Args:
         path: a checkpoint, or the folder of a session.
+        as_json: whether to print JSON.
 
     Raises:
         CheckpointNotFoundError: if the checkpoint has no history.
@@ -79,23 +81,32 @@ def show_sessions(path: str) -> None:
         raise CheckpointNotFoundError(
             f"{mask_text(path)} has no history of sessions: it was not saved by a run of `stratagem train`."
         )
+    goodput = _goodput(path, history.sessions[-1])
+    if as_json:
+        print_json(
+            {
+                "sessions": [asdict(session) for session in history.sessions],
+                "outcome": None if outcome is None else {**asdict(outcome), "how": mask_text(outcome.how)},
+                "goodput": None if goodput is None else goodput.record(),
+            }
+        )
+        return
     for session in history.sessions:
         _print_session(session)
     if outcome is not None:
         echo(f"  {mask_text(outcome.how)} at {_position(outcome.epoch, outcome.iter)}, {outcome.at}")
-    _print_goodput(path, history.sessions[-1])
+    if goodput is not None:
+        echo(goodput.describe())
 
 
-def _print_goodput(path: str, session: Session) -> None:
-    """Print the goodput of the run up to a session, if the folder of the session is where the run wrote it."""
+def _goodput(path: str, session: Session) -> Goodput | None:
+    """Return the goodput of the run up to a session, if the folder of the session is where the run wrote it."""
     if is_url(path):
-        return
+        return None
     here = Path(path).absolute()
     work_dir = here.parent
     folder = here if (here / RECORD).is_file() else work_dir / Path(session.name).name
-    goodput = goodput_of(work_dir, folder)
-    if goodput is not None:
-        echo(goodput.describe())
+    return goodput_of(work_dir, folder)
 
 
 def _print_session(session: Session) -> None:
