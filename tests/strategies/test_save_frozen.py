@@ -16,10 +16,11 @@ from stratagem.checkpoint import CheckpointLoader, load_checkpoint
 from stratagem.cli.ckpt.convert import convert
 from stratagem.cli.ckpt.show import show
 from stratagem.dist import get_rank
-from stratagem.errors import CheckpointMismatchError
+from stratagem.errors import CheckpointMismatchError, ConfigValueError
 from stratagem.model import SupervisedModel
 from stratagem.storage import tree_bytes
 from stratagem.strategies import BaseStrategy, DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from stratagem.train.building import check_hooks
 from tests.support.ranks import Ranks
 from tests.train.toys import At, train_until_signal
 
@@ -154,6 +155,12 @@ def test_commands_report_what_is_omitted(tmp_path: Path, capsys: pytest.CaptureF
     assert "4 frozen parameters (save_frozen=False)" in capsys.readouterr().out
     convert(str(tmp_path / "part"), tmp_path / "weights.safetensors", None, raw=False)
     assert "The checkpoint omits 4 frozen parameters" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_rejected() -> None:
+    """The averages would contain the omitted parameters, so the combination is rejected with the configuration."""
+    with pytest.raises(ConfigValueError, match="save_frozen=False cannot be combined with EMAHook"):
+        check_hooks({"checkpoint": {"save_frozen": False}}, [{"type": "EMAHook"}])
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stratagem.data import BatchLimits, EpochLoader
@@ -67,7 +67,23 @@ def build_events(
     events = Events([_build_hook(hook) for hook in _all_hooks(default_hooks, custom_hooks)])
     events.named()  # raises if two hooks save their state under the same key
     require_one_average(events.hooks)
+    _require_frozen_weights_for_averages(events.hooks)
     return events
+
+
+def _require_frozen_weights_for_averages(hooks: Iterable[Hook]) -> None:
+    """Require that checkpoints contain frozen parameters if the weights are averaged.
+
+    Raises:
+        ConfigValueError: if they do not, although the averages in the same checkpoints contain all parameters.
+    """
+    listed = list(hooks)
+    omits = any(isinstance(hook, CheckpointHook) and not hook.saves_frozen for hook in listed)
+    if omits and any(isinstance(hook, EMAHook) for hook in listed):
+        raise ConfigValueError(
+            "CheckpointHook: save_frozen=False cannot be combined with EMAHook, because the averaged weights in the checkpoint "
+            "contain all parameters. Omit one of them."
+        )
 
 
 def _all_hooks(default_hooks: Any, custom_hooks: Any) -> list[Hook | Mapping[str, Any]]:
@@ -130,6 +146,7 @@ def check_hooks(default_hooks: Any, custom_hooks: Any, train_cfg: Any = None) ->
     hooks = [hook for hook in tried if hook is not None]
     by_state_key(hooks)
     require_one_average(hooks)
+    _require_frozen_weights_for_averages(hooks)
     if isinstance(train_cfg, Mapping) and _type_of_loop(train_cfg) is IterBasedTrainLoop:
         for hook in hooks:
             if isinstance(hook, EMAHook):

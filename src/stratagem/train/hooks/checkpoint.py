@@ -214,6 +214,11 @@ class CheckpointHook(Hook):
         return () if self._best is None else tuple(("CheckpointHook: save_best", name) for name in self._best.monitored)
 
     @property
+    def saves_frozen(self) -> bool:
+        """Whether checkpoints contain frozen parameters."""
+        return self._save_frozen
+
+    @property
     def saves_in_background(self) -> bool:
         """Whether a thread writes the checkpoints."""
         return self._async_save
