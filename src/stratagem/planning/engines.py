@@ -19,6 +19,7 @@ from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job
 from stratagem.planning.timeline import Timeline, record_timeline
 from stratagem.planning.trace import StepTrace, storage_bytes
+from stratagem.planning.update_reads import UpdateReads
 from stratagem.train.hooks.averaging import EMAHook
 
 __all__ = ["EngineRequest", "EngineStatic", "Timelines", "batch_bytes", "finish", "state_bytes"]
@@ -193,7 +194,8 @@ def state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> tuple[in
         for each in group["params"]:
             each.grad = torch.empty_like(each)
     optimizer.state.clear()
-    optimizer.step()
+    with UpdateReads():
+        optimizer.step()
     state = [each for each in tree_leaves(dict(optimizer.state)) if isinstance(each, Tensor)]
     state = [each for each in state if not isinstance(each, nn.Parameter)]
     owned = [each for group in optimizer.param_groups for each in group["params"]]
@@ -203,7 +205,7 @@ def state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> tuple[in
         "optimizer state": state,
     }
     trace = StepTrace(known)
-    with trace:
+    with trace, UpdateReads():
         optimizer.step()
     totals = trace.running_totals()
     return storage_bytes(state), max(totals) - totals[0]

@@ -252,6 +252,10 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
             planned, _ = _try_plan(replace(request, batch=None), {**strategy, "type": name}, base, failed)
     except StratagemError as error:
         planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
+    except Exception as error:  # noqa: BLE001 -- of the optimizer or the model, as at the start of a training
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"
+        planned = [replace(base, memory_limit=limit, refusal=reason) for limit in request.memory_limits]
     return [replace(each, seconds=time.perf_counter() - start) for each in planned]
 
 
@@ -304,12 +308,20 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
         flops=None if record is None else record.flops,
         compute_dtype="float32" if record is None else record.trace.main_dtype,
         checkpoint_bytes=sim.checkpoint_bytes() + sum(each.nbytes for each in averages),
-        notes=request.notes,
+        notes=(*request.notes, *_notes(sim)),
     )
     return [
         replace(planned, memory_limit=limit, largest_micro_batch=None if limit is None else largest.get(limit))
         for limit in request.memory_limits
     ]
+
+
+def _notes(sim: Simulation) -> list[str]:
+    """Return what qualifies the figures of a simulation."""
+    if not sim.reads_values:
+        return []
+    names = {type(wrapper.optimizer).__name__ for wrapper in sim.strategy.optim_wrapper.each().values()}
+    return [f"{', '.join(sorted(names))} reads values of tensors in its update. Sizes that depend on them may differ."]
 
 
 def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:

@@ -22,6 +22,7 @@ from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
 from stratagem.planning.trace import CollectiveCall, Peak, StepTrace, storage_bytes
+from stratagem.planning.update_reads import UpdateReads
 from stratagem.strategies import BaseStrategy, composed
 from stratagem.strategies.choice import choose_strategy, strategy_class
 from stratagem.strategies.setup import environment
@@ -76,6 +77,7 @@ class Simulation:
     def __init__(self, strategy: BaseStrategy) -> None:
         self.strategy = strategy
         self._warm = False
+        self._reads = UpdateReads()
 
     @property
     def model(self) -> nn.Module:
@@ -95,6 +97,11 @@ class Simulation:
             for each in tree_leaves(dict(wrapper.optimizer.state))
             if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
         ]
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether an update read unknown values of tensors, for which numbers were assumed."""
+        return self._reads.count > 0
 
     @property
     def accumulation(self) -> int:
@@ -122,7 +129,8 @@ class Simulation:
             for parameter in trainable:
                 parameter.grad = torch.zeros_like(parameter)
             gradients += [parameter.grad for parameter in trainable]
-            wrapper.optimizer.step()
+            with self._reads:
+                wrapper.optimizer.step()
             wrapper.optimizer.zero_grad()
         return storage_bytes(gradients)
 
@@ -198,7 +206,7 @@ class Simulation:
         flops = 0
         with ExitStack() as stack:
             for wrapper in wrappers:
-                stack.enter_context(_noting_gradients(wrapper, seen, trace))
+                stack.enter_context(_noting_gradients(wrapper, seen, trace, self._reads))
             if trace is not None:
                 stack.enter_context(trace)
             for index in range(self.accumulation - skipped):
@@ -216,7 +224,7 @@ class Simulation:
 
 
 @contextmanager
-def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None) -> Iterator[None]:
+def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None, reads: UpdateReads) -> Iterator[None]:
     """Note the gradients that an optimizer reads in ``seen``."""
     original = wrapper.step
 
@@ -227,7 +235,8 @@ def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None)
         if trace is not None:
             trace.label(gradients, "gradients")
         seen.extend(gradients)
-        return original(**kwargs)
+        with reads:
+            return original(**kwargs)
 
     wrapper.step = step
     try:
@@ -290,6 +299,17 @@ def simulating(
         yield Simulation(built)
 
 
+def _failing_trials(optimizer: Any, cases: Any, _: Any, route: Any) -> tuple[Any, Exception | None]:
+    """Return the small tensors on which an update fails, without comparing values, which other ranks would have to send."""
+    if route.make is not None:
+        return [], None
+    try:
+        sharded_updates._updated(optimizer, cases, route, sharded=True)
+    except Exception as error:  # noqa: BLE001 -- any exception of the optimizer rules this way out, as in training
+        return [(cases[0], str(error))], error
+    return [], None
+
+
 def _all_reduced(buffer: Tensor) -> torch.futures.Future[Tensor]:
     torch_dist.all_reduce(buffer)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -325,12 +345,18 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     return [
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
         (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
-        (sharded_updates, "_try_sharded", lambda *_: ([], None)),
-        # Without sharded trials, the small tensors need not be divisible by a large number of ranks.
+        (sharded_updates, "_try_sharded", _failing_trials),
+        # The values of sharded trials are not compared, so the small tensors need not be divisible by a large number of ranks.
         (sharded_updates, "_small", lambda shape, ranks: small(shape, min(ranks, _TRIAL_RANKS))),
         (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
         (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),
+        # The scaler of float16 reads whether gradients are finite.
+        (
+            torch.amp.GradScaler,
+            "_maybe_opt_step",
+            lambda _, optimizer, __, *args, **kwargs: optimizer.step(*args, **kwargs),
+        ),
         (torch, "get_rng_state", without_fake_tensors(torch.get_rng_state)),
         (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
         (nn.Module, "_apply", apply),
