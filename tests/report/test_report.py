@@ -83,6 +83,16 @@ def test_each_iteration_of_a_resumed_run_has_one_value(tmp_path: Path) -> None:
     assert [(part["x"][0], part["x"][-1]) for part in loss["lost"]] == [(410, 550), (710, 800)]
 
 
+def test_values_after_the_checkpoint_are_discarded_when_the_run_resumes(tmp_path: Path) -> None:
+    """A session that has resumed from iteration 4 but not logged anything yet discards the values of iterations 5 and 6."""
+    run, start = tmp_path / "run", session_entry(FIRST, 0)
+    write_session(run, FIRST, records=[train_record(step, loss=1.0) for step in range(1, 7)], lineage=[start])
+    write_session(run, SECOND, lineage=[start, session_entry(SECOND, 4, checkpoint="run/iter_4")])
+    loss = curve_of(page_of([collect(run)]), "train", "loss")
+    assert loss["x"] == [1, 2, 3, 4]
+    assert [part["x"] for part in loss["lost"]] == [[5, 6]]
+
+
 def test_the_report_contains_what_happened(tmp_path: Path) -> None:
     """Sessions, changes of the configuration, warnings, skipped samples and the goodput are in the page."""
     page = page_of([collect(write_killed_run(tmp_path / "run"))])
@@ -109,6 +119,8 @@ def test_secrets_are_masked_in_the_report(tmp_path: Path) -> None:
     run = write_killed_run(tmp_path / "run")
     log = run / SECOND / f"{SECOND}.log"
     log.write_text("2026/01/01 11:05:00 - stratagem - ERROR - password=hunter2hunter2\n  token=hunter2hunter2\n")
+    with (run / SECOND / "vis_data" / "scalars.json").open("a") as records:
+        records.write(json.dumps({"mode": "nonfinite", "iter": 1, "step": 1, "password=hunter2hunter2": "NaN"}) + "\n")
     assert "hunter2" not in page_of([collect(run)])
 
 

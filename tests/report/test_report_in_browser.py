@@ -192,3 +192,17 @@ def test_the_learning_rates_of_parameter_groups_share_a_chart(browser: Page, tmp
     assert browser.evaluate("document.querySelector('figcaption').textContent") == "lr of the parameter groups"
     colors = browser.evaluate("[...document.querySelectorAll('path.line')].map((path) => path.getAttribute('stroke'))")
     assert len(set(colors)) == 3
+
+
+def test_the_range_of_combined_values_is_drawn(browser: Page, tmp_path: Path) -> None:
+    """A single spike in 5,000 values, which their means hide, reaches the top of the chart."""
+    records = [train_record(step, loss=100.0 if step == 2500 else 1.0) for step in range(1, 5001)]
+    write_session(tmp_path / "run", FIRST, records=records, lineage=[session_entry(FIRST, 0)])
+    write_report([collect(tmp_path / "run")], tmp_path / "report.html")
+    open_without_errors(browser, tmp_path / "report.html")
+    heights = browser.evaluate(
+        "[...document.querySelectorAll('path.range, path.line')].map((path) => path.getBBox().height)"
+    )
+    assert len(heights) == 2
+    assert heights[0] > 150
+    assert heights[1] < 0.3 * heights[0]

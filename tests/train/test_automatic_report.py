@@ -50,3 +50,16 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     (Path(runner.strategy.work_dir) / "report.html").mkdir(parents=True)
     runner.train()
     assert "report.html was not written" in capfd.readouterr().err
+
+
+def test_an_error_in_the_report_is_a_warning(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake in the code of the report does not fail the training."""
+
+    def fail(path: Path) -> None:
+        raise IndexError("on purpose")
+
+    monkeypatch.setattr("stratagem.report.automatic.collect", fail)
+    make_runner(report=True, log_level="WARNING").train()
+    assert "The report was not written: IndexError: on purpose" in capfd.readouterr().err

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,11 @@ from stratagem.train.goodput.account import Goodput, account, goodput_of, lineag
 from stratagem.train.goodput.clock import SessionClock
 from stratagem.train.goodput.recorder import TIMES
 from stratagem.train.run.progress import Progress, StepTimer
+from tests.train.spoiled import spoiled_settings
+from tests.train.toys import QUIET_HOOKS, At, stop
 
 ROOT = Path(__file__).parents[2]
+MakeRunner = Callable[..., Runner]
 
 
 class Line(NamedTuple):
@@ -176,6 +181,21 @@ def test_training_after_the_checkpoint_of_a_killed_session_is_repeated_work(tmp_
     assert goodput.wall == 60.0
 
 
+def test_records_before_a_session_is_resumed_have_no_iteration(tmp_path: Path) -> None:
+    """While the second session starts, it has completed 0 iterations, which does not mean that the run begins again."""
+    write(
+        tmp_path, "1", begin(0.0), session("a", 0, start=1.0), record("save", 10, start=1.0, train=10.0),
+        record("time", 15, start=1.0, train=15.0),
+    )  # fmt: skip
+    write(
+        tmp_path, "2", begin(16.0), record("time", 0, start=1.0), session("a", 10, start=2.0),
+        record("end", 20, start=2.0, train=10.0) | {"outcome": "complete"},
+    )  # fmt: skip
+    goodput = goodput_of(tmp_path)
+    assert goodput is not None
+    assert (goodput.seconds["train"], goodput.seconds["repeated"]) == (20.0, 5.0)
+
+
 def test_training_before_a_rollback_is_repeated_work(tmp_path: Path) -> None:
     """The run trained 30 s to iteration 30 and was rolled back to iteration 10, which it had reached after 10 s."""
     write(
@@ -284,10 +304,79 @@ class SleepingLoop:
         self.run_.progress.epoch = 1
 
 
-def test_the_time_of_a_custom_loop_is_training(make_runner: Callable[..., Runner]) -> None:
+def test_the_time_of_a_custom_loop_is_training(make_runner: MakeRunner) -> None:
     """A loop that does not measure its training does not have a goodput of 0."""
     runner = make_runner(train_cfg={"type": SleepingLoop})
     runner.train()
     goodput = goodput_of(Path(runner.strategy.work_dir))
     assert goodput is not None
     assert goodput.seconds["train"] >= 0.2
+
+
+def events_of(runner: Runner) -> list[tuple[str, int]]:
+    """Return the recorded events of a run and their iterations, without those at intervals."""
+    text = (Path(runner.strategy.log_dir) / TIMES).read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    return [(each["event"], each.get("iter", 0)) for each in records if each["event"] != "time"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_records_its_saves(make_runner: MakeRunner, background: bool) -> None:
+    """A save is recorded before it begins and once it is durable, also if it is written in the background."""
+    saving = {"by_epoch": False, "interval": 5, "async_save": background}
+    runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": saving}, train_cfg={"max_iters": 10})
+    runner.train()
+    events = events_of(runner)
+    if background:
+        assert events.index(("saved", 5)) > events.index(("save", 5))
+        events = [event for event in events if event[0] != "saved"]
+        assert events == [("begin", 0), ("session", 0), ("save", 5), ("save", 10), ("end", 10)]
+    else:
+        assert events == [
+            ("begin", 0), ("session", 0), ("save", 5), ("saved", 5), ("save", 10), ("saved", 10), ("end", 10),
+        ]  # fmt: skip
+
+
+def test_a_run_records_its_rollback(make_runner: MakeRunner) -> None:
+    """A rollback from iteration 6 to the checkpoint of iteration 4 makes the training of two iterations repeated work."""
+    hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 4, "save_last": False}}
+    arguments, _, _ = spoiled_settings({6: "nan"}, hooks=hooks, train_cfg={"max_epochs": 1})
+    runner = make_runner(**arguments)
+    runner.train()
+    assert ("rolled back", 4) in events_of(runner)
+    goodput = goodput_of(Path(runner.strategy.work_dir))
+    assert goodput is not None
+    assert goodput.seconds["repeated"] > 0
+
+
+def test_a_second_training_in_the_same_process_is_another_session(make_runner: MakeRunner) -> None:
+    """Both sessions are in the file of the folder, and neither repeats the time or the iterations of the other."""
+    runner = make_runner(train_cfg={"max_epochs": 1})
+    runner.train()
+    began = time.perf_counter()
+    runner.train()
+    first, second = read_sessions(Path(runner.strategy.work_dir))
+    assert first.run_id == second.run_id
+    assert (first.outcome, second.outcome) == ("complete", "complete")
+    assert second.began >= first.ended - 0.01
+    assert second.elapsed <= time.perf_counter() - began
+    goodput = goodput_of(Path(runner.strategy.work_dir), Path(runner.strategy.log_dir))
+    assert goodput is not None
+    assert goodput.sessions == 2
+
+
+def test_a_stopped_and_a_failed_run_record_their_outcomes(make_runner: MakeRunner) -> None:
+    """A signal and an error are distinguished from the end of a run, and from a kill."""
+
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    for action, outcome in (
+        (lambda _: signal.raise_signal(signal.SIGTERM), "stopped"),
+        (fail, "failed"),
+        (stop, "stopped early"),
+    ):
+        runner = make_runner(custom_hooks=[At(3, action)])
+        with suppress(SystemExit, ZeroDivisionError):
+            runner.train()
+        assert read_sessions(Path(runner.strategy.work_dir))[-1].outcome == outcome
