@@ -190,3 +190,11 @@ def test_a_dry_run_that_fails_has_an_exit_status(stratagem: Command, config: str
     assert "Did you mean 'accuracy'?" in done.err
     assert "The dry run failed in this part: validation." in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_limits_are_set_on_the_command_line(stratagem: Command, config: str):
+    """``--set`` limits the batches of an epoch and of a validation."""
+    limits = ("--set", "limit_train_batches=0.4", "--set", "limit_val_batches=1")
+    done = stratagem("train", config, "--work-dir", "run", *limits)
+    assert "Trained 2 epochs (4 iterations)" in done.out
+    assert "limited to 1 of 2 batches per rank (limit_val_batches=1)" in done.err

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from stratagem.errors import ConfigKeyError, ConfigValueError, StratagemError
 from stratagem.train import BaseMetric, Hook
 from stratagem.train.hooks.best_scores import infer_rule
 from tests.support.ranks import Ranks
-from tests.train.toys import QUIET_HOOKS, At, Recorder, Samples, Toy, loader, settings, stop
+from tests.train.toys import QUIET_HOOKS, At, Recorder, Samples, Toy, loader, settings, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 ACCURACY = {"type": "Accuracy", "task": "multiclass", "num_classes": 3, "average": "micro"}
@@ -223,6 +227,43 @@ def test_averaged_weights_without_updates_are_evaluated_before_training(make_run
     hooks = [recorder, {"type": "EMAHook", "update_bn": "eval"}]
     make_runner(custom_hooks=hooks, train_cfg={"max_epochs": 1, "val_begin": 0}, **sets()).train()
     assert [iteration for iteration, _ in recorder.metrics] == [0, 7]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_in_the_second_set_repeats_the_validation(make_runner: MakeRunner, tmp_path: Path):
+    """The aborted validation returns no metrics of the first set, and the resumed run has those of an uninterrupted one."""
+
+    class Interrupting(Hook):
+        sent = False
+
+        def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            if run.evaluated_set == "noisy" and not Interrupting.sent:
+                Interrupting.sent = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole, parts = Recorder(), Recorder()
+    arguments = {"train_cfg": {"max_epochs": 2}, **sets(Numbers())}
+    make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], **arguments).train()
+    assert train_until_signal(make_runner(custom_hooks=[parts, Interrupting()], **arguments)) == 130
+    assert parts.metrics == []
+    make_runner(custom_hooks=[parts], resume=True, **arguments).train()
+    assert (
+        parts.metrics
+        == whole.metrics
+        == [(7 * n, {"clean/numbers": list(range(5)), "noisy/numbers": [0]}) for n in (1, 2)]
+    )
+
+
+def test_metrics_of_sets_are_logged_and_recorded(make_runner: MakeRunner):
+    """The log line and the records of a validation have the names of the sets."""
+    runner = make_runner(default_hooks={"runtime_info": None, "checkpoint": None}, log_level="INFO", **sets())
+    runner.val()
+    folder = Path(runner.strategy.log_dir)
+    record = json.loads((folder / "vis_data" / "scalars.json").read_text().splitlines()[-1])
+    assert {"clean/accuracy", "noisy/accuracy"} <= record.keys()
+    log = next(folder.glob("*.log")).read_text()
+    assert re.search(r"Epoch\(val\) \[0\]\[4/4\]    clean/accuracy: \d.\d{4}  noisy/accuracy: \d", log)
+    assert "Validation data 'noisy': 1 samples of Samples" in log
 
 
 def run_with_sets(folder: str, strategy: Any) -> tuple[list[Any], dict[str, Any]]:
