@@ -322,6 +322,14 @@ def test_two_ranks_share_the_limited_batches(ranks: Ranks, tmp_path: Path, strat
     assert first[1] == [list(range(8))] * 3
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_length_of_a_limited_stream_is_the_same_on_every_rank(rank: int):
+    """Of 5 batches, the ranks have 3 and 2, and 70 % of 3 rounds are 2 batches on both."""
+    limit = BatchLimits(limit_val_batches=0.7).of("val")
+    stream = {"dataset": SizedStream(), "batch_size": 3}
+    assert build_dataloader(stream, seed=0, rank=rank, world_size=2, training=False, limit=limit).length == 2
+
+
 @pytest.mark.parametrize("limit", [0.7, 1])
 def test_two_ranks_limit_a_stream_that_both_read(ranks: Ranks, tmp_path: Path, limit: float):
     """Ranks with different numbers of batches stop after the same round, so that a collective forward pass does not hang."""

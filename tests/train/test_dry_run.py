@@ -15,6 +15,7 @@ from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.strategies import SingleDeviceStrategy
 from stratagem.train import BaseMetric, EarlyStoppingHook, Hook
 from stratagem.train.tools.dry_run import DryRun
+from stratagem.train.trackers import Tracker
 from tests.support.ranks import Ranks
 from tests.train.toys import TEST, VALIDATION, Recorder, Samples, Toy, loader, settings
 
@@ -175,12 +176,27 @@ def test_parts_that_the_run_does_not_have_are_skipped(make_runner: MakeRunner):
     assert "skipped  there is no CheckpointHook" in tried.describe()
 
 
-def test_trackers_are_not_started(make_runner: MakeRunner, tmp_path: Path):
-    """A tracker that fails when it starts does not fail in a dry run, and it writes nothing."""
-    runner = make_runner(trackers=["csv"], default_hooks=HOOKS)
-    before = files(tmp_path)
+class Started(Tracker):
+    """A tracker that records whether it was started, in all copies."""
+
+    calls: ClassVar[list[str]] = []
+
+    def start(self, run: Any) -> None:
+        self.calls.append("start")
+
+    def log(self, record: Any) -> None: ...
+
+    def finish(self, end: Any) -> None: ...
+
+
+def test_trackers_are_not_started(make_runner: MakeRunner):
+    """A tracker is started by the training and not by the dry run."""
+    Started.calls.clear()
+    runner = make_runner(trackers=[Started()], default_hooks=HOOKS, train_cfg={"max_iters": 1})
     runner.dry_run()
-    assert files(tmp_path) == before
+    assert Started.calls == []
+    runner.train()
+    assert Started.calls == ["start"]
 
 
 @pytest.mark.parametrize(
