@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from stratagem._version import __version__
+from stratagem.cli.arguments import ConfigFile, Launcher, Nproc, Out, Overrides, Strategy, WorkDir
 from stratagem.cli.ckpt.app import ckpt_app
-from stratagem.cli.completion import complete_config, complete_launcher, complete_strategy
+from stratagem.cli.config_app import config_app
+from stratagem.cli.find_app import find_app
 from stratagem.cli.init_app import init
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
@@ -29,52 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        help="The configuration file: .py, .yaml, .json or .toml.",
-        autocompletion=complete_config,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in --set optim_wrapper.optimizer.lr=0.01."),
-]
-WorkDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="The folder of the run. Default: work_dir of CONFIG, or work_dirs/<name of CONFIG>."
-    ),
-]
-Nproc = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help="Start N processes on this machine, or on a Ray cluster with --launcher ray."
-    ),
-]
-Launcher = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        autocompletion=complete_launcher,
-        help="The launcher of this process: none, pytorch, slurm or mpi. Default: inferred from the environment. With "
-        "--nproc, ray starts the processes on a Ray cluster.",
-    ),
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        autocompletion=complete_strategy,
-        help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class name.",
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", help="Also save the chart to this file. Requires stratagem[plot].")
-]
-
 
 # The ranks of processes that a launcher started.
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -154,6 +110,7 @@ def test(
     nproc: Nproc = None,
     launcher: Launcher = None,
     strategy: Strategy = None,
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Evaluate CHECKPOINT on the test data of CONFIG."""
@@ -165,7 +122,7 @@ def test(
         strategy=strategy,
         nproc=nproc,
     )
-    lazy_command("stratagem.cli.test:test")(options, checkpoint=checkpoint)
+    lazy_command("stratagem.cli.test:test")(options, checkpoint=checkpoint, as_json=as_json)
 
 
 @app.command()
@@ -244,6 +201,7 @@ def schedule(
         int | None,
         typer.Option(metavar="N", min=1, help="Plot the schedules for a run with N processes, without starting any."),
     ] = None,
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Plot the schedules of CONFIG without training.
@@ -252,7 +210,7 @@ def schedule(
     except FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
-    lazy_command("stratagem.cli.schedule:schedule")(options, out=out)
+    lazy_command("stratagem.cli.schedule:schedule")(options, out=out, as_json=as_json)
 
 
 @app.command()
@@ -518,9 +476,9 @@ def submit(
 
 
 @app.command()
-def env(traceback: Traceback = False) -> None:
+def env(as_json: AsJson = False, traceback: Traceback = False) -> None:
     """Print versions and hardware for bug reports."""
-    lazy_command("stratagem.cli.env:print_environment")()
+    lazy_command("stratagem.cli.env:print_environment")(as_json=as_json)
 
 
 @app.command()
@@ -553,110 +511,5 @@ def doctor(
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(runs_app, name="runs")
 app.command()(report)
-
-find_app = typer.Typer(help="Find a learning rate or a batch size with short trial runs.", no_args_is_help=True)
 app.add_typer(find_app, name="find")
-
-
-@find_app.command()
-def lr(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    low: Annotated[float, typer.Option("--min", metavar="LR", help="The first learning rate.")] = 1e-7,
-    high: Annotated[float, typer.Option("--max", metavar="LR", help="The last learning rate.")] = 10.0,
-    steps: Annotated[int, typer.Option(metavar="N", help="The number of optimizer steps.")] = 100,
-    loss: Annotated[str, typer.Option(metavar="NAME", help="The logged value to use as the loss.")] = "loss",
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The optimizer to find the learning rate for, if there are several, or the part of a MixedOptimizer.",
-        ),
-    ] = None,
-    out: Out = None,
-    nproc: Nproc = None,
-    launcher: Launcher = None,
-    strategy: Strategy = None,
-    traceback: Traceback = False,
-) -> None:
-    """Run a learning-rate range test of CONFIG.
-
-    Trains with an increasing learning rate and plots the loss. Stops when the loss diverges, and suggests learning
-    rates. Writes no files except FILE.
-    """
-    options = RunOptions(
-        config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
-    )
-    sweep = lazy_command("stratagem.cli.find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
-    lazy_command("stratagem.cli.find:learning_rate")(options, sweep, out=out)
-
-
-@find_app.command()
-def batch(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--max-batch", metavar="N", min=1, help="The largest batch size to try. Default on the CPU: 1024."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="The number of iterations per timing.")] = 3,
-    out: Out = None,
-    strategy: Strategy = None,
-    traceback: Traceback = False,
-) -> None:
-    """Find the largest batch size of CONFIG that fits into memory.
-
-    Doubles the batch size until memory runs out, and plots the throughput of each size. On the CPU, running out of
-    memory does not reliably raise an error, so only sizes up to --max-batch are measured. Writes no files except FILE.
-    """
-    options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
-    lazy_command("stratagem.cli.find:batch_size")(options, limit=limit, steps=steps, out=out)
-
-
-config_app = typer.Typer(help="Print, compare and check configurations without training.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-
-@config_app.command()
-def show(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    form: Annotated[str, typer.Option("--as", metavar="FORM", help="python, yaml, json or toml.")] = "python",
-    traceback: Traceback = False,
-) -> None:
-    """Print CONFIG after merging its bases and overrides."""
-    lazy_command("stratagem.cli.configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
-
-
-@config_app.command()
-def explain(
-    config: ConfigFile,
-    path: Annotated[str, typer.Argument(metavar="A.B.C", help="The dotted path of a value.")],
-    overrides: Overrides = None,
-    traceback: Traceback = False,
-) -> None:
-    """Print each file and line that set a value of CONFIG, in order."""
-    lazy_command("stratagem.cli.configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
-
-
-@config_app.command()
-def diff(
-    first: Annotated[
-        Path,
-        typer.Argument(metavar="A", help="A configuration file, or a checkpoint, which contains its configuration."),
-    ],
-    second: Annotated[
-        Path, typer.Argument(metavar="B", help="The configuration file or checkpoint to compare it with.")
-    ],
-    traceback: Traceback = False,
-) -> None:
-    """Print the differences between two merged configurations."""
-    lazy_command("stratagem.cli.configs:diff")(first, second)
-
-
-@config_app.command()
-def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
-    """Check all keys and arguments of CONFIG without training."""
-    lazy_command("stratagem.cli.configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

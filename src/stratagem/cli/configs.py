@@ -6,20 +6,22 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
 from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.cli.options import RunOptions, read_file
-from stratagem.cli.output import echo
-from stratagem.config import Config, parse_overrides
+from stratagem.cli.output import echo, print_json
+from stratagem.config import Config, changed_paths, parse_overrides
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
 from stratagem.config.compare import saved_text
+from stratagem.config.explain import described_changes
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
-from stratagem.config_schema import require_valid
-from stratagem.errors import CheckpointError, ConfigValueError
+from stratagem.config_schema import check_run, require_valid
+from stratagem.errors import CheckpointError, ConfigError, ConfigValueError
 from stratagem.utils import did_you_mean, mask_text
 from stratagem.utils.printable import escape_controls
 
@@ -39,13 +41,21 @@ def show(options: RunOptions, form: str) -> None:
     _print(text_of(_read(options), _SUFFIXES[form], mark_unsupported=form == "python"), form)
 
 
-def explain(options: RunOptions, path: str) -> None:
+def explain(options: RunOptions, path: str, *, as_json: bool = False) -> None:
     """Print each file and line that set a value."""
-    echo(explain_value(_read(options), path))
+    config = _read(options)
+    if as_json:
+        print_json({"path": path, "changes": described_changes(config, path)})
+        return
+    echo(explain_value(config, path))
 
 
-def diff(first: Path, second: Path) -> None:
-    """Print the differences between two configurations."""
+def diff(first: Path, second: Path, *, as_json: bool = False) -> None:
+    """Print the differences between two configurations; as JSON, the two values of each path that differs."""
+    if as_json:
+        changed = changed_paths("\n".join(_text(first)), "\n".join(_text(second)))
+        print_json({path: {"first": was, "second": now} for path, (was, now) in changed.items()})
+        return
     lines = difflib.unified_diff(_text(first), _text(second), str(first), str(second), lineterm="")
     found = "\n".join(lines)
     _print(found, "diff") if found else echo("No differences.")
@@ -67,13 +77,25 @@ def _text(path: Path) -> list[str]:
     return mask_text(saved_text(saved)).splitlines()
 
 
-def check(options: RunOptions) -> None:
+def check(options: RunOptions, *, as_json: bool = False) -> None:
     """Check that every key and argument of a configuration is known.
 
     Raises:
         ConfigKeyError: with all problems, if there are any.
+        typer.Exit: with the exit status of a configuration error, if the problems are printed as JSON.
     """
     config = _read(options)
+    if as_json:
+        problems = check_run(config)
+        print_json(
+            [
+                {"path": each.path, "where": None if each.origin is None else str(each.origin), "message": each.message}
+                for each in problems
+            ]
+        )
+        if problems:
+            raise typer.Exit(ConfigError.exit_status)
+        return
     require_valid(config)
     echo(f"{options.config}: all keys and arguments are valid.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import echo
+from stratagem.cli.output import echo, print_json
 from stratagem.cli.plot.braille import print_chart
 from stratagem.cli.plot.charts import Chart, Line, Mark, Panel, wants_log_scale
 from stratagem.cli.plot.png import write_png
@@ -54,7 +54,7 @@ class Sweep:
     optimizer: str | None
 
 
-def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> None:
+def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None, as_json: bool = False) -> None:
     """Plot the loss over an increasing learning rate, and print the suggested learning rates.
 
     Raises:
@@ -76,11 +76,11 @@ def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> Non
             optimizer=sweep.optimizer,
         )
         if strategy.rank == 0:
-            _show(_loss_chart(str(options.config), found, sweep), out)
-            echo(_table_of_rates(found))
+            _show(_loss_chart(str(options.config), found, sweep), out, quiet=as_json)
+            print_json(_rates_as_json(found)) if as_json else echo(_table_of_rates(found))
 
 
-def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path | None) -> None:
+def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path | None, as_json: bool = False) -> None:
     """Plot the throughput over the batch size, and print the largest batch size that fits.
 
     Args:
@@ -88,6 +88,7 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
         limit: the largest batch size to try; None for no limit on accelerators and 1024 on the CPU.
         steps: the number of iterations per measurement.
         out: the PNG file to write, if any.
+        as_json: whether to print JSON instead of the plot and the table.
 
     Raises:
         ConfigError: or a subclass, if the configuration or an option is invalid.
@@ -96,7 +97,10 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
         found = find_batch_size(strategy, dataloader, limit=limit, steps=steps)
         on_cpu = strategy.world.device.type == "cpu"
         if found.largest is not None:
-            _show(_throughput_chart(str(options.config), found), out)
+            _show(_throughput_chart(str(options.config), found), out, quiet=as_json)
+        if as_json:
+            print_json({**asdict(found), "out_of_memory": found.out_of_memory})
+            return
         echo(_table_of_sizes(found))
         echo(_verdict(found, on_cpu=on_cpu))
 
@@ -119,9 +123,11 @@ def _temporary_run(config: Config) -> Iterator[tuple[BaseStrategy, EpochLoader]]
             runner.close()
 
 
-def _show(chart: Chart, out: Path | None) -> None:
+def _show(chart: Chart, out: Path | None, *, quiet: bool) -> None:
     if out is not None:
         write_png(chart, out)
+    if quiet:
+        return
     print_chart(chart, Console())
     if out is not None:
         echo(f"Saved the chart to {out}")
@@ -147,6 +153,18 @@ def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:
 def _suggestions(found: LearningRateSweep) -> dict[str, float]:
     named = {"steepest descent": found.steepest, "minimum / 10": found.below_minimum}
     return {label: rate for label, rate in named.items() if rate is not None}
+
+
+def _rates_as_json(found: LearningRateSweep) -> dict[str, object]:
+    return {
+        "rates": found.rates.tolist(),
+        "losses": found.losses.tolist(),
+        "smoothed": found.smoothed.tolist(),
+        "diverged": found.diverged,
+        "lowest_loss": found.least,
+        "steepest_descent": found.steepest,
+        "below_minimum": found.below_minimum,
+    }
 
 
 def _table_of_rates(found: LearningRateSweep) -> str:

@@ -6,6 +6,7 @@ Tables are fitted to a terminal, and have their full width elsewhere.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
@@ -70,8 +71,16 @@ def rows_of(table: rich.table.Table) -> list[dict[str, str]]:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON."""
-    typer.echo(json.dumps(value, indent=1))
+    """Print a value as JSON. NaN and Inf, which JSON does not have, are null."""
+    typer.echo(json.dumps(_without_nonfinite(value), indent=1))
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(cell: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import echo
+from stratagem.cli.output import echo, print_json
 from stratagem.cli.plot.braille import print_chart
 from stratagem.cli.plot.charts import Chart, Line, Panel, wants_log_scale
 from stratagem.cli.plot.png import write_png
@@ -26,12 +26,13 @@ _NEEDED = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
 _LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
 
 
-def schedule(options: RunOptions, *, out: Path | None) -> None:
+def schedule(options: RunOptions, *, out: Path | None, as_json: bool = False) -> None:
     """Plot the learning rate of a run, and all other options that a schedule changes.
 
     Args:
         options: the configuration; ``nproc`` is the run's number of processes.
         out: the PNG file to write, if any.
+        as_json: whether to print the values as JSON instead of the plot.
 
     Raises:
         ConfigKeyError: if the configuration lacks a section that training needs, or has an unknown key.
@@ -39,12 +40,33 @@ def schedule(options: RunOptions, *, out: Path | None) -> None:
     """
     config = read_config(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
-    chart = draw(str(options.config), preview(config, world_size=options.nproc or 1), world_size=options.nproc or 1)
+    found = preview(config, world_size=options.nproc or 1)
+    chart = draw(str(options.config), found, world_size=options.nproc or 1)
     if out is not None:
         write_png(chart, out)
+    if as_json:
+        print_json(_as_json(found))
+        return
     print_chart(chart, Console())
     if out is not None:
         echo(f"Saved the chart to {out}")
+
+
+def _as_json(found: RunPreview) -> dict[str, object]:
+    return {
+        "iterations": found.iterations.tolist(),
+        "max_iters": found.max_iters,
+        "epoch_length": found.epoch_length,
+        "options": [
+            {
+                "optimizer": course.optimizer or None,
+                "option": course.key,
+                "parameters": list(course.parameters),
+                "values": course.values.tolist(),
+            }
+            for course in found.courses
+        ],
+    }
 
 
 def preview(config: Config, *, world_size: int) -> RunPreview:

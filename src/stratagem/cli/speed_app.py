@@ -7,29 +7,16 @@ from typing import Annotated
 
 import typer
 
-from stratagem.cli.completion import complete_config
+from stratagem.cli.arguments import ConfigFile, Overrides
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 
 __all__ = ["profile", "summary"]
 
-_ConfigFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        help="The configuration file: .py, .yaml, .json or .toml.",
-        autocompletion=complete_config,
-    ),
-]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in --set optim_wrapper.optimizer.lr=0.01."),
-]
-
 
 def summary(
-    config: _ConfigFile,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     depth: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Omit modules that are nested more deeply.")
     ] = None,
@@ -53,8 +40,8 @@ def summary(
 
 
 def profile(
-    config: _ConfigFile,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="The number of optimizer steps to record.")] = 10,
     skip: Annotated[
         int, typer.Option(metavar="K", min=0, help="The number of optimizer steps before the profiler starts.")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import echo
+from stratagem.cli.output import echo, print_json
 from stratagem.runner import Runner
 
 __all__ = ["test"]
 
 
-def test(options: RunOptions, *, checkpoint: str) -> None:
-    """Evaluate the weights of a checkpoint on the test data, and print the metrics on rank 0.
+def test(options: RunOptions, *, checkpoint: str, as_json: bool) -> None:
+    """Evaluate the weights of a checkpoint on the test data, and print the metrics on rank 0, as JSON if requested.
 
     Raises:
         ConfigError: or a subclass, if the configuration is invalid.
@@ -26,7 +26,9 @@ def test(options: RunOptions, *, checkpoint: str) -> None:
     runner = Runner.from_cfg(config)
     try:
         metrics = runner.test(strict=True)
-        if runner.strategy.rank == 0:
+        if runner.strategy.rank == 0 and as_json:
+            print_json(metrics)
+        elif runner.strategy.rank == 0:
             for name, value in metrics.items():
                 echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     finally:

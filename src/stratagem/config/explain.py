@@ -10,7 +10,7 @@ from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
 from stratagem.errors import ConfigKeyError
 
-__all__ = ["explain", "show"]
+__all__ = ["described_changes", "explain", "show"]
 
 _WIDTH = 60
 
@@ -36,17 +36,28 @@ def explain(config: Config, path: str) -> str:
     Raises:
         ConfigKeyError: if the value was never set.
     """
-    changes = config.explain(path)
+    rows = [(each["where"], each["kind"], _shortened(each["value"])) for each in described_changes(config, path)]
     origin = config.where(path)
-    if not changes and origin is None:
-        _refuse(config, path)
-    keys = parse_path(path)
-    rows = [(str(change.origin), str(change.kind), _short(change, keys)) for change in changes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
     if origin is not None and origin.path == "the program":
         lines.append("  the program changed it later")
     return "\n".join([path, *lines])
+
+
+def described_changes(config: Config, path: str) -> list[dict[str, str]]:
+    """Return where the value at a dotted path was set, how (``kind``), and to what, in order.
+
+    Values are Python expressions; the value of a removal is empty.
+
+    Raises:
+        ConfigKeyError: if the value was never set.
+    """
+    changes = config.explain(path)
+    if not changes and config.where(path) is None:
+        _refuse(config, path)
+    keys = parse_path(path)
+    return [{"where": str(each.origin), "kind": str(each.kind), "value": _value(each, keys)} for each in changes]
 
 
 def _refuse(config: Config, path: str) -> None:
@@ -61,7 +72,10 @@ def _refuse(config: Config, path: str) -> None:
             raise ConfigKeyError(f"{path}: there is no value at {key!r}.")
 
 
-def _short(change: Change, path: KeyPath) -> str:
+def _value(change: Change, path: KeyPath) -> str:
     removed = change.value is None and change.kind is ChangeKind.REMOVED
-    text = "" if removed else repr(redacted(as_plain(change.value), path))
+    return "" if removed else repr(redacted(as_plain(change.value), path))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."

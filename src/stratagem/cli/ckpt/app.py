@@ -55,13 +55,14 @@ def show(
 @ckpt_app.command()
 def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoints, or folders of checkpoints.")],
+    as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Verify the digests of all files in the given checkpoints.
 
     Exits with status 1 if a checkpoint is damaged.
     """
-    lazy_command("stratagem.cli.ckpt.listing:verify")(paths)
+    lazy_command("stratagem.cli.ckpt.listing:verify")(paths, as_json=as_json)
 
 
 @ckpt_app.command()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stratagem.checkpoint import CheckpointInfo, format_for
 from stratagem.checkpoint import list_checkpoints as list_in
-from stratagem.cli.output import Table, echo, print_table
+from stratagem.cli.output import Table, echo, print_json, print_table
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -43,8 +43,8 @@ def list_checkpoints(folder: Path, *, as_json: bool = False) -> None:
     print_table(table, as_json=as_json)
 
 
-def verify(paths: Sequence[Path]) -> None:
-    """Read checkpoints completely and print whether each is intact.
+def verify(paths: Sequence[Path], *, as_json: bool = False) -> None:
+    """Read checkpoints completely and print whether each is intact, as JSON if requested.
 
     Raises:
         CheckpointNotFoundError: if a path does not exist.
@@ -52,6 +52,7 @@ def verify(paths: Sequence[Path]) -> None:
     """
     checkpoints = [each for path in paths for each in _checkpoints_at(path)]
     damaged = 0
+    rows: list[dict[str, object]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=shared_console(), transient=True) as progress:
         task = progress.add_task("verifying", total=len(checkpoints))
@@ -61,10 +62,16 @@ def verify(paths: Sequence[Path]) -> None:
                 size = format_for(path).verify(path)
             except CheckpointError as error:
                 damaged += 1
-                echo(f"DAMAGED  {path}\n         {error}")
+                rows.append({"checkpoint": str(path), "intact": False, "fault": str(error)})
+                if not as_json:
+                    echo(f"DAMAGED  {path}\n         {error}")
             else:
-                echo(f"ok       {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
+                rows.append({"checkpoint": str(path), "intact": True, "bytes": size})
+                if not as_json:
+                    echo(f"ok       {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
             progress.advance(task)
+    if as_json:
+        print_json(rows)
     if damaged:
         echo(f"{damaged} of {len(checkpoints)} checkpoints are damaged.", err=True)
         raise typer.Exit(1)
