@@ -76,6 +76,17 @@ def test_every_nth_is_kept_forever():
     assert names(policy.select_removable(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
 
 
+def test_checkpoints_by_time_are_kept_only_while_they_are_the_newest():
+    """Of the group in ``timed``, only those among the newest finite checkpoints of any group remain, whatever ``last`` keeps."""
+    saved = [regular(1, series="timed"), regular(2), regular(3, series="timed"), regular(4, finite=False)]
+    assert names(Retention(groups=["epoch_{}"], timed=("timed", 1)).select_removable(saved)) == ["timed1"]
+    assert names(Retention(groups=["epoch_{}"], timed=("timed", 3)).select_removable(saved)) == []
+    assert names(Retention(groups=["epoch_{}"], timed=("timed", 1)).select_removable([*saved, regular(5)])) == [
+        "timed1",
+        "timed3",
+    ]
+
+
 def test_other_groups_are_not_removed():
     """Checkpoints of other groups and without a group are kept."""
     policy = Retention(groups=["epoch_{}"], last=1)

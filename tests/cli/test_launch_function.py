@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -82,6 +83,20 @@ def test_a_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "Rank 1 of 2 was killed by SIGKILL. Rank 0 raised RuntimeError: Connection closed"
     with pytest.raises(LaunchedRankError, match=re.escape(expected)):
         stratagem.launch(fail_on_rank_1, nproc=2)
+
+
+def test_restarts_are_passed_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher restarts the ranks as often as requested, and the results of the last attempt are returned."""
+    restarts: list[int] = []
+
+    def run_ranks(nproc: int, arguments: tuple[str, ...], *, max_restarts: int) -> None:
+        restarts.append(max_restarts)
+        for rank in range(nproc):
+            functions.result_file(Path(arguments[-1]), rank).write_bytes(pickle.dumps(rank * 10))
+
+    monkeypatch.setattr(functions, "run_ranks", run_ranks)
+    assert stratagem.launch(print, nproc=2, max_restarts=3) == [0, 10]
+    assert restarts == [3]
 
 
 SCRIPT = """
