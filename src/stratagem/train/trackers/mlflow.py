@@ -67,6 +67,8 @@ class MLflowTracker(Tracker):
 
     def prepare(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # At its default level, MLflow logs the creation of database tables.
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import_module("mlflow", extra="mlflow")
         if (self._uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:").partition(":")[0] not in ("http", "https"):
             import_module("mlflow.store.tracking.sqlalchemy_store", extra="mlflow")
