@@ -66,7 +66,8 @@ class CheckAgreement:
         self._rank, self._size = get_dist_info()
         self._poll_s = poll_interval(poll_s, self._size)
         self._prefix = f"checks/{number}"
-        self._store = self._connect()
+        # A connection of the main thread, which only a request needs: rank 0 serves the connections of all ranks.
+        self._store: Store | None = None
         self._lock = threading.Lock()
         self._has_answered = False
         self._decision: tuple[int, list[list[Any]]] | None = None
@@ -87,10 +88,11 @@ class CheckAgreement:
             DistStoreError: if a rank does not answer within the timeout of the process group.
         """
         if self._decision is None:
-            self._answer(self._store, self._counter.num_checks - 1, request)
+            store = self._store = self._connect()
+            self._answer(store, self._counter.num_checks - 1, request)
             if request is not None:
-                self._store.set("requested", "")
-            self._decision = self._collect()
+                store.set("requested", "")
+            self._decision = self._collect(store)
         return self._decision
 
     def close(self) -> None:
@@ -110,9 +112,9 @@ class CheckAgreement:
                 store.add("answers", 1)
                 self._has_answered = True
 
-    def _collect(self) -> tuple[int, list[list[Any]]]:
+    def _collect(self, store: Store) -> tuple[int, list[list[Any]]]:
         """Wait for the answers of all ranks; return the last check that any rank has passed, and the requests."""
-        store, timeout_s = self._store, default_store().timeout.total_seconds()
+        timeout_s = default_store().timeout.total_seconds()
         if not poll_until(lambda: store.add("answers", 0) == self._size, timeout_s, longest_pause_s=_LONGEST_PAUSE_S):
             missing = [rank for rank in range(self._size) if not store.check([f"answer/{rank}"])]
             raise torch_dist.DistStoreError(
