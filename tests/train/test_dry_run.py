@@ -61,6 +61,15 @@ class Seen(Hook):
         self.batches.append(mode)
 
 
+class Loaded(Hook):
+    """Records the iterations of the loaded checkpoints in all copies of the hook."""
+
+    iterations: ClassVar[list[int]] = []
+
+    def after_load_checkpoint(self, run: Any, checkpoint: dict[str, Any]) -> None:
+        self.iterations.append(checkpoint["meta"]["iter"])
+
+
 def files(folder: Path) -> list[str]:
     """Return all files below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
@@ -223,6 +232,16 @@ def test_a_failure_names_the_part_and_leaves_nothing(
         runner.dry_run()
     assert f"The dry run failed in this part: {part}. Its files were removed." in raised.value.__notes__
     assert files(tmp_path) == before
+
+
+def test_the_weights_of_the_checkpoint_to_resume_are_loaded(make_runner: MakeRunner):
+    """With ``resume=True``, the latest checkpoint of the work directory is loaded, and then that of the dry run."""
+    loaded = Loaded.iterations
+    loaded.clear()
+    make_runner(default_hooks=HOOKS, train_cfg={"max_epochs": 1}).train()
+    tried = make_runner(default_hooks=HOOKS, resume=True, custom_hooks=[Loaded()]).dry_run()
+    assert tried.iterations == 4
+    assert loaded == [7, 4]
 
 
 def test_what_cannot_be_tried_is_rejected(make_runner: MakeRunner, tmp_path: Path):

@@ -39,6 +39,7 @@ __all__ = [
 _REMOVED = (
     "auto_scale_lr", "resume", "val_dataloader", "val_cfg", "val_evaluator",
     "test_dataloader", "test_cfg", "test_evaluator", "limit_val_batches", "limit_test_batches", "trackers",
+    "limit_train_batches", "overfit_batches",
 )  # fmt: skip
 # Default options of engines: sharded training in float32, which can be compared with the other variants.
 _ENGINE_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {

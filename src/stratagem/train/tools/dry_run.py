@@ -15,6 +15,7 @@ from typing import Any, Final, final
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.distributed import RankGroup, close_dist, infer_launcher, init_dist, is_distributed
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.storage import tree_bytes
@@ -246,8 +247,7 @@ def _shortened(arguments: Mapping[str, Any], folder: Path, hook: Hook | None) ->
     shared = {id(each): each for name in _DATA_ARGUMENTS for each in _data_objects(arguments.get(name))}
     changed = copy.deepcopy({name: value for name, value in arguments.items() if name != "cfg"}, shared)
     changed |= {"work_dir": str(folder / "run"), "resume": False, "requeue": False, "trackers": None}
-    if isinstance(arguments.get("resume"), str | Path):
-        changed["load_from"] = arguments["resume"]
+    changed["load_from"] = _weights(arguments)
     strategy = changed.get("strategy")
     if isinstance(strategy, dict) and "work_dir" in strategy:
         strategy["work_dir"] = changed["work_dir"]
@@ -266,6 +266,17 @@ def _shortened(arguments: Mapping[str, Any], folder: Path, hook: Hook | None) ->
     if "cfg" in arguments:
         changed["cfg"] = arguments["cfg"]
     return changed
+
+
+def _weights(arguments: Mapping[str, Any]) -> Any:
+    """Return the checkpoint whose weights the run loads or, if it resumes, that of the checkpoint; None if there is none."""
+    load_from, resume = arguments.get("load_from"), arguments.get("resume")
+    if not isinstance(resume, bool | None):
+        return resume
+    if not resume or load_from is not None:
+        return load_from
+    work_dir = absolute(arguments.get("work_dir") or "work_dirs")
+    return RankGroup.of().run_on_rank0(lambda: find_latest_checkpoint(work_dir))
 
 
 def _validating(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
