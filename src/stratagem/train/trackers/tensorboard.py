@@ -78,13 +78,18 @@ class TensorBoardTracker(Tracker):
 
 
 def _remove_discarded(path: Path, run: TrackedRun) -> None:
-    """Remove the events that do not remain part of the run from an event file."""
+    """Remove the events that do not remain part of the run from an event file, if there are any."""
     event_class = import_module("tensorboard.compat.proto.event_pb2").Event
+
+    def is_kept(record: bytes) -> bool:
+        event = event_class.FromString(record[_HEADER.size : -_CHECKSUM_BYTES])
+        return all(run.keeps(value.tag, event.step) for value in event.summary.value)
+
+    if all(map(is_kept, _records(path))):
+        return
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        for record in _records(path):
-            event = event_class.FromString(record[_HEADER.size : -_CHECKSUM_BYTES])
-            if all(run.keeps(value.tag, event.step) for value in event.summary.value):
-                file.write(record)
+        for record in filter(is_kept, _records(path)):
+            file.write(record)
 
 
 def _records(path: Path) -> Iterator[bytes]:

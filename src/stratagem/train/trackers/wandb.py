@@ -141,23 +141,27 @@ class WandbTracker(Tracker):
 
 
 def _remove_discarded(path: Path, run: TrackedRun) -> None:
-    """Remove the rows that do not remain part of the run from the file of an earlier session."""
+    """Remove the rows that do not remain part of the run from the file of an earlier session, if there are any."""
+    record_class = import_module("wandb.proto.wandb_internal_pb2").Record
+    records = list(read_transaction_log(path))
+    kept = [data for data in records if _is_kept(record_class.FromString(data), run)]
+    if len(kept) == len(records):
+        return
     if path.with_name(f"{path.name}.synced").exists():
         logger.warning(
             "Tracker wandb: %s was already uploaded. What it contains for iterations after %d remains in the online run.",
             path, run.resumed_at,
         )  # fmt: skip
-    record_class = import_module("wandb.proto.wandb_internal_pb2").Record
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         writer = TransactionLogWriter(file)
-        for data in read_transaction_log(path):
-            record = record_class.FromString(data)
-            if record.WhichOneof("record_type") != "history" or _is_kept(record.history, run):
-                writer.write(data)
+        for data in kept:
+            writer.write(data)
 
 
-def _is_kept(history: Any, run: TrackedRun) -> bool:
-    values = dict(_items(history))
+def _is_kept(record: Any, run: TrackedRun) -> bool:
+    if record.WhichOneof("record_type") != "history":
+        return True
+    values = dict(_items(record.history))
     iteration = values.get("iter")
     names = [name for name in values if "/" in name]
     return iteration is None or all(run.keeps(name, int(iteration)) for name in names)
