@@ -25,6 +25,7 @@ def rows(found: ModelSummary, *names: str) -> dict[str, tuple[Any, ...]]:
     return {each.name: tuple(getattr(each, name) for name in names) for each in found.modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [mlp, cnn, gpt])
 def test_the_operations_of_training_are_those_counted_by_hand(
     build: Callable[[], tuple[nn.Module, Tensor, int]],
@@ -158,6 +159,7 @@ def config(**changes: Any) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_configuration_is_summarized_with_its_first_batch_and_precision() -> None:
     """The batch has three samples; under autocast, the layer returns bfloat16, and its input is saved as a copy."""
     found = summarize_config(config())
@@ -185,6 +187,7 @@ class OwnStep(BaseModel):
         return {"loss": loss.detach()}
 
 
+@pytest.mark.slow
 def test_a_model_with_its_own_training_step_is_summarized_with_it() -> None:
     """The step of a model without ``mode="loss"`` is simulated."""
     found = summarize_config(config(model=OwnStep()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from stratagem import Runner
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.model import BaseModel, SupervisedModel
-from stratagem.tensors.flops import FlopCounter
+from stratagem.tensors.flops import FlopCounter, FlopKind
 from stratagem.train.hooks.flops import FlopsHook
+from stratagem.train.run.step_flops import peak_of_device
 from tests.support.ranks import Ranks
 from tests.train.toys import QUIET_HOOKS, Samples, Toy, loader, settings
 
@@ -173,6 +176,7 @@ def hooks(interval: int) -> dict[str, Any]:
 PER_SAMPLE = 2 * 2 * (4 * 8 + 8 * 3) + 2 * 8 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_line_has_the_operations_of_its_iterations(make_runner: MakeRunner, accumulation: int) -> None:
     """Both epochs of 13 samples have the operations of 13 samples, with a smaller last batch and under accumulation."""
@@ -208,6 +212,7 @@ def train(make_runner: MakeRunner, *extra: Any, **changes: Any) -> dict[str, Ten
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_counting_does_not_change_the_training(make_runner: MakeRunner, tmp_path: Path) -> None:
     """Weights and statistics of batch normalization have the same bits with and without the hook."""
     torch.manual_seed(0)
@@ -228,6 +233,7 @@ class Recomputed(BaseModel):
         return {"loss": self.network(tokens).mean()}
 
 
+@pytest.mark.slow
 def test_hfu_contains_repeated_forward_passes(make_runner: MakeRunner) -> None:
     """``hfu`` relates to ``mfu`` as the executed operations to those of the model."""
     _, tokens, expected = gpt()
@@ -290,3 +296,27 @@ def test_strategies_have_the_operations_of_a_single_process(tmp_path: Path, rank
     assert found["fsdp"] == [pytest.approx(14 * PER_SAMPLE)]
     # With 7 batches of at most 2 samples, the line after 4 iterations has 8 samples.
     assert found["tp"] == [pytest.approx(8 * PER_SAMPLE)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tf32", "tflops"),
+    [
+        ("NVIDIA H200", FlopKind("model", "bfloat16", "matmul"), False, 989.4),
+        ("NVIDIA H200", FlopKind("model", "float32", "matmul"), False, 66.9),
+        ("NVIDIA H200", FlopKind("model", "float32", "matmul"), True, 494.7),
+        ("NVIDIA A100-SXM4-80GB", FlopKind("model", "float32", "convolution"), True, 156),
+        ("NVIDIA H200", FlopKind("model", "float64", "matmul"), False, None),
+        ("NVIDIA GeForce GTX 1080", FlopKind("model", "bfloat16", "matmul"), False, None),
+    ],
+)
+def test_the_peak_is_that_of_the_data_sheet_for_the_operation(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: FlopKind, tf32: bool, tflops: float | None
+) -> None:
+    """Operations on float32 have the rate of TF32 if torch uses it for them; unknown devices and dtypes have none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    setting = SimpleNamespace(fp32_precision="tf32" if tf32 else "ieee")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    monkeypatch.setattr(torch.backends.cudnn, "conv", setting)
+    found = peak_of_device(torch.device("cuda", 0))(kind)
+    assert math.isnan(found) if tflops is None else found == pytest.approx(tflops * 1e12)
+    assert math.isnan(peak_of_device(torch.device("cpu"))(kind))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stratagem import Runner
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.optim import OptimWrapper
 from stratagem.train import Hook
 from stratagem.train.hooks.profiler import ProfilerHook
 from stratagem.train.profiling.host_reads import HostRead, HostReads
@@ -169,6 +170,28 @@ def test_invalid_options_are_refused(options: dict[str, Any], error: type[Except
         ProfilerHook(**options)
 
 
+class OwnBackward(OptimWrapper):
+    """A wrapper that overrides ``backward``, as those of engines do."""
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        super().backward(loss, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OptimWrapper, OwnBackward])
+def test_the_backward_pass_is_a_part_also_if_a_wrapper_overrides_it(kind: type[OptimWrapper]) -> None:
+    """The part is measured for the built-in method and for one of a subclass."""
+    model, ranges = Toy(), StepRanges()
+    optim = kind(torch.optim.SGD(model.parameters(), lr=0.1))
+    batch = next(iter(torch.utils.data.DataLoader(Samples(), 2)))
+    with ranges.observing({"": optim}):
+        ranges.begin()
+        ranges.switch("forward")
+        model.train_step(batch, optim_wrapper=optim)
+        ranges.end()
+    assert set(ranges.seconds) == {"forward", "backward", "optimizer"}
+    assert not {"_backward", "backward", "step"} & vars(optim).keys()
+
+
 def test_a_part_interrupts_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are exclusive: of 10 seconds, an inner part of 3 seconds is not in the outer one."""
     now = [0.0]
@@ -185,17 +208,26 @@ def test_a_part_interrupts_the_one_around_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_reads_outside_of_user_code_have_no_line() -> None:
-    """A read in a function that the block calls has a line of this file; the line of the block itself does not count."""
+    """Reads by a function in this file have its lines; those by an optimizer that it calls, and by the block, have none."""
+    weight = torch.ones(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.Adam([weight], foreach=False)
 
     def read() -> None:
         int(torch.ones(1))
+        torch.unique(torch.ones(1))
+        optimizer.step()
 
     with HostReads() as reads:
         torch.equal(torch.ones(1), torch.ones(1))
         read()
-        read()
     line = read.__code__.co_firstlineno + 1
-    assert reads.found == [HostRead(f"{__file__}:{line}", "_local_scalar_dense", 2), HostRead(None, "equal", 1)]
+    assert [each for each in reads.found if each.line is not None] == [
+        HostRead(f"{__file__}:{line}", "_local_scalar_dense", 1),
+        HostRead(f"{__file__}:{line + 1}", "_unique2", 1),
+    ]
+    assert HostRead(None, "equal", 1) in reads.found
+    assert HostRead(None, "_local_scalar_dense", 1) in reads.found
 
 
 def event(name: str, start: float, end: float, device: str = "CPU") -> Any:

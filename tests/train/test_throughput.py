@@ -75,6 +75,15 @@ def test_a_smaller_last_batch_counts_with_its_samples(make_runner: MakeRunner, l
     assert [line["samples"] for line in found] == [8, 7, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "samples"), [(3, 6), (7, 13)])
+def test_batches_beyond_a_limit_are_not_counted(make_runner: MakeRunner, limit: int, samples: int) -> None:
+    """Three batches of an epoch have six samples; a limit of all seven batches includes the smaller last one."""
+    runner = make_runner(default_hooks=hooks(limit), train_cfg={"max_epochs": 2}, limit_train_batches=limit)
+    assert [line["samples"] for line in counted(runner)] == [samples, samples]
+
+
 def test_steps_are_optimizer_steps_under_accumulation(make_runner: MakeRunner) -> None:
     """Twelve iterations with two micro-batches per step are six steps, and all samples count."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2}
@@ -82,6 +91,7 @@ def test_steps_are_optimizer_steps_under_accumulation(make_runner: MakeRunner) -
     assert found == [{"samples": 12, "steps": 3}, {"samples": 11, "steps": 3}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "tokens"), [(None, 12), (torch.tensor([[1, 1, 0]] * 4), 8), (torch.ones(4, dtype=torch.int64), 12)]
 )
@@ -94,6 +104,8 @@ def test_input_ids_are_tokens_except_where_they_are_masked(
     assert counted(runner) == [{"samples": 4, "tokens": tokens, "steps": 2}]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "tokens"),
     [("valid", 4), ("input_ids", 12), (lambda batch: batch["input_ids"].sum() * 5, 60), (False, None)],
@@ -125,6 +137,7 @@ def own_collate(samples: Sequence[Any]) -> Any:
     return default_collate(samples)
 
 
+@pytest.mark.slow
 def test_batches_of_groups_count_with_their_samples(make_runner: MakeRunner) -> None:
     """The five batches of an epoch contain eight samples."""
     data = group_loader({"type": "default_collate"})
@@ -132,6 +145,7 @@ def test_batches_of_groups_count_with_their_samples(make_runner: MakeRunner) -> 
     assert found == [{"samples": 8, "steps": 5}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "samples"), [(None, None), (1, 8)])
 def test_samples_of_an_unknown_collate_function_are_not_guessed(
     make_runner: MakeRunner, spec: int | None, samples: int | None

@@ -15,9 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["HostRead", "HostReads"]
 
 _READS: Final = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
-_LIBRARIES: Final = tuple(
-    f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2], sysconfig.get_path("stdlib"))
-)
+_TORCH: Final = Path(torch.__file__).parent
+# Functions of torch in Python that only call an operator, such as torch.unique, and those that call a dispatch mode.
+_TRANSPARENT: Final = tuple(
+    str(_TORCH / name)
+    for name in (
+        "_tensor.py", "functional.py", "_jit_internal.py",
+        "_compile.py", "_dynamo/eval_frame.py", "utils/_python_dispatch.py", "_ops.py",
+    )
+)  # fmt: skip
+_LIBRARIES: Final = tuple(f"{folder}/" for folder in (_TORCH, Path(__file__).parents[2], sysconfig.get_path("stdlib")))
 
 
 @final
@@ -68,11 +75,11 @@ def _leaves_device(name: str, args: Any, out: Any) -> bool:
 
 
 def _line_of_caller(outermost: Any) -> str | None:
-    """Return the innermost line, up to a frame, that is not in torch, this package or the standard library."""
+    """Return the line that calls an operator; None if it is in torch, this package, the standard library or an outer frame."""
     frame: Any = sys._getframe(2)
     while frame is not None and frame is not outermost:
         file = frame.f_code.co_filename
-        if not file.startswith(("<", *_LIBRARIES)):
-            return f"{file}:{frame.f_lineno}"
+        if file not in _TRANSPARENT:
+            return None if file.startswith(("<", *_LIBRARIES)) else f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return None

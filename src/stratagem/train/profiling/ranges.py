@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from torch.autograd.profiler import record_function
 
-from stratagem.optim import BaseOptimWrapper
+from stratagem.optim import AccumulatingOptimWrapper, BaseOptimWrapper
 from stratagem.utils.overridden import overridden
 
 __all__ = ["PREFIX", "StepRanges"]
@@ -90,8 +90,10 @@ class StepRanges:
             yield
 
     def _parts(self, wrapper: Any) -> Iterator[tuple[Any, str, Any]]:
-        # Replacing `backward` itself would disable the shortcut of `accumulate`.
-        backward = "_backward" if hasattr(wrapper, "_backward") else "backward"
+        # Replacing `backward` itself would disable the shortcut of `accumulate`, unless a subclass, such as that of an engine,
+        # overrides it.
+        is_built_in = getattr(type(wrapper), "backward", None) is AccumulatingOptimWrapper.backward
+        backward = "_backward" if is_built_in else "backward"
         yield wrapper, backward, self.timed("backward", getattr(wrapper, backward))
         for name in ("step", "zero_grad"):
             yield wrapper, name, self.timed("optimizer", getattr(wrapper, name))
