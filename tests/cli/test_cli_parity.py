@@ -416,8 +416,9 @@ def configured(key: str, config: Config, **changes: Any) -> Config:
 
 
 def test_variants_are_not_tracked():
-    """A comparison does not add runs to the stores of trackers."""
+    """A comparison does not add runs to the stores of trackers, and writes no reports."""
     assert "trackers" not in configured("one", toy(trackers=["csv"]))
+    assert configured("one", toy())["report"] is False
 
 
 def test_the_options_change_the_configuration():

@@ -355,6 +355,7 @@ def variant_config(
         result.pop(key, None)
     accumulative_counts = accumulation_count(config)
     result["work_dir"] = str(folder / f"{variant.key}_run")
+    result["report"] = False
     result["strategy"] = _strategy_config(config, variant)
     max_iters = settings.steps * accumulative_counts * variant.micro_batches
     result["train_cfg"] = {"by_epoch": False, "max_iters": max_iters}

@@ -246,7 +246,7 @@ def _shortened(arguments: Mapping[str, Any], folder: Path, hook: Hook | None) ->
     # The data is not copied, because it may be large.
     shared = {id(each): each for name in _DATA_ARGUMENTS for each in _data_objects(arguments.get(name))}
     changed = copy.deepcopy({name: value for name, value in arguments.items() if name != "cfg"}, shared)
-    changed |= {"work_dir": str(folder / "run"), "resume": False, "requeue": False, "trackers": None}
+    changed |= {"work_dir": str(folder / "run"), "resume": False, "requeue": False, "report": False, "trackers": None}
     changed["load_from"] = _weights(arguments)
     strategy = changed.get("strategy")
     if isinstance(strategy, dict) and "work_dir" in strategy:
