@@ -6,6 +6,7 @@ from stratagem import Runner, SupervisedModel
 
 
 def train(epochs: int, *, resume: bool) -> Runner:
+    torch.manual_seed(0)  # for the initial weights
     network = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
     runner = Runner(
         model=SupervisedModel(network, torch.nn.CrossEntropyLoss()),

@@ -17,6 +17,7 @@ def network() -> nn.Module:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)  # for the initial weights
     runner = Runner(
         model=SupervisedModel(network(), nn.CrossEntropyLoss()),
         work_dir="work_dirs/usual",

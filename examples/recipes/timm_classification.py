@@ -1,6 +1,7 @@
 """A network from timm, trained on real digits, with the schedule and the loss of a timm training."""
 
 import timm
+import torch
 from data import digits
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -10,6 +11,7 @@ from stratagem import Runner, SupervisedModel
 
 if __name__ == "__main__":
     # With network access: timm.create_model("resnet18.a1_in1k", pretrained=True, in_chans=1, num_classes=10)
+    torch.manual_seed(0)  # for the initial weights
     network = timm.create_model("test_resnet", in_chans=1, num_classes=10)
     runner = Runner(
         model=SupervisedModel(network, LabelSmoothingCrossEntropy(0.1)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import tests.foreign.torchvision_ops  # noqa: F401
 from docs.site.include import Output
 from docs.site.stage import ROOT
 from tests.docs.test_recipes import HERE, OUTPUTS
+from tests.support.program import run_in_process
 
 pytestmark = [
     pytest.mark.foreign,
@@ -29,9 +28,5 @@ def test_a_recipe_prints_what_its_page_states(
     output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The program trains with real data, and prints the lines on the page."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "recipes"))
-    runpy.run_path(str(ROOT / output.file), run_name="__main__")
-    for helper in ("data", "bible"):
-        sys.modules.pop(helper, None)
+    run_in_process(ROOT / output.file, tmp_path, monkeypatch)
     assert output.differences(capsys.readouterr().out) == []
