@@ -342,6 +342,14 @@ def test_two_ranks_limit_a_stream_that_both_read(ranks: Ranks, tmp_path: Path, l
     assert first[1] == second[1] == [list(range(12 if limit == 0.7 else 6))] * 3
 
 
+def test_two_ranks_train_on_a_limited_stream(ranks: Ranks, tmp_path: Path):
+    """Each rank trains on 2 batches of an endless stream, which are distributed in turn, in every epoch."""
+    stream = {"dataset": Stream(forever=True), "batch_size": 2}
+    first, second = ranks.run(run_limited, str(tmp_path), "ddp", train_dataloader=stream, limit_train_batches=2)
+    assert (first[0], second[0]) == ([[0, 1, 4, 5]] * 3, [[2, 3, 6, 7]] * 3)
+    assert first[2] == second[2] == 6
+
+
 class SizedStream(Stream):
     """A stream with a length."""
 
