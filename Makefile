@@ -19,7 +19,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof proof-plan hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -131,6 +131,9 @@ hangs: setup ## Stop a rank in another collective each time, and check the repor
 
 proof: setup ## Prove that `stratagem parity` finds seeded bugs and raises no false alarms, and write docs/proof.md (5 minutes).
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python tests/support/seeded_bugs/proof.py --write docs/proof.md
+
+proof-plan: $(FOREIGN)/.installed ## Prove that plans equal real runs on 1, 2 and 4 ranks, and write docs/plan-proof.md (8 minutes).
+	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(FOREIGN)/bin/python tests/support/plan_proof/proof.py --write docs/plan-proof.md
 
 check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def report() -> Report:
             collectives=(collective("all_gather", 100 * 10**9, count=4, group=8),),
         ),
         step("Single", ZERO, refusal="there are 16 ranks & one <device>"),
-        step("Gemini", memory(parameters=5, gradients=5, optimizer=10, activations=None), flops=None, failure="of a reason"),
+        step("Gemini", memory(parameters=5, gradients=5, optimizer=10, activations=None), flops=None, failure="a reason"),
     )  # fmt: skip
     return build_report("<llama>.py", [(CLUSTER, plan(*steps))], replan=None)
 
@@ -71,7 +72,7 @@ def test_choices_advice_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1. FSDP: the only strategy that fits; 60.0 GiB of the memory remain free." in text
     assert "Most of the memory of FSDP: activations, 8.00 GiB (40 %)." in text
     assert "Note: Single: cannot be used: there are 16 ranks & one <device>" in text
-    assert "Note: Gemini: without activations and times, because of a reason" in text
+    assert "Note: Gemini: without activations and times: a reason" in text
     assert "all-gather  8 ranks inside nodes      4  93.1 GiB        81.5 GiB             0 B  875 ms" in text
 
 
@@ -150,6 +151,21 @@ def test_names_in_the_html_file_are_not_markup() -> None:
     assert "&lt;llama&gt;.py" in page
     assert "one &lt;device&gt;" in page
     assert "<llama>" not in page
+
+
+def test_names_of_a_hostile_configuration_are_not_markup() -> None:
+    """The model, the batch, the options of a strategy, file names in a failure and notes cannot add elements."""
+    hostile = "<img src=x onerror=alert(1)>\"'&"
+    planned = plan(
+        step(
+            f"FSDP {hostile}", memory(parameters=2, gradients=2, optimizer=4, host={hostile: GIB}), options={hostile: hostile},
+            notes=(hostile,), failure=f"/tmp/{hostile}.py:3 in {hostile}", compute_dtype=hostile,
+        )
+    )  # fmt: skip
+    model = replace(planned.model, name=hostile, batch=(hostile,), batch_source=hostile)
+    page = html_of(build_report(hostile, [(CLUSTER, replace(planned, model=model))], replan=None))
+    assert "<img" not in page
+    assert page.count("&lt;img src") >= 6
 
 
 def test_the_html_file_has_all_parts(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stratagem.errors import ConfigValueError
-from stratagem.hardware import format_bytes, format_seconds, parse_bytes, parse_duration, parse_rate
+from stratagem.hardware import format_bytes, format_operations, format_seconds, parse_bytes, parse_duration, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,11 @@ def test_printed_amounts_have_three_digits() -> None:
     ]  # fmt: skip
     assert [format_seconds(each) for each in (0, 3.4e-6, 0.0125, 59.0, 90.0, 7200, 100_000)] == [
         "0 s", "3.40 µs", "12.5 ms", "59.0 s", "90.0 s", "2.00 h", "27.8 h",
+    ]  # fmt: skip
+
+
+def test_operations_have_a_decimal_unit() -> None:
+    """8e14 operations are 800 TFLOP."""
+    assert [format_operations(each) for each in (0, 12, 1500, 8e14, 2.5e22)] == [
+        "0.00 FLOP", "12.0 FLOP", "1.50 kFLOP", "800 TFLOP", "25,000 EFLOP",
     ]  # fmt: skip

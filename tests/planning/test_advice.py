@@ -67,6 +67,12 @@ def test_the_reason_compares_with_the_best() -> None:
     assert second.why == "43 % slower than half; 63.0 GiB of the memory remain free, 48.0 GiB more."
 
 
+def test_a_strategy_that_takes_more_than_twice_as_long_has_a_factor() -> None:
+    """2.0214 s against 2.0214 + 3.5 s are 2.73 times as long."""
+    _, second = best_choices(estimates(step("half", HALF), step("sharded", SHARDED, **gathers(400 * 10**9))))
+    assert second.why.startswith("takes 2.73 times as long as half; ")
+
+
 def test_speed_is_that_of_a_sample() -> None:
     """With tensor parallelism, a step is shorter but has fewer samples."""
     assert labels(step("tp", SHARDED, dp_size=2, flops=10**15 // 4), step("dp", SHARDED)) == ["dp", "tp"]

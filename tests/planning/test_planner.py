@@ -99,27 +99,71 @@ def test_a_large_world_divides_the_shards() -> None:
     assert ("all_reduce", 128, 1) in sizes
 
 
-class Filter(BaseModel):
-    """Selects samples by their values."""
+class NeedsValues(BaseModel):
+    """A model that needs values of its batch in the way that its argument names."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
+        self.kind = kind
 
     def forward(self, x: Tensor, mode: str = "tensor") -> Any:
-        return {"loss": self.layer(x[x[:, 0] > 0]).sum()}
+        y = self.layer(x)
+        return {"loss": getattr(self, self.kind)(x, y).sum()}
+
+    def mask(self, x: Tensor, y: Tensor) -> Tensor:
+        return y[x[:, 0] > 0]
+
+    def nonzero(self, x: Tensor, y: Tensor) -> Tensor:
+        return y[x[:, 0].nonzero()]
+
+    def branch(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if (x > 0).any() else -y
+
+    def item(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * x.mean().item()
+
+    def array(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * float(x.numpy().sum())
 
 
-def test_a_model_with_shapes_that_depend_on_values_keeps_its_static_sizes() -> None:
-    """The plan names the line that needs values, and static sizes are still exact."""
-    [step] = stratagem.plan(
-        Filter(), optim_wrapper=OPTIMIZER, batch=torch.zeros(2, 4), strategies=["fsdp"], worlds=[2]
-    ).steps
-    assert step.failure is not None
-    assert f"{Path(__file__).name}:" in step.failure
-    assert "self.layer(x[x[:, 0] > 0]).sum()" in step.failure
-    assert (step.memory.parameters, step.memory.gradients, step.memory.optimizer_state) == (40, 40, 88)
-    assert (step.memory.peak, step.memory.activations, step.flops) == (None, None, None)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "line", "why"),
+    [
+        (
+            "mask",
+            "return y[x[:, 0] > 0]",
+            "The shape of the result of aten.nonzero.default depends on the values of tensors",
+        ),
+        (
+            "nonzero",
+            "return y[x[:, 0].nonzero()]",
+            "The shape of the result of aten.nonzero.default depends on the values",
+        ),
+        ("branch", "return y if (x > 0).any() else -y", "This line reads a value of a tensor"),
+        ("item", "return y * x.mean().item()", "This line reads a value of a tensor"),
+        (
+            "array",
+            "return y * float(x.numpy().sum())",
+            "it needs values, which tensors do not have in a simulated step",
+        ),
+    ],
+)
+def test_a_model_that_needs_values_keeps_its_static_sizes(kind: str, line: str, why: str) -> None:
+    """The plan names the file, the line and the reason, and static sizes are still exact."""
+    plan = stratagem.plan(
+        NeedsValues(kind), optim_wrapper=OPTIMIZER, batch=torch.zeros(2, 4), strategies=["single", "fsdp"], worlds=[2]
+    )
+    for step, (parameters, state) in zip(plan.steps, ((80, 168), (40, 88)), strict=True):
+        assert step.failure is not None
+        assert f"{Path(__file__).name}:" in step.failure
+        assert f"in {kind}: {line}" in step.failure
+        assert why in step.failure
+        assert (step.memory.parameters, step.memory.gradients, step.memory.optimizer_state) == (
+            parameters, parameters, state,
+        )  # fmt: skip
+        assert (step.memory.peak, step.memory.activations, step.flops) == (None, None, None)
 
 
 @pytest.mark.slow

@@ -4,7 +4,15 @@ from stratagem.hardware.collective_time import Collective, Group, Topology, coll
 from stratagem.hardware.devices import DEVICES, Device, device_of, find_device
 from stratagem.hardware.links import LINKS, Link, MeasuredLinks, find_link, read_measured_links
 from stratagem.hardware.save_interval import SaveInterval, save_interval
-from stratagem.hardware.units import format_bytes, format_seconds, parse_bytes, parse_duration, parse_rate, three_digits
+from stratagem.hardware.units import (
+    format_bytes,
+    format_operations,
+    format_seconds,
+    parse_bytes,
+    parse_duration,
+    parse_rate,
+    three_digits,
+)
 
 __all__ = [
     "DEVICES",
@@ -21,6 +29,7 @@ __all__ = [
     "find_device",
     "find_link",
     "format_bytes",
+    "format_operations",
     "format_seconds",
     "parse_bytes",
     "parse_duration",

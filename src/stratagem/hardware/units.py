@@ -8,7 +8,15 @@ from typing import Final
 
 from stratagem.errors import ConfigValueError
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_duration", "parse_rate", "three_digits"]
+__all__ = [
+    "format_bytes",
+    "format_operations",
+    "format_seconds",
+    "parse_bytes",
+    "parse_duration",
+    "parse_rate",
+    "three_digits",
+]
 
 _NUMBER: Final = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?P<rest>.*?)\s*")
 _BYTES: Final[dict[str, int]] = {
@@ -85,6 +93,12 @@ def format_seconds(seconds: float) -> str:
         if seconds >= length * (2 if unit in {"d", "min"} else 1):
             return f"{three_digits(seconds / length)} {unit}"
     return "0 s" if seconds == 0 else f"{three_digits(seconds / 1e-6)} µs"
+
+
+def format_operations(count: float) -> str:
+    """Return a number of floating-point operations with three significant digits and a decimal unit, such as ``800 TFLOP``."""
+    power = 0 if count < 1000 else min(6, int(math.log10(count) / 3))
+    return f"{three_digits(count / 1000**power)} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
 
 
 def three_digits(value: float) -> str:

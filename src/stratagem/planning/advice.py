@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, final
 
-from stratagem.hardware import format_bytes
+from stratagem.hardware import format_bytes, three_digits
 from stratagem.planning.result import MemoryPlan, StepPlan
 from stratagem.planning.timing import Estimate
 
@@ -164,6 +164,8 @@ def _why(each: Estimate, ranked: Sequence[Estimate], *, alone: bool) -> str:
         return f"sends {_sent(each)} for a step, {best.step.label} {_sent(best)}; {memory}{_more_free(each, best)}."
     slower = _cost(each) / _cost(best) - 1
     speed = "about as fast as" if slower < _SAME_SPEED else f"{100 * slower:.0f} % slower than"
+    if slower >= 1:
+        speed = f"takes {three_digits(slower + 1)} times as long as"
     return f"{speed} {best.step.label}; {memory}{_more_free(each, best)}."
 
 

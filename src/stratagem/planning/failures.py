@@ -23,14 +23,21 @@ def describe_failure(error: BaseException, model: str) -> str:
         last = frames[-1]
         line = linecache.getline(last.filename, last.lineno or 0).strip()
         where = f"{last.filename}:{last.lineno} in {last.name}: {line}\n"
+    advice = "Measure a real step with `stratagem find batch`."
+    return f"{where}{_explain(error)} Only the static sizes of {model} are known. {advice}"
+
+
+def _explain(error: BaseException) -> str:
     if isinstance(error, DynamicOutputShapeException):
-        why = f"The shape of the result of {error.func} depends on the values of tensors"
-    elif isinstance(error, DataDependentOutputException):
-        why = f"{error.func} reads a value of a tensor"
-    else:
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
-    return (
-        f"{where}{why}, and tensors have no values in a simulated step, so only the static sizes of {model} are known. "
-        "Replace the operation by one with a fixed shape, such as torch.where or a mask, or measure a real step with "
-        "`stratagem find batch`."
-    )
+        return (
+            f"The shape of the result of {error.func} depends on the values of tensors, and tensors have no values in a "
+            "simulated step. An operation with a fixed shape, such as torch.where(condition, x, y) or a product with a mask, "
+            "can be simulated."
+        )
+    if isinstance(error, DataDependentOutputException):
+        return (
+            f"This line reads a value of a tensor ({error.func}), and tensors have no values in a simulated step. Operations on "
+            "tensors, such as torch.where, can be simulated, and on accelerators, they do not wait for the device."
+        )
+    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": .")
+    return f"{text}. If this line works in training, it needs values, which tensors do not have in a simulated step."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from stratagem.planning.trace import storage_bytes
 from stratagem.registry import HOOKS, switch_scope
 from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
+from stratagem.tensors.dtensor import to_local
 from stratagem.train.hooks.averaging import EMAHook
 
 __all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "meta_copy", "model_factory", "plan", "plan_config"]
@@ -298,6 +300,10 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
     offload = bool(base.options.get("cpu_offload"))
     # The search changes the size of the batch, so it comes after everything that reads the recorded step.
     memory = _memory(request, sim, record, gradients=gradients, ema=ema, offload=offload)
+    # Rank 0 writes all that it has; of tensors that several ranks have, the others write nothing.
+    own = sim.own_checkpoint_bytes() + sum(to_local(each).nbytes for each in averages)
+    memory = replace(memory, host={"asynchronous save": own, **memory.host})
+    checkpoint = sim.checkpoint_bytes() + sum(each.nbytes for each in averages)
     largest = _largest_micro_batches(request, sim, record, ema=ema, offload=offload)
     planned = replace(
         base,
@@ -307,7 +313,8 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
         collectives=() if record is None else _collectives(record, request.ranks_per_node),
         flops=None if record is None else record.flops,
         compute_dtype="float32" if record is None else record.trace.main_dtype,
-        checkpoint_bytes=sim.checkpoint_bytes() + sum(each.nbytes for each in averages),
+        checkpoint_bytes=checkpoint,
+        resume_bytes=own + math.ceil(checkpoint / base.world),
         notes=(*request.notes, *_notes(sim)),
     )
     return [
@@ -340,7 +347,7 @@ def _memory(
         "gradients": gradients,
         "optimizer state": storage_bytes(sim.optimizer_state()),
     }
-    host = {"asynchronous save": static["parameters"] + static["optimizer state"] + ema}
+    host: dict[str, int] = {}
     at_peak = None if record is None else _at_peak(record, ema=ema, offload=offload)
     if offload:
         host.update(static)
@@ -360,7 +367,7 @@ def _memory(
         ema=ema,
         buffers=storage_bytes(sim.buffers()),
         batch=0 if request.batch is None else storage_bytes(_tensors(request.batch.batch)),
-        activations=None if record is None else record.trace.saved,
+        activations=None if record is None else record.trace.activations,
         peak=None if at_peak is None else sum(at_peak.values()),
         at_peak=at_peak or {},
         peak_phase=None if record is None else record.peak.phase,

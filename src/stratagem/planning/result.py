@@ -61,10 +61,11 @@ class MemoryPlan:
             "communication" and "temporary".
         peak_phase: the part of the step with the peak: ``"forward"``, ``"backward"`` or ``"update"``.
         transient: the largest temporary sizes by name, which need not coincide: "gathered parameters", "communication",
-            "temporary", "largest tensor", "asynchronous save", "loading".
+            "temporary", "largest tensor", "loading".
         context: the assumed memory of the driver and its libraries; see ``CONTEXT_BYTES``.
-        host: sizes in CPU memory by kind, for offloaded parameters, gradients and optimizer state. These are not part of the
-            other attributes, except for ``cpu_offload`` on the CPU.
+        host: sizes in CPU memory by kind: "asynchronous save" is the copy of the state that is written in the background, and
+            with ``cpu_offload``, there are parameters, gradients and optimizer state. These are not part of the other
+            attributes.
     """
 
     parameters: int
@@ -145,6 +146,8 @@ class StepPlan:
             none fits.
         memory_limit: the memory of the device, in bytes; None if none was given.
         checkpoint_bytes: the size of a checkpoint of the whole job: weights, optimizer state and averaged weights.
+        resume_bytes: the bytes of such a checkpoint that a rank reads to resume: an equal share of all bytes, which it verifies,
+            and its own part of the state; 0 if unknown.
         simulated: whether the code that trains was run with fake tensors. If not, documented partitioning rules were used.
         notes: facts that qualify the figures, one sentence each.
         failure: why the step could not be simulated, with file and line; None if it was.
@@ -167,6 +170,7 @@ class StepPlan:
     largest_micro_batch: int | None = None
     memory_limit: int | None = None
     checkpoint_bytes: int = 0
+    resume_bytes: int = 0
     simulated: bool = True
     notes: tuple[str, ...] = ()
     failure: str | None = None

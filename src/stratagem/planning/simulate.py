@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast, final
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from stratagem.distributed.rendezvous import process_group
 from stratagem.model import loss_weight
-from stratagem.optim import OptimSpec, sharded_updates
+from stratagem.optim import AccumulatingOptimWrapper, DeferredNonFiniteCheck, OptimSpec, nonfinite, sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
@@ -27,9 +28,9 @@ from stratagem.strategies import BaseStrategy, composed
 from stratagem.strategies.choice import choose_strategy, strategy_class
 from stratagem.strategies.setup import environment
 from stratagem.tensors import dtensor
-from stratagem.tensors.dtensor import to_local
+from stratagem.tensors.dtensor import is_sharded, to_local
 from stratagem.utils import generator_state, import_object, restore_generator_state
-from stratagem.utils.torch_private import local_shape_and_offset, settle_ddp_buckets, storage_id
+from stratagem.utils.torch_private import local_shape_and_offset, settle_ddp_buckets
 
 __all__ = ["Job", "Simulation", "simulating"]
 
@@ -112,9 +113,13 @@ class Simulation:
         """Return the size of the weights and the optimizer state of all ranks in a checkpoint."""
         return sum(each.numel() * each.element_size() for each in (*self._saved_weights(), *self.optimizer_state()))
 
+    def own_checkpoint_bytes(self) -> int:
+        """Return the size of what this rank has of a checkpoint."""
+        return sum(to_local(each).nbytes for each in (*self._saved_weights(), *self.optimizer_state()))
+
     def _saved_weights(self) -> list[Tensor]:
-        unique = {id(each): each for each in self.model.state_dict().values() if isinstance(each, Tensor)}
-        return list({storage_id(to_local(each)): each for each in unique.values()}.values())
+        """Return the tensors of a checkpoint, which has a shared parameter under each of its names."""
+        return [each for each in self.model.state_dict().values() if isinstance(each, Tensor)]
 
     def _wrappers(self) -> list[Any]:
         return list(self.strategy.optim_wrapper.each().values())
@@ -210,17 +215,27 @@ class Simulation:
             if trace is not None:
                 stack.enter_context(trace)
             for index in range(self.accumulation - skipped):
+                if trace is not None:
+                    trace.begin_micro_batch()
                 step(batch, optim_wrapper=self.strategy.optim_wrapper)
                 repeated = 1
                 if index == 1 and skipped:
                     repeated += skipped
                     for wrapper in wrappers:
-                        wrapper.inner_count += skipped
+                        _skip_micro_batches(wrapper, skipped)
                 if trace is not None:
                     new_calls, new_flops = trace.take_counts()
                     calls += new_calls * repeated
                     flops += new_flops * repeated
         return storage_bytes(seen), (tuple(calls), flops)
+
+
+def _skip_micro_batches(wrapper: Any, count: int) -> None:
+    """Count micro-batches as if they had been run."""
+    state = wrapper.accumulation_state()
+    wrapper.inner_count += count
+    weighted = state["weighted"] + count if state["weighted"] else 0
+    wrapper.resume_accumulation({**state, "pending": state["pending"] + count, "weighted": weighted})
 
 
 @contextmanager
@@ -292,6 +307,7 @@ def simulating(
             fake_copies(mode, model, built.world.device)
             stack.enter_context(mode)
         built.prepare(model, optim_wrapper=job.optim_wrapper, dispatch_kwargs={"max_iters": 10**9})
+        _guard_against_nonfinite(built)
         for module in built.model.modules():
             if isinstance(module, Replica):
                 # The reducer expects a result of each all-reduce, which the simulated process group does not have.
@@ -308,6 +324,14 @@ def _failing_trials(optimizer: Any, cases: Any, _: Any, route: Any) -> tuple[Any
     except Exception as error:  # noqa: BLE001 -- any exception of the optimizer rules this way out, as in training
         return [(cases[0], str(error))], error
     return [], None
+
+
+def _guard_against_nonfinite(strategy: BaseStrategy) -> None:
+    """Check the gradients for NaN and Inf, as a run does by default on accelerators."""
+    for wrapper in strategy.optim_wrapper.each().values():
+        if isinstance(wrapper, AccumulatingOptimWrapper) and wrapper.nonfinite is None:
+            guard = DeferredNonFiniteCheck(wrapper.optimizer)
+            wrapper.gradient_policy = replace(wrapper.gradient_policy, guard=guard)
 
 
 def _all_reduced(buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -342,7 +366,12 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     def unchanged(_: BaseStrategy, model: nn.Module) -> nn.Module:
         return model
 
+    # With fake tensors, transformers assumes that a batch may contain packed sequences, and creates masks that real tensors with
+    # one sequence in each row do not need.
+    masks = sys.modules.get("transformers.masking_utils")
+    own_masks = [(masks, "find_packed_sequence_indices", lambda *_, **__: None)] if masks is not None else []
     return [
+        *own_masks,
         # Decide how sharded parameters are updated, without comparing the values of trial updates.
         (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", _failing_trials),
@@ -350,6 +379,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         (sharded_updates, "_small", lambda shape, ranks: small(shape, min(ranks, _TRIAL_RANKS))),
         (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
+        (nonfinite, "is_plain", lambda tensor: not is_sharded(tensor)),
         (loss_weight, "_count", lambda targets, ignored: (targets != ignored).sum()),
         # The scaler of float16 reads whether gradients are finite.
         (

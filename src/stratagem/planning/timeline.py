@@ -160,7 +160,7 @@ def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, visits: 
             numels=tuple(each.numel() for each in parameters),
             trainable=tuple(each.requires_grad for each in parameters),
             modules=tuple(tuple(index[id(each)] for each in module.parameters(recurse=False)) for module in modules),
-            saved=trace.saved,
+            saved=trace.activations,
             largest=trace.largest,
             flops=trace.flops,
             compute_dtype=trace.main_dtype,

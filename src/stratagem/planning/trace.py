@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +51,7 @@ _KINDS: Final = {
     "send": "send",
     "recv_": "recv",
 }
+_WAIT: Final = torch.ops._c10d_functional.wait_tensor.default
 _NAMESPACES: Final = frozenset({"c10d", "_c10d_functional"})
 
 
@@ -113,7 +114,8 @@ class StepTrace(TorchDispatchMode):
         calls: the collectives in order.
         flops: the number of floating-point operations, as torch's ``FlopCounterMode`` counts them.
         flops_by_dtype: the same by the dtype of the operands.
-        saved: the bytes of storages that the forward pass saves for the backward pass, except those in ``known``.
+        activations: the bytes of storages that the forward pass creates and that exist when the backward pass starts, except
+            those of other kinds; with several micro-batches, those of the one with the most.
         largest: the bytes of the largest storage that the step creates.
     """
 
@@ -134,7 +136,8 @@ class StepTrace(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
         self._past_backward = False
         self._exit = ExitStack()
-        self._saved: set[int] = set()
+        self._first_of_forward = 0
+        self.activations = 0
         for kind, tensors in known.items():
             for tensor in tensors:
                 self._add(tensor, kind)
@@ -142,7 +145,6 @@ class StepTrace(TorchDispatchMode):
     # ---- the context ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> StepTrace:
-        self._exit.enter_context(saved_tensors_hooks(self._note_saved, _unchanged))
         self._exit.enter_context(self._following_resizes())
         super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
@@ -176,9 +178,27 @@ class StepTrace(TorchDispatchMode):
     def phase(self) -> str:
         """The current part of the step: ``"forward"``, ``"backward"`` or ``"update"``."""
         if backward_pass_id() != -1:
-            self._past_backward = True
             return "backward"
         return "update" if self._past_backward else "forward"
+
+    def begin_micro_batch(self) -> None:
+        """Start the forward pass of a micro-batch of the step. What remains of those before are gradients."""
+        if self._past_backward:
+            for number in self._numbers.values():
+                if number not in self._before:
+                    self._kinds.setdefault(number, "gradients")
+        self._past_backward = False
+        self._first_of_forward = len(self._sizes)
+
+    def _begin_backward(self) -> None:
+        """Note the activations: what the forward pass has created and is still there."""
+        self._past_backward = True
+        size = 0
+        for number in self._numbers.values():
+            created = number >= self._first_of_forward and number not in self._before
+            if created and self._kinds.setdefault(number, "activations") == "activations":
+                size += self._sizes[number]
+        self.activations = max(self.activations, size)
 
     # ---- operations -------------------------------------------------------------------------------------------------
 
@@ -187,10 +207,18 @@ class StepTrace(TorchDispatchMode):
             # Let DTensor compute with its local tensors first; this mode then sees these operations.
             return NotImplemented
         kwargs = kwargs or {}
+        if not self._past_backward and backward_pass_id() != -1:
+            self._begin_backward()
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._add(tensor, None)
+        if func is _WAIT and isinstance(args[0], FakeTensor):
+            # Without fake tensors, the result is the argument, and not a copy.
+            return args[0]
         out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, None, new=True)
         if getattr(func, "namespace", None) in _NAMESPACES:
             self._note_collective(func, args, kwargs, out)
         packet = getattr(func, "_overloadpacket", None)
@@ -198,9 +226,6 @@ class StepTrace(TorchDispatchMode):
         if operations:
             self.flops += operations
             self.flops_by_dtype[operand_dtype(args)] += operations
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor, None, new=True)
         if packet is not None and packet.__name__ == "split_with_sizes_copy":
             # FSDP copies gathered parameters from the message of an all-gather to their own storages.
             for tensor in kwargs.get("out", ()):
@@ -272,17 +297,7 @@ class StepTrace(TorchDispatchMode):
         """Note what happens now, for ``timeline``."""
         self._marks.append((len(self._events), what))
 
-    def _note_saved(self, tensor: Tensor) -> Tensor:
-        number = self._add(tensor, None)
-        if self._kinds.setdefault(number, "activations") == "activations":
-            self._saved.add(number)
-        return tensor
-
     # ---- results ----------------------------------------------------------------------------------------------------
-
-    @property
-    def saved(self) -> int:
-        return sum(self._sizes[number] for number in self._saved)
 
     @property
     def main_dtype(self) -> str:
@@ -356,10 +371,6 @@ def _local(tensor: Tensor) -> Tensor:
     local = to_local(tensor) if isinstance(tensor, DTensor) else tensor
     # The result of a functional collective that has not been waited for.
     return getattr(local, "elem", local)
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from stratagem.cli.plot.bars import Bar, BarChart, BarGroup
-from stratagem.hardware import format_bytes, format_seconds, three_digits
+from stratagem.hardware import format_bytes, format_operations, format_seconds, three_digits
 from stratagem.planning.advice import SEGMENTS, Advice, segments_of
 from stratagem.planning.report import Report, Section
 from stratagem.planning.timing import Estimate
@@ -154,7 +154,7 @@ def detail_rows(each: Estimate) -> Iterator[tuple[str, str]]:
     """Yield names and values of the times, operations and checkpoints of a strategy."""
     step, time, checkpoint = each.step, each.time, each.checkpoint
     if step.flops is not None:
-        yield "operations", f"{step.flops:.4g} FLOP per rank, most of them in {step.compute_dtype}"
+        yield "operations", f"{format_operations(step.flops)} per rank, most of them in {step.compute_dtype}"
     if time is None:
         if each.no_time is not None:
             yield "time", f"not estimated: {each.no_time}"
@@ -177,6 +177,9 @@ def detail_rows(each: Estimate) -> Iterator[tuple[str, str]]:
         if checkpoint.start_bytes:
             took = "" if checkpoint.start_seconds is None else f", {format_seconds(checkpoint.start_seconds)}"
             yield "start", f"rank 0 broadcasts {format_bytes(checkpoint.start_bytes)}{took}"
+    if step.resume_bytes:
+        read = format_bytes(step.resume_bytes)
+        yield "resume", f"each rank reads {read} of the checkpoint: its state, and its share of what all ranks verify"
 
 
 def advice_lines(advice: Advice) -> Iterator[str]:
@@ -199,7 +202,7 @@ def problem_lines(section: Section) -> Iterator[str]:
         step = each.step
         texts = [
             *([f"cannot be used: {step.refusal}"] if step.refusal is not None else []),
-            *([f"without activations and times, because {step.failure}"] if step.failure is not None else []),
+            *([f"without activations and times: {step.failure}"] if step.failure is not None else []),
             *step.notes,
         ]
         for text in texts:

@@ -75,7 +75,7 @@ dt { color: var(--faint); }
 dd { margin: 0; }
 ol, ul { padding-left: 1.4rem; margin: 0.5rem 0; }
 @media (max-width: 40rem) {
-  .row { grid-template-columns: 1fr 5.5rem; }
+  .row { grid-template-columns: 1fr 5.5rem; gap: 0.1rem 0.6rem; margin: 0.8rem 0; }
   .row > :first-child { grid-column: 1 / -1; }
   th:first-child, td:first-child { min-width: 8rem; overflow-wrap: anywhere; }
   dl { grid-template-columns: 1fr; }
@@ -179,7 +179,11 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(name: str, text: str) -> str:
     style = f' class="{text}"' if name == "fits" and text in {"yes", "no"} else ""
-    return f"<td{style}>{escape(text)}</td>"
+    # Long names of options break at these characters on narrow screens.
+    shown = escape(text)
+    for character in "_=":
+        shown = shown.replace(character, f"{character}<wbr>") if name == "strategy" else shown
+    return f"<td{style}>{shown}</td>"
 
 
 def _advice(section: Section) -> Iterator[str]:

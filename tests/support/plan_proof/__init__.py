@@ -1,0 +1,1 @@
+"""Compare plans with real runs, which a separate implementation measures."""
