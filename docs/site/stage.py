@@ -41,6 +41,8 @@ _GUIDE: Final = Path("docs/guide.md")
 _FENCE: Final = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 _LINK: Final = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\]|!\[[^\]]*\])*\])\(<?([^)\s>]+)>?((?:\s+\"[^\"]*\")?)\)")
 _BESIDE: Final = re.compile(r"<!-- beside: begin -->\n(.*?)<!-- beside: end -->", re.DOTALL)
+# What a program prints; its lines are long.
+_OUTPUT: Final = re.compile(r"^<!-- output: .* -->\n```\n", re.MULTILINE)
 _HEADING: Final = re.compile(r"^(#{1,6})\s+(.*?)\s*#*$", re.MULTILINE)
 _LANGUAGES: Final = {
     ".py": "python",
@@ -130,6 +132,7 @@ class Site:
             kept.append(match[0])
             return f"\0{len(kept) - 1}\0"
 
+        text = _OUTPUT.sub(r"```{code-block} text\n:class: wrapped\n\n", text)
         text = _FENCE.sub(hide, text)
         text = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", lambda match: hide(match) if "](" in match[0] else match[0], text)
         text = _LINK.sub(lambda match: f"{match[1]}({self._target(match[2], source, page)}{match[3]})", text)

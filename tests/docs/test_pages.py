@@ -66,6 +66,16 @@ def test_links_lead_to_where_the_pages_of_the_site_are(tmp_path: Path) -> None:
     assert site.files == {"src/stratagem/step.py"}
 
 
+def test_programs_side_by_side_become_columns_and_outputs_are_wrapped(tmp_path: Path) -> None:
+    """The parts between the comments are items of a grid, in order."""
+    columns = "<!-- beside: begin -->\n**A**\n\none\n\n**B**\n\ntwo\n<!-- beside: end -->\n"
+    text = f"{columns}<!-- output: a.py, within 0 -->\n```\nx\n```"
+    found = Site(tmp_path).rewritten(text, ROOT / "docs/gpu.md", "gpu.md")
+    assert (
+        found.index("{grid-item}\n**A**") < found.index("{grid-item}\n**B**") < found.index(":class: wrapped\n\nx\n```")
+    )
+
+
 def test_the_check_of_the_built_site_finds_broken_links_and_resources_of_other_servers(tmp_path: Path) -> None:
     """Missing files, missing anchors, scripts and fonts from a network are reported."""
     (tmp_path / "a.html").write_text(
