@@ -73,6 +73,27 @@ def test_backward_pass_id_distinguishes_backward_passes() -> None:
     assert torch_private.backward_pass_id() == -1
 
 
+def test_observe_created_graphs_counts_passes_that_create_a_graph() -> None:
+    """The function is called around passes with ``create_graph=True``, not around others or after the block."""
+    calls: list[int] = []
+    weight = torch.ones(1, requires_grad=True)
+
+    def passes() -> None:
+        torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
+        (weight**2).sum().backward(inputs=[weight])
+        torch.autograd.grad((weight**2).sum(), weight)
+
+    with torch_private.observe_created_graphs(calls.append):
+        passes()
+        assert calls == [1, -1]
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(torch.zeros(1).sum(), weight, create_graph=True)
+    assert sum(calls) == 0
+    count = len(calls)
+    passes()
+    assert len(calls) == count
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_fused_optimizers_read_found_inf(optimizer: Any) -> None:
     """An optimizer for which the function returns True skips the update if ``found_inf`` is 1."""
