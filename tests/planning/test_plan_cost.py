@@ -11,6 +11,9 @@ from torch import nn
 import stratagem
 from stratagem import SupervisedModel
 from stratagem.optim import probe
+from stratagem.planning import engines
+from stratagem.planning.planner import DEFAULT_STRATEGIES
+from tests.support.planned_models import MODELS
 
 BATCH = (torch.zeros(2, 4), torch.zeros(2, 4))
 ADAMW = {"optimizer": {"type": "AdamW"}}
@@ -32,3 +35,31 @@ def test_trial_updates_of_a_plan_are_small_at_many_ranks(monkeypatch: pytest.Mon
     assert step.failure is None
     assert sizes
     assert max(sizes) <= 1000
+
+
+@pytest.mark.slow
+def test_the_default_comparison_contains_all_kinds_of_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HSDP and tensor parallelism follow the number of ranks, and engines of one precision share their simulation."""
+    dtypes: list[Any] = []
+    before = engines.record_timeline
+
+    def record(job: Any, batch: Any, dtype: Any, **kwargs: Any) -> Any:
+        dtypes.append((dtype, kwargs["tp_size"]))
+        return before(job, batch, dtype, **kwargs)
+
+    monkeypatch.setattr(engines, "record_timeline", record)
+    make_model, make_batch = MODELS["language"]
+    plan = stratagem.plan(
+        make_model(),
+        optim_wrapper=ADAMW,
+        batch=make_batch(),
+        strategies=DEFAULT_STRATEGIES,
+        worlds=[4],
+        gpus_per_node=2,
+    )
+    assert [(step.refusal, step.failure) for step in plan.steps] == [(None, None)] * 16
+    assert [step.options.get("replicate") for step in plan.steps if "replicate" in step.options] == [2]
+    assert [step.options.get("tp") for step in plan.steps if "tp" in step.options] == [2]
+    assert [step.strategy for step in plan.steps].count("DeepSpeedStrategy") == 4
+    assert [step.strategy for step in plan.steps].count("ColossalAIStrategy") == 3
+    assert dtypes == [(torch.bfloat16, 1), (torch.bfloat16, 2)]

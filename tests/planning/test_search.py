@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratagem.planning.search import largest_that_fits
+from stratagem.planning.search import largest_of_profiles, largest_that_fits
 
 
 @given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 64), st.integers(0, 5000), st.integers(0, 30))
@@ -29,3 +29,21 @@ def test_a_linear_peak_needs_few_measurements() -> None:
 
     assert largest_that_fits(peak, 1_000_000, 8) == 142_714
     assert len(sizes) <= 8
+
+
+def test_two_sizes_determine_the_largest_that_fits_all_limits() -> None:
+    """The sums 50 + 3n and 10 + 7n reach 100 at n = 12 (94 and 86 at 12, 97 and 101 at 13), and one more size is checked."""
+    sizes: list[int] = []
+
+    def totals(size: int) -> list[int]:
+        sizes.append(size)
+        return [50 + 3 * size, 10 + 7 * size]
+
+    assert largest_of_profiles(totals, [100, 60, 52], 2) == [12, 3, 0]
+    assert sizes == [2, 4, 12]
+
+
+def test_sums_that_are_not_linear_are_searched() -> None:
+    """A step whose memory grows with the square of the size fits 10 samples into 100, which a line through two sizes misses."""
+    assert largest_of_profiles(lambda size: [size * size], [100, 99], 2) == [10, 9]
+    assert largest_of_profiles(lambda size: [1] * size, [1], 2)[0] > 1000

@@ -73,7 +73,6 @@ def plan_colossalai(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         buckets=_bucket_bytes(job),
         resting_gradients=0,
         dtype=dtype,
-        visits=False,
         tp_size=spec.tp_size,
         accumulation=int(wrapper.accumulative_counts),
         make=_step_of(job),

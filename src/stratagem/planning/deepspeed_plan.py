@@ -105,7 +105,6 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         buckets=buckets,
         resting_gradients=partitions * itemsize if options.stage == 3 and not options.offloads_optimizer else 0,
         dtype=options.dtype,
-        visits=options.stage == 3,
         accumulation=int(wrapper.accumulative_counts),
         make=_step_of(job, persistent),
     )

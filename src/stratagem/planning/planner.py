@@ -37,15 +37,24 @@ __all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "meta_copy", "model_factory", "
 
 StrategySpec = str | Mapping[str, Any]
 
-# The strategies that are compared by default, from the least to the most sharded.
+# The strategies that are compared by default, from the least to the most sharded. HSDP and tensor parallelism, whose options
+# depend on the number of ranks, are added to them.
 DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
     "single",
     "ddp",
     "fsdp",
+    {"type": "fsdp", "reshard_after_forward": False},
     {"type": "fsdp", "mixed_precision": "bfloat16"},
     {"type": "fsdp", "mixed_precision": "bfloat16", "activation_checkpointing": True},
     {"type": "fsdp", "cpu_offload": True},
+    *({"type": "deepspeed", "zero_optimization": {"stage": stage}, "bf16": True} for stage in range(4)),
+    *(
+        {"type": "colossalai", "plugin": {"type": "lowlevel-zero", "stage": stage}, "mixed_precision": "bf16"}
+        for stage in (1, 2)
+    ),
 )
+# The largest number of ranks that the layers of a model are sharded across by default.
+_MOST_TENSOR_PARALLEL: Final = 8
 
 
 # The kinds of tensors that ``cpu_offload`` keeps in the memory of the host.
@@ -213,7 +222,26 @@ def _plan(request: _Request, strategies: Sequence[StrategySpec], worlds: Sequenc
         name = full_strategy_name(own["type"]) if isinstance(own.get("type"), str) else own["type"].__name__
         for world in (1,) if name == "SingleDeviceStrategy" else worlds:
             steps += _plan_step(request, own, name, world)
+    if strategies is DEFAULT_STRATEGIES:
+        has_plan = bool(getattr(request.job.make_model(), "tp_plan", None))
+        for world in worlds:
+            for own in _strategies_for(world, request.ranks_per_node, has_plan=has_plan):
+                steps += _plan_step(request, own, full_strategy_name(own["type"]), world)
     return Plan(model=facts, steps=tuple(steps))
+
+
+def _strategies_for(world: int, ranks_per_node: int, *, has_plan: bool) -> list[dict[str, Any]]:
+    """Return the strategies of the default comparison whose options depend on the number of ranks."""
+    found: list[dict[str, Any]] = []
+    half = {"mixed_precision": "bfloat16"}
+    if world > ranks_per_node and world % ranks_per_node == 0:
+        found.append({"type": "fsdp", "replicate": world // ranks_per_node, **half})
+    size = min(world, ranks_per_node, _MOST_TENSOR_PARALLEL)
+    if has_plan and size > 1 and world % size == 0:
+        found.append({"type": "fsdp", "tp": size, **half})
+        plugin = {"type": "hybrid-parallel", "tp_size": size}
+        found.append({"type": "colossalai", "plugin": plugin, "mixed_precision": "bf16"})
+    return found
 
 
 def _facts(request: _Request) -> ModelFacts:

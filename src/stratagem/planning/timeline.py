@@ -118,14 +118,13 @@ def cast_to(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return model
 
 
-def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, visits: bool, tp_size: int = 1) -> Timeline:
+def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, tp_size: int = 1) -> Timeline:
     """Run one micro-batch on fake tensors and record it.
 
     Args:
         job: what is planned.
         batch: a batch on the meta device.
         dtype: the dtype that an engine casts the model to; None for that of its parameters.
-        visits: whether to record when modules are entered and left.
         tp_size: the number of ranks that ColossalAI shards the layers of ``tp_plan`` across.
     """
     recording: list[StepTrace] = []
@@ -151,8 +150,7 @@ def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, visits: 
             def hooked(trace: StepTrace) -> None:
                 recording.append(trace)
                 stack.enter_context(_gradients(trace, parameters))
-                if visits:
-                    stack.enter_context(_visits(trace, modules))
+                stack.enter_context(_visits(trace, modules))
 
             trace, batch_bytes, weight = sim.micro_batch(batch, hooked)
         return Timeline(

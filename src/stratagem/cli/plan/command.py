@@ -27,7 +27,7 @@ from stratagem.planning.result import Plan, StepPlan
 __all__ = ["PlanSettings", "plan"]
 
 # Variants of a strategy are planned for the advice if planning the strategy took at most this time.
-_MAX_VARIANT_S: Final = 60.0
+_MAX_VARIANT_S: Final = 15.0
 
 
 @final
@@ -110,7 +110,7 @@ def plan(
             batch=settings.batch,
         )
         pairs = [(cluster, _for_memory(planned, cluster.memory)) for cluster in clusters]
-        report = build_report(str(options.config), pairs, replan=_replanner(config, settings))
+        report = build_report(str(options.config), pairs, replan=_replanner(config, settings, planned))
     _write(report, as_json=as_json, html=html, out=out)
 
 
@@ -184,18 +184,25 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _replanner(config: Config, settings: PlanSettings) -> Replan:
+def _replanner(config: Config, settings: PlanSettings, planned: Plan) -> Replan:
+    known = planned.steps
+
     def replan(step: StepPlan, changes: Mapping[str, Any], size: int | None) -> StepPlan | None:
+        options = {**step.options, **changes}
+        for each in known if size is None else ():
+            # The comparison contains this variant.
+            if (each.strategy, each.world, each.options) == (step.strategy, step.world, options):
+                return each
         if step.seconds > _MAX_VARIANT_S:
             return None
-        planned = plan_config(
+        variant = plan_config(
             config if size is None or settings.batch is not None else _with_batch_size(config, size),
-            strategies=[{"type": step.strategy, **step.options, **changes}],
+            strategies=[{"type": step.strategy, **options}],
             worlds=[step.world],
             gpus_per_node=step.gpus_per_node,
             batch=_resized(settings.batch, step.micro_batch, size),
         )
-        return planned.steps[0]
+        return variant.steps[0]
 
     return replan
 
