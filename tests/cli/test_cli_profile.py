@@ -17,7 +17,7 @@ def test_a_profile_of_a_configuration_is_printed(stratagem: Callable[..., Any], 
     assert found["iterations"] == 2
     assert {"data", "forward", "backward", "optimizer", "hooks"} <= found["parts"].keys()
     assert Path(found["trace"]).is_file()
-    assert not list(tmp_path.rglob("manifest.json"))
+    assert not [*tmp_path.rglob("manifest.json"), *tmp_path.rglob("report.html")]
     text = stratagem("profile", config, "--steps", "1", "--skip", "1").out
     assert text.splitlines()[1].split() == ["part", "of", "an", "iteration", "time", "share"]
     assert "open it on https://ui.perfetto.dev" in text

@@ -92,5 +92,5 @@ def _simplify(config: Config, *, quiet: bool) -> None:
         changes["param_scheduler"] = None  # It requires an evaluation.
     hooks = config.get("default_hooks")
     changes["default_hooks"] = {**(hooks if isinstance(hooks, Mapping) else {}), "checkpoint": None}
-    changes |= {"resume": False, "log_level": "ERROR" if quiet else "WARNING"}
+    changes |= {"resume": False, "report": False, "log_level": "ERROR" if quiet else "WARNING"}
     config.merge_from_dict(changes, source="stratagem profile")

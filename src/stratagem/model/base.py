@@ -43,6 +43,9 @@ class BaseModel(nn.Module, ABC):
     overrides :meth:`train_step`; it must then reach its parameters by calling ``self(...)``, since strategies wrap that
     call.
 
+    A model may also define ``count_samples(batch)`` and ``count_tokens(batch)``, which return the numbers for the rates in the
+    log; by default, the logger determines them.
+
     Args:
         data_preprocessor: a module that is called with ``(data, training)``, or its configuration; by default one
             that moves the batch to the device of the model.
