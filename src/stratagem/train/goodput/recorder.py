@@ -18,7 +18,7 @@ __all__ = ["TIMES", "TimesRecorder", "recording_times"]
 TIMES: Final = "times.jsonl"
 
 # The time between two records, which is how much a kill can leave unrecorded: a fraction of the session, within limits.
-_SHORTEST_S: Final = 0.2
+_SHORTEST_S: Final = 0.1
 _LONGEST_S: Final = 60.0
 _FRACTION: Final = 1 / 400
 
