@@ -69,13 +69,14 @@ def _compare_all(models: Sequence[str], world: int, found: list[Comparison], fai
 
 def _page(found: Sequence[Comparison], failures: Sequence[str], seconds: float) -> list[str]:
     different = [each for each in found if each.different]
+    worlds = " or ".join(str(world) for world in sorted({each.world for each in found}))
     activations = max((_relative(each.activations) for each in found), default=0.0)
     peak = max((_relative(each.peak) for each in found), default=0.0)
     return [
         "# Proof of plans",
         "",
         "`make proof-plan` writes this page; [planning a job](plan.md) describes the command. Each model is trained with",
-        "`Runner` on 1, 2 and 4 ranks, and planned from the same configuration. A separate implementation measures the runs:",
+        f"`Runner` on {worlds} ranks, and planned from the same configuration. A separate implementation measures the runs:",
         "it adds up the storages after every operation, and takes collectives and allocations from the profiler of torch. The",
         "models are small (64 features, 3 blocks, 4 samples for each rank), and have the layers of large ones.",
         "",
