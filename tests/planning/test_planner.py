@@ -255,6 +255,13 @@ def test_a_strategy_that_does_not_divide_the_ranks_is_refused_in_its_plan() -> N
 
 
 @pytest.mark.slow
+def test_a_plan_with_offloading_mentions_what_its_time_lacks() -> None:
+    """The rates of the CPU and of its link to the device are unknown, so the time is too short."""
+    notes = [" ".join(planned("language", {"type": "fsdp", "cpu_offload": each}, 2).notes) for each in (True, False)]
+    assert ["does not include the update on the CPU" in each for each in notes] == [True, False]
+
+
+@pytest.mark.slow
 def test_muon_under_fsdp_is_planned() -> None:
     """The update, which sends parts of matrices, is simulated, and each rank has a quarter of the momenta."""
     model = SupervisedModel(nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 8, bias=False)), nn.MSELoss())

@@ -59,6 +59,9 @@ _MOST_TENSOR_PARALLEL: Final = 8
 
 # The kinds of tensors that ``cpu_offload`` keeps in the memory of the host.
 _ON_HOST: Final = ("parameters", "gradients", "optimizer state")
+_OFFLOAD_NOTE: Final = (
+    "The time of a step does not include the update on the CPU and the copies between CPU and device."
+)
 _ENGINES: Final = {"DeepSpeedStrategy": plan_deepspeed, "ColossalAIStrategy": plan_colossalai}
 
 
@@ -343,7 +346,7 @@ def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRe
         compute_dtype="float32" if record is None else record.trace.main_dtype,
         checkpoint_bytes=checkpoint,
         resume_bytes=own + math.ceil(checkpoint / base.world),
-        notes=(*request.notes, *_notes(sim)),
+        notes=(*request.notes, *_notes(sim), *((_OFFLOAD_NOTE,) if offload else ())),
     )
     return [
         replace(planned, memory_limit=limit, largest_micro_batch=None if limit is None else largest.get(limit))
