@@ -434,6 +434,7 @@ class Runner:
                 loop.run()
             except RollBackError as request:
                 run.logger.warning(request)
+                run.clock.mark("discarded", run.iter)
                 roll_back(run, request)
                 run.clock.mark("rolled back", run.iter)
                 # Hooks restore their state from the checkpoint in before_run.

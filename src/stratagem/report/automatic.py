@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stratagem.errors import ConfigTypeError
-from stratagem.report.collect import collect
+from stratagem.report.collect import collect, is_session
 from stratagem.report.page import page_of
 from stratagem.storage import write_record
 from stratagem.train.run.context import Run
@@ -38,7 +38,7 @@ def reporting(run: Run, *, enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if enabled and run.rank == 0:
+        if enabled and run.rank == 0 and is_session(Path(run.log_dir)):
             _write(run)
 
 

@@ -148,15 +148,15 @@ def collect(path: Path) -> RunFacts:
         CheckpointNotFoundError: if the folder does not contain a run.
     """
     path = path.absolute()
-    is_session = _is_session(path)
-    work_dir = path.parent if is_session else path
+    given = is_session(path)
+    work_dir = path.parent if given else path
     folders = session_folders(work_dir)
     if not folders:
         raise CheckpointNotFoundError(
             f"{path} does not contain a run: it has no folder with {RECORD}, {TIMES} or {_SCALARS}. Pass the work directory of "
             "a run, or the folder of one of its sessions."
         )
-    sessions = _sessions(work_dir, folders, path if is_session else None)
+    sessions = _sessions(work_dir, folders, path if given else None)
     facts = RunFacts(name=work_dir.name, work_dir=work_dir, sessions=[], others=len(folders) - len(sessions))
     for session, before in zip(sessions, _last_iterations(sessions), strict=True):
         last = read_records(session.folder / _SCALARS, facts.records, before=before)
@@ -174,7 +174,7 @@ def collect(path: Path) -> RunFacts:
 
 def session_folders(work_dir: Path) -> list[Path]:
     """Return the folders of the sessions in a work directory, oldest first."""
-    return sorted(filter(_is_session, _subfolders(work_dir)))
+    return sorted(filter(is_session, _subfolders(work_dir)))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -192,7 +192,8 @@ def config_changes(first: RunFacts, other: RunFacts) -> list[str]:
         return []
 
 
-def _is_session(folder: Path) -> bool:
+def is_session(folder: Path) -> bool:
+    """Return whether a folder has the files of a session."""
     return any((folder / name).is_file() for name in (RECORD, TIMES, _SCALARS))
 
 

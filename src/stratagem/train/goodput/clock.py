@@ -47,7 +47,9 @@ class Reading:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that is recorded at once: a save begins (``save``) or is durable (``saved``), or the run is ``rolled back``.
+    """Something that is recorded at once: a save begins (``save``) or is durable (``saved``), or a rollback.
+
+    A rollback consists of two events: training is ``discarded``, and the run is ``rolled back``.
 
     Attributes:
         kind: the name of the event.

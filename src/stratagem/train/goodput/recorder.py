@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -31,14 +31,19 @@ class TimesRecorder:
         clock: the clock of the session.
         folder: the folder of the session.
         logger: warned once if the file cannot be written; training continues.
+
+    Attributes:
+        identified: whether the run that the session belongs to is recorded.
+        discarded: whether the file was removed.
     """
 
     def __init__(self, clock: SessionClock, folder: Path, logger: Logger) -> None:
-        self._clock, self._logger = clock, logger
+        self.identified = self.discarded = False
+        self._clock, self._logger, self._file = clock, logger, folder / TIMES
         self._writer: JsonLinesWriter | None = None
         self._writing = threading.Lock()
         try:
-            self._writer = JsonLinesWriter(folder / TIMES)
+            self._writer = JsonLinesWriter(self._file)
         except WorkDirError as error:
             self._warn(error)
 
@@ -53,7 +58,18 @@ class TimesRecorder:
             run_id: the ID of the run.
             continues: whether the session continues the previous one in the work directory although it found no checkpoint.
         """
+        self.identified = True
         self._write({"event": "session", "run_id": run_id, "continues": continues, **self._reading()})
+
+    def discard(self) -> None:
+        """Remove the file, which contains only this session, and record nothing more."""
+        with self._writing:
+            self.discarded = True
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+                with suppress(OSError):
+                    self._file.unlink()
 
     def event(self, event: Event) -> None:
         """Record an event."""

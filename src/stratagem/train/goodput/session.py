@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from stratagem.errors import ConfigError, StratagemError
 from stratagem.train.goodput.account import goodput_of
 from stratagem.train.goodput.recorder import TimesRecorder, recording_times
 from stratagem.train.resume.session_record import is_complete
@@ -20,15 +21,22 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 @contextmanager
 def measured_session(run: Run) -> Iterator[TimesRecorder | None]:
-    """Measure and record a session for the duration of the context, then log the goodput of the run on rank 0."""
+    """Measure and record a session for the duration of the context, then log the goodput of the run on rank 0.
+
+    A run that cannot start because of an error in its configuration is not recorded, so that it leaves the folder unchanged.
+    """
     folder = Path(run.log_dir)
     with recording_times(run.clock, folder, run.logger, records=run.rank == 0) as recorder:
         outcome = "failed"
         try:
             yield recorder
             outcome = _outcome(run)
+        except StratagemError as error:
+            if recorder is not None and not recorder.identified and error.exit_status == ConfigError.exit_status:
+                recorder.discard()
+            raise
         finally:
-            if recorder is not None:
+            if recorder is not None and not recorder.discarded:
                 recorder.end(outcome)
                 _log_goodput(run, folder)
 
