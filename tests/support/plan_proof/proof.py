@@ -69,7 +69,8 @@ def _compare_all(models: Sequence[str], world: int, found: list[Comparison], fai
 
 def _page(found: Sequence[Comparison], failures: Sequence[str], seconds: float) -> list[str]:
     different = [each for each in found if each.different]
-    worlds = " or ".join(str(world) for world in sorted({each.world for each in found}))
+    numbers = [str(world) for world in sorted({each.world for each in found})]
+    worlds = " or ".join(filter(None, (", ".join(numbers[:-1]), *numbers[-1:])))
     activations = max((_relative(each.activations) for each in found), default=0.0)
     peak = max((_relative(each.peak) for each in found), default=0.0)
     return [
