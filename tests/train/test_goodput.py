@@ -355,7 +355,7 @@ def test_a_run_records_its_rollback(make_runner: MakeRunner) -> None:
     runner = make_runner(**arguments)
     runner.train()
     events = [event for event in events_of(runner) if event[0] not in {"save", "saved"}]
-    assert events == [("begin", 0), ("session", 0), ("rolled back", 4), ("end", runner.run.iter)]
+    assert events == [("begin", 0), ("session", 0), ("discarded", 5), ("rolled back", 4), ("end", runner.run.iter)]
 
 
 def test_a_second_training_in_the_same_process_is_another_session(make_runner: MakeRunner) -> None:
