@@ -1,4 +1,4 @@
-"""Declare the commands of ``stratagem ckpt``. None of them needs the model's code."""
+"""Declare the commands of ``stratagem ckpt``. Only ``convert --config`` needs the model's code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stratagem.cli.arguments import Overrides
 from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.output import AsJson
 
@@ -91,22 +92,55 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="stratagem, pth, safetensors, huggingface or dcp. Default: the format for the suffix of TARGET (.pth or "
-            ".safetensors), or stratagem if TARGET has no suffix.",
+            help="stratagem, pth, safetensors, huggingface, state_dict or dcp. Default: the format for the suffix of "
+            "TARGET (.pth or .safetensors), or stratagem if TARGET has no suffix.",
         ),
     ] = None,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Write the trained weights instead of the averaged weights."),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="With huggingface: the configuration of the run. Its model is built, and TARGET becomes a complete folder that "
+            "from_pretrained opens.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With huggingface and state_dict: the module to write, such as network. A dot is the whole model.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="With huggingface: the tokenizer whose files are added.")
+    ] = None,
+    merge_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--merge-adapters",
+            help="With huggingface: add PEFT adapters to the weights instead of writing only the adapter.",
+        ),
+    ] = False,
     traceback: Traceback = False,
 ) -> None:
     """Convert CKPT to another format, one tensor at a time.
 
-    If the run averaged its weights (EMAHook), the safetensors and huggingface formats contain the averaged weights. The
-    other formats contain both.
+    If the run averaged its weights (EMAHook), the safetensors, huggingface and state_dict formats contain the averaged weights.
+    The other formats contain both. With --config and with state_dict, all weights are in memory at once.
     """
-    lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form, raw=raw)
+    folder = lazy_command("stratagem.cli.ckpt.hugging_face:FolderOptions")(
+        config=config,
+        overrides=tuple(overrides or ()),
+        module=module,
+        tokenizer=tokenizer,
+        merge_adapters=merge_adapters,
+    )
+    lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form, raw=raw, folder=folder)
 
 
 @ckpt_app.command()
