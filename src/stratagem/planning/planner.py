@@ -263,7 +263,7 @@ def _facts(request: _Request) -> ModelFacts:
 
 def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world: int) -> list[StepPlan]:
     """Return a plan for each memory limit."""
-    start = time.perf_counter()
+    start = time.process_time()
     options = {key: value for key, value in strategy.items() if key != "type"}
     base = StepPlan(
         label=_label(name, options),
@@ -289,14 +289,14 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"
         planned = [replace(base, memory_limit=limit, refusal=reason) for limit in request.memory_limits]
-    return [replace(each, seconds=time.perf_counter() - start) for each in planned]
+    return [replace(each, seconds=time.process_time() - start) for each in planned]
 
 
 def _plan_engine(request: _Request, base: StepPlan, start: float) -> list[StepPlan]:
     own = EngineRequest(
         job=request.job, timelines=request.timelines, limits=request.memory_limits, average=request.average
     )
-    return [replace(each, seconds=time.perf_counter() - start) for each in _ENGINES[base.strategy](own, base)]
+    return [replace(each, seconds=time.process_time() - start) for each in _ENGINES[base.strategy](own, base)]
 
 
 def _try_plan(

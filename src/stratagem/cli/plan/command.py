@@ -26,8 +26,8 @@ from stratagem.planning.result import Plan, StepPlan
 
 __all__ = ["PlanSettings", "plan"]
 
-# Variants of a strategy are planned for the advice if planning the strategy took at most this time.
-_MAX_VARIANT_S: Final = 15.0
+# Variants of a strategy are planned for the advice for about this CPU time, or for twice that of the strategy if it is longer.
+_ADVICE_S: Final = 40.0
 
 
 @final
@@ -186,15 +186,18 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 def _replanner(config: Config, settings: PlanSettings, planned: Plan) -> Replan:
     known = planned.steps
+    spent = 0.0
 
     def replan(step: StepPlan, changes: Mapping[str, Any], size: int | None) -> StepPlan | None:
+        nonlocal spent
         options = {**step.options, **changes}
         for each in known if size is None else ():
             # The comparison contains this variant.
             if (each.strategy, each.world, each.options) == (step.strategy, step.world, options):
                 return each
-        if step.seconds > _MAX_VARIANT_S:
+        if spent + step.seconds > max(_ADVICE_S, 2 * step.seconds):
             return None
+        spent += step.seconds
         variant = plan_config(
             config if size is None or settings.batch is not None else _with_batch_size(config, size),
             strategies=[{"type": step.strategy, **options}],
