@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from stratagem import ModelWithLoss, Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.checkpoint.convert.hugging_face import export_hugging_face
+from stratagem.checkpoint.convert.plain import export_state_dict
 from stratagem.cli.main import main
 from stratagem.errors import CheckpointError
 from tests.foreign.job import STRATEGIES
@@ -140,6 +141,10 @@ def test_an_exported_model_has_equal_logits_to_the_bit(
     is_lora = kind.endswith("LoRA")
     for raw in (False, True):
         expected = by_hand(kind, run / "epoch_1", raw=raw)
+        plain = network(kind)
+        assert export_state_dict(run / "epoch_1", tmp_path / f"own{raw}.pth", raw=raw).module == "network"
+        plain.load_state_dict(torch.load(tmp_path / f"own{raw}.pth", weights_only=True), strict=True)
+        assert torch.equal(logits(plain), logits(expected))
         out = tmp_path / f"out{raw}"
         words = ["ckpt", "convert", run / "epoch_1", out, "--to", "huggingface", "--config", config, *["--raw"][:raw]]
         words += ["--tokenizer", get_model_path()]
@@ -216,3 +221,20 @@ def test_a_folder_that_opens_with_other_weights_is_not_written(tmp_path: Path, m
     ):
         export_hugging_face(checkpoint, tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_frozen_weights_takes_them_from_the_model(tmp_path: Path) -> None:
+    """With save_frozen=False, the merged export has the frozen weights of the built model, and other ones are refused."""
+    runner, trained = peft_lora.train(
+        16, work_dir=tmp_path / "run", default_hooks={"checkpoint": {"save_frozen": False}}, log_level="ERROR"
+    )
+    runner.close()
+    checkpoint, model = tmp_path / "run" / "epoch_2", ModelWithLoss(peft_lora.network())
+    export_hugging_face(checkpoint, tmp_path / "out", model, merge_adapters=True)
+    merged = trained.merge_and_unload()
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path / "out")), logits(merged))
+    other = ModelWithLoss(peft_lora.network())
+    with torch.no_grad():
+        next(each for name, each in other.named_parameters() if name.endswith("base_layer.weight")).add_(1e-3)
+    with pytest.raises(CheckpointError, match="1 of them have other values"):
+        export_hugging_face(checkpoint, tmp_path / "other", other)
