@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from stratagem.dist import get_rank
 from stratagem.errors import PlacementError
 from stratagem.model import SupervisedModel
+from stratagem.optim import sharded_updates
 from stratagem.optim.probe import state_keys_of
 from stratagem.strategies import FSDPStrategy
 from tests.support.ranks import Ranks
@@ -302,3 +303,23 @@ def test_a_step_that_a_user_has_replaced_is_not_replaced_again(ranks: Ranks, tmp
     for error in ranks.run(with_own_step, str(tmp_path)):
         assert "Muon cannot update sharded parameters such as network.weight" in error
         assert "step of the Muon has been replaced by <built-in function print>" in error
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards"),
+    [
+        ((11008, 4096), (1024, 1)),
+        ((4096, 11008), (1024, 1)),
+        ((32003, 4097), (8, 1)),
+        ((4096, 4096), (128, 8)),
+        ((1500, 4096), (1024, 1)),
+    ],
+)
+def test_trial_tensors_are_small_at_many_ranks(shape: tuple[int, int], shards: tuple[int, int]):
+    """At 1,024 ranks, they keep the order of sizes and the divisibility of sharded dimensions, in at most 17 MiB."""
+    small = sharded_updates._small(shape, 1024, shards)
+    assert small[0] * small[1] * 4 <= 17 * 2**20
+    assert (small[0] < small[1], small[0] == small[1]) == (shape[0] < shape[1], shape[0] == shape[1])
+    for size, before, parts in zip(small, shape, shards, strict=True):
+        assert (size % parts == 0) == (before % parts == 0)
+        assert size >= min(before, 2 * parts)

@@ -29,6 +29,8 @@ _LR: Final = 0.01
 # The tolerance relative to the largest update. Optimizers that use norms of whole tensors differ by float32 rounding, about 1e-6.
 _TOLERANCE: Final = 1e-4
 _MOST_CASES: Final = 32
+# Up to this number of ranks, all dimensions of the small tensors depend on the number of ranks.
+_FEW_RANKS: Final = 8
 # Is reduced instead of a Dependence by ranks on which the optimizer cannot be tried.
 _FAILED: Final = max(Dependence) + 1
 _MUON_FORMS: Final[Mapping[MatrixUpdates, str]] = {
@@ -211,7 +213,7 @@ def _cases(optimizer: Optimizer, names: Mapping[int, str]) -> list[_Case]:
         for parameter in group["params"]:
             if not (parameter.requires_grad and is_sharded(parameter) and parameter.is_floating_point()):
                 continue
-            shape = _small(parameter.shape, parameter.device_mesh.size())
+            shape = _small(parameter.shape, parameter.device_mesh.size(), _shards(parameter))
             key = (shape, parameter.placements, parameter.device_mesh, options)
             if key not in found and len(found) < _MOST_CASES:
                 name = names.get(id(parameter), f"parameter of group {number}")
@@ -220,12 +222,39 @@ def _cases(optimizer: Optimizer, names: Mapping[int, str]) -> list[_Case]:
     return list(found.values())
 
 
-def _small(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """Return a small shape with the same order of sizes, and the same divisibility by the number of ranks, as ``shape``."""
-    order = sorted({size for size in shape if size > 2 * ranks})
-    return tuple(
-        min(size, 2 * ranks * (order.index(size) + 1) + size % ranks) if size in order else size for size in shape
-    )
+def _shards(parameter: Any) -> tuple[int, ...]:
+    """Return for each dimension of a sharded parameter the number of parts into which it is divided."""
+    counts = [1] * parameter.dim()
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            counts[placement.dim] *= parameter.device_mesh.size(dim)
+    return tuple(counts)
+
+
+def _small(shape: Sequence[int], ranks: int, shards: Sequence[int]) -> tuple[int, ...]:
+    """Return a small shape with the same order of sizes, and the same divisibility by the number of ranks, as ``shape``.
+
+    With many ranks, only dimensions that are sharded keep the divisibility, by the number of their parts, so that the trial takes
+    little memory at thousands of ranks.
+
+    Args:
+        shape: the shape.
+        ranks: the number of ranks.
+        shards: for each dimension, the number of parts into which it is divided.
+    """
+    if ranks <= _FEW_RANKS:
+        order = sorted({size for size in shape if size > 2 * ranks})
+        return tuple(
+            min(size, 2 * ranks * (order.index(size) + 1) + size % ranks) if size in order else size for size in shape
+        )
+    small: dict[int, int] = {}
+    for size in sorted(set(shape)):
+        parts = max(_FEW_RANKS, *(count for each, count in zip(shape, shards, strict=True) if each == size))
+        reduced = 2 * parts + size % parts
+        while reduced <= max(small.values(), default=0):
+            reduced += parts
+        small[size] = size if size <= 2 * parts else min(size, reduced)
+    return tuple(small[size] for size in shape)
 
 
 @final

@@ -376,7 +376,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
         (sharded_updates, "_try_sharded", _failing_trials),
         # The values of sharded trials are not compared, so the small tensors need not be divisible by a large number of ranks.
-        (sharded_updates, "_small", lambda shape, ranks: small(shape, min(ranks, _TRIAL_RANKS))),
+        (sharded_updates, "_small", lambda shape, ranks, shards: small(shape, min(ranks, _TRIAL_RANKS), shards)),
         (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
         (nonfinite, "is_plain", lambda tensor: not is_sharded(tensor)),
