@@ -6,6 +6,7 @@ import tests.foreign.torchvision_ops  # noqa: F401 -- before transformers, which
 
 # isort: split
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,14 @@ def test_a_checkpoint_without_frozen_weights_takes_them_from_the_model(tmp_path:
         next(each for name, each in other.named_parameters() if name.endswith("base_layer.weight")).add_(1e-3)
     with pytest.raises(CheckpointError, match="1 of them have other values"):
         export_hugging_face(checkpoint, tmp_path / "other", other)
+
+
+def test_large_weights_are_several_files_with_an_index(tmp_path: Path) -> None:
+    """Several files and their index open as one model; here the limit of a file is 50 kB instead of the default."""
+    checkpoint = train("Llama", "one process", tmp_path / "run")
+    model = ModelWithLoss(network("Llama"))
+    model.network.save_pretrained = functools.partial(model.network.save_pretrained, max_shard_size="50KB")
+    written = export_hugging_face(checkpoint, tmp_path / "out", model)
+    assert "model.safetensors.index.json" in written.files
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again), logits(by_hand("Llama", checkpoint)))
