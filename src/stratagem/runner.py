@@ -75,6 +75,10 @@ _ARGUMENTS = (
     "overfit_batches", "predict_dataloader",
 )  # fmt: skip
 
+# What to do if only validation data is specified.
+_VALIDATION_HINT = (
+    " To use the validation data: test_dataloader, test_cfg, test_evaluator = val_dataloader, val_cfg, val_evaluator."
+)
 _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test", "predict": "Prediction"}
 
 # For validation and testing, a mapping may also contain the dataloaders of several sets by name.
@@ -121,7 +125,7 @@ class _Phase(Generic[Third]):
         if self.dataloader is None or self.cfg is None or self.third is None:
             raise StateError(
                 f"{what} requires {self.mode}_dataloader, {self.mode}_cfg and {self.third_name}, which were not "
-                "specified."
+                f"specified.{_VALIDATION_HINT if self.mode == 'test' else ''}"
             )
         return self.dataloader, self.cfg, self.third
 

@@ -179,6 +179,18 @@ def test_watch_prints_the_state_once(stratagem: Command, two_runs: tuple[str, st
     assert stratagem("watch", two_runs[1]).status == 1
 
 
+def test_predictions_after_a_run_are_not_sessions_of_it(stratagem: Command, two_runs: tuple[str, str]):
+    """The folder of a later test or prediction, which has no record, does not change the state and the metrics of the run."""
+    later = Path(two_runs[0]) / "20260103_000000"
+    (later / "vis_data").mkdir(parents=True)
+    (later / "vis_data" / "scalars.json").write_text("")
+    (row,) = json.loads(stratagem("runs", "ls", two_runs[0], "--metrics", "--json").out)
+    assert (row["state"], row["iter"]) == ("complete", 4)
+    assert json.loads(stratagem("watch", two_runs[0], "--once", "--json").out)["state"] == "complete"
+    assert len(collect(Path(two_runs[0])).sessions) == 1
+    assert [each.folder for each in collect(later).sessions] == [later]
+
+
 def test_a_killed_run_is_not_followed_forever(stratagem: Command, tmp_path: Path):
     """A session without an outcome, whose lock is older than a minute, was killed."""
     write_run(tmp_path / "run", losses(2), how=None)

@@ -49,6 +49,14 @@ def test_the_summary_of_one_epoch(stratagem: Command, config: str):
     assert done.out.rstrip().endswith(again)
 
 
+def test_a_run_of_max_steps_is_extended_by_max_steps(stratagem: Command, config: str):
+    """The suggested command sets the key that the configuration uses; ``max_steps`` and ``max_iters`` exclude each other."""
+    cfg = "train_cfg={_delete_: true, max_steps: 2}"
+    done = stratagem("train", config, "--work-dir", "run", "--set", cfg)
+    assert " --set train_cfg.max_steps=4 " in done.out
+    assert "max_iters=" not in done.out
+
+
 def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config: str, tmp_path: Path):
     """Overrides such as a.b.0.c=value are applied and are in the saved configuration."""
     overrides = ("model.network.1.p=0.0", "param_scheduler.0.end=3", "train_cfg={_delete_: true, max_iters: 2}")

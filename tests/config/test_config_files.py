@@ -181,6 +181,22 @@ def test_a_failed_custom_import_is_an_import_error(write, monkeypatch):
         Config.fromfile(path)
 
 
+def test_a_module_that_fails_to_import_shows_the_cause_instead_of_the_searched_folders(write, monkeypatch):
+    """The searched folders are listed only if the module itself was not found; otherwise the first cause is shown."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    lines = (
+        "try:\n    raise RuntimeError('no operator nms')\n"
+        "except RuntimeError as error:\n    raise ModuleNotFoundError('Cannot import Bert.') from error\n"
+    )
+    path = write(lazy_bert_py=lines, run_py="custom_imports = dict(imports='lazy_bert')\n")
+    with pytest.raises(MissingDependencyError, match=r"Bert\. The cause is RuntimeError: no operator nms$"):
+        Config.fromfile(path)
+    path = write(old_names_py="from sys import no_such_name\n", run_py="custom_imports = dict(imports='old_names')\n")
+    with pytest.raises(MissingDependencyError, match=r"no_such_name.*\.$") as caught:
+        Config.fromfile(path)
+    assert "Searched" not in str(caught.value)
+
+
 def test_custom_imports_rejects_unknown_keys(write):
     """A misspelled key of custom_imports is rejected with the correct name."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'imports'"):

@@ -1,9 +1,10 @@
 import sys
+import warnings
 
 import pytest
 
 from stratagem.errors import ConfigValueError, MissingDependencyError
-from stratagem.registry import OPTIMIZERS, ClassesOf, ModelZoo, PretrainedFactories, Registry
+from stratagem.registry import METRICS, OPTIMIZERS, ClassesOf, ModelZoo, PretrainedFactories, Registry
 from stratagem.utils.data_names import DataName
 
 LIBRARY = """
@@ -97,3 +98,11 @@ def test_optimizers_of_a_missing_library_suggest_how_to_install_it(library, monk
     with pytest.raises(MissingDependencyError, match=f"pip install {library}"):
         OPTIMIZERS.get(DataName(f"{library}.AdamW"))
     assert OPTIMIZERS.get("AdamW").__module__.startswith("torch.optim")
+
+
+def test_metrics_are_built_without_the_deprecated_aliases_of_torchmetrics():
+    """``Perplexity`` is the class of ``torchmetrics.text``; its alias in ``torchmetrics`` warns whenever it is built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        built = METRICS.build({"type": "Perplexity"})
+    assert type(built).__module__ == "torchmetrics.text.perplexity"

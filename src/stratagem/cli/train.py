@@ -22,6 +22,7 @@ from stratagem.config_schema import require_valid
 from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
 from stratagem.runner import Runner, runner_arguments
+from stratagem.train import Run
 from stratagem.train.run.closing import closing_rows, closing_summary, relative_path, trained_length
 from stratagem.train.run.hard_exit import exit_after
 from stratagem.train.run.signals import signals
@@ -123,8 +124,7 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         label = "continue"
     else:
         headline = f"Trained {trained_length(run)}; this session took {timedelta(seconds=round(seconds))}."
-        key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
-        key = f"train_cfg.{key}"
+        key, length = _length(run, config)
         longer = (*_without(options.overrides, key), f"{key}={length * 2}")
         # The saved schedules have reached their end, so an extended run uses the configured schedules.
         scheduled = config.get("param_scheduler") is not None
@@ -140,6 +140,16 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         rows["sample"] = f"{shlex.join(_command_words(options, 'sample', checkpoint))} --prompt TEXT"
     rows[label] = next_command
     return closing_summary(headline, rows)
+
+
+def _length(run: Run, config: Config) -> tuple[str, int]:
+    """Return the key that determines the length of the run, and its value."""
+    steps = (config.get("train_cfg") or {}).get("max_steps")
+    if steps is not None:
+        return "train_cfg.max_steps", int(steps)
+    if run.max_epochs:
+        return "train_cfg.max_epochs", run.max_epochs
+    return "train_cfg.max_iters", run.max_iters or 0
 
 
 def _without(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:

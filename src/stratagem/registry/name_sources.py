@@ -56,7 +56,7 @@ class ClassesOf(NameSource):
         if not short.isidentifier() or short.startswith("_"):
             return None
         found = getattr(import_module(self._module), self._aliases.get(short, short), None)
-        return found if self._accepts(found) else None
+        return _current(found) if isinstance(found, type) and self._accepts(found) else None
 
     def names(self) -> Iterable[str]:
         """Return the names of the classes, with the prefix; none if there is a prefix and the module is not imported yet."""
@@ -68,6 +68,12 @@ class ClassesOf(NameSource):
 
     def _accepts(self, found: object) -> bool:
         return isinstance(found, type) and issubclass(found, import_object(self._base))
+
+
+def _current(found: type) -> type:
+    """Return the class from which a deprecated alias is derived; torchmetrics has such aliases, such as ``Perplexity``."""
+    base = found.__base__
+    return base if base is not None and found.__module__.endswith("._deprecated") else found
 
 
 @final

@@ -151,6 +151,8 @@ def collect(path: Path) -> RunFacts:
     given = is_session(path)
     work_dir = path.parent if given else path
     folders = session_folders(work_dir)
+    if given and path not in folders:
+        folders = [path]
     if not folders:
         raise CheckpointNotFoundError(
             f"{path} does not contain a run: it has no folder with {RECORD}, {TIMES} or {_SCALARS}. Pass the work directory of "
@@ -173,8 +175,15 @@ def collect(path: Path) -> RunFacts:
 
 
 def session_folders(work_dir: Path) -> list[Path]:
-    """Return the folders of the sessions in a work directory, oldest first."""
-    return sorted(filter(is_session, _subfolders(work_dir)))
+    """Return the folders of the sessions in a work directory, oldest first.
+
+    The folders of tests and predictions have neither a record nor times. Before the first session with a record, such folders
+    may also be trainings of earlier versions.
+    """
+    found = sorted(filter(is_session, _subfolders(work_dir)))
+    trained = [any((folder / name).is_file() for name in (RECORD, TIMES)) for folder in found]
+    first = trained.index(True) if True in trained else len(found)
+    return [folder for index, folder in enumerate(found) if index < first or trained[index]]
 
 
 def find_runs(folder: Path) -> list[Path]:

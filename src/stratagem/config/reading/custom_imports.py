@@ -47,9 +47,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
             importlib.import_module(module)
         except ImportError as error:
             where = _line_of(error)
-            problem = (
-                f"{CUSTOM_IMPORTS}: {module!r} cannot be imported{where}: {error}. Searched: {', '.join(sys.path)}"
-            )
+            problem = f"{CUSTOM_IMPORTS}: {module!r} cannot be imported{where}: {_explain(error, module)}"
             if not forgive:
                 raise MissingDependencyError(problem) from error
             warnings.warn(problem, UserWarning, stacklevel=4)
@@ -57,6 +55,17 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
             raise ConfigParsingError(
                 f"{CUSTOM_IMPORTS}: importing {module!r} failed{_line_of(error)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _explain(error: ImportError, module: str) -> str:
+    """Return the message, with the folders that were searched if the module was not found, or the first cause of the error."""
+    message = f"{str(error).rstrip('.')}."
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module}.".startswith(f"{error.name}."):
+        return f"{message} Searched: {', '.join(sys.path)}"
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return message if cause is error else f"{message} The cause is {type(cause).__name__}: {cause}"
 
 
 def _line_of(error: BaseException) -> str:
