@@ -37,7 +37,7 @@ _HOME = {
     "TRACKERS": "stratagem.registry",
     "Tracker": "stratagem.train.trackers",
     "allow_packages": "stratagem.registry",
-    "launch": "stratagem.cli.launch.functions",
+    "launch": "stratagem.cli.launch.launch",
     "load_checkpoint": "stratagem.checkpoint",
     "plan": "stratagem.planning.planner",
     "save_checkpoint": "stratagem.checkpoint",

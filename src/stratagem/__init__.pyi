@@ -1,7 +1,7 @@
 from stratagem._version import __version__ as __version__
 from stratagem.checkpoint import load_checkpoint as load_checkpoint
 from stratagem.checkpoint import save_checkpoint as save_checkpoint
-from stratagem.cli.launch.functions import launch as launch
+from stratagem.cli.launch.launch import launch as launch
 from stratagem.config import Config as Config
 from stratagem.config import ConfigDict as ConfigDict
 from stratagem.errors import StratagemError as StratagemError

@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "checkpointing": (
         Mlp,
         {"activation_checkpointing": True},
-        "ConfigValueError: activation_checkpointing: no module is wrapped",
+        "ConfigValueError: activation_checkpointing=True selects no module of Mlp. Name the modules",
     ),
     "operator": (
         Gpt,

@@ -22,7 +22,7 @@ from stratagem.errors import ConfigTypeError, LaunchedRankError, LaunchError, Mi
 from stratagem.utils import import_module
 from stratagem.utils.printable import escape_controls
 
-__all__ = ["CALL", "PREPARATION", "dump", "error_file", "exception_file", "launch", "result_file"]
+__all__ = ["CALL", "PREPARATION", "call_in_ranks", "dump", "error_file", "exception_file", "result_file"]
 
 # The files in the folder of a launch: how to import the caller's modules, and the function with its arguments.
 PREPARATION: Final = "preparation"
@@ -33,37 +33,14 @@ _UNUSED: Final = ("authkey", "start_method", "log_to_stderr", "log_level", "name
 _MAIN: Final = "__main__"
 
 
-def launch(function: Callable[..., Any], *args: Any, nproc: int, max_restarts: int = 0, **kwargs: Any) -> list[Any]:
-    """Call ``function(*args, **kwargs)`` in ``nproc`` new processes of this machine; return the results in order of rank.
-
-    The processes are ranks of one launch, as with ``stratagem train --nproc``: a :class:`~stratagem.Runner`, a strategy or
-    ``stratagem.dist.init_dist("pytorch")`` in the function connects them over the loopback interface. Call it from the main
-    thread of a script, or in a notebook. A script needs the guard ``if __name__ == "__main__":``, because the ranks import
-    it. A function that is defined in a notebook, a lambda or a nested function needs the package cloudpickle.
-
-    The processes are started anew rather than forked, so this process may have used CUDA before. The function, its arguments and
-    the results are pickled. If a rank fails, the others are shut down. Ctrl-C, or interrupting the kernel, and other signals are
-    forwarded to the ranks, in which a run saves a checkpoint and stops.
-
-    Args:
-        function: the function to call.
-        args: its positional arguments, the same for every rank.
-        nproc: the number of processes.
-        max_restarts: how often all ranks are restarted if one fails.
-        kwargs: its keyword arguments.
-
-    Raises:
-        LaunchedRankError: if the function raises an exception on a rank, or a rank is killed. The message contains the rank and
-            its traceback. ``__cause__`` is the exception, if it can be pickled.
-        LaunchError: if this process is itself a rank, or this is not the main thread.
-        MissingDependencyError: if the function or an argument requires cloudpickle, which is not installed.
-        KeyboardInterrupt: after SIGINT.
-        SystemExit: after another signal.
-    """
+def call_in_ranks(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, nproc: int, max_restarts: int
+) -> list[Any]:
+    """Implement :func:`stratagem.launch`."""
     _check(function, nproc, max_restarts)
     with tempfile.TemporaryDirectory(prefix="stratagem-") as name:
         folder = Path(name)
-        call, by_value = dump((function, args, kwargs), allow_main=_main_can_be_imported())
+        call, by_value = dump((function, tuple(args), dict(kwargs)), allow_main=_main_can_be_imported())
         (folder / CALL).write_bytes(call)
         (folder / PREPARATION).write_bytes(pickle.dumps(_preparation(with_main=not by_value and _refers_to_main(call))))
         try:
