@@ -103,8 +103,19 @@ def _require_equal(step: StepPlan, ranks: list[dict[str, Any]]) -> None:
     host = {name: step.memory.host.get(name.replace("_", " "), 0) for name in STATIC}
     planned = {name: getattr(step.memory, name) + host[name] for name in STATIC}
     assert planned == {name: max(each[name] for each in ranks) for name in STATIC}
-    assert planned_collectives(step) == ranks[0]["collectives"]
+    assert _are_close(planned_collectives(step), ranks[0]["collectives"])
     assert step.flops == ranks[0]["flops"]
+
+
+def _are_close(planned: dict[Any, tuple[int, int]], real: dict[Any, tuple[int, int]]) -> bool:
+    """Return whether the collectives have equal sizes and, if there are at most 10 of a kind, equal numbers.
+
+    With small buckets, the order in which gradients arrive decides how they are divided. It was once another one in a process
+    that had trained other models before: 15 messages instead of 16.
+    """
+    return planned.keys() == real.keys() and all(
+        size == real[key][1] and abs(count - real[key][0]) <= (count > 10) for key, (count, size) in planned.items()
+    )
 
 
 _CASES = [
