@@ -118,6 +118,10 @@ class Curve:
         """Yield the position and the mean of each point."""
         yield from ((point.last, _mean(point)) for point in self._points)
 
+    def points(self) -> list[tuple[float, float]]:
+        """Return the position and the mean of each point that has finite values."""
+        return [(x, mean) for x, mean in self.means() if mean is not None]
+
     def extremes(self) -> tuple[float, float] | None:
         """Return the least and the greatest finite value."""
         finite = [point for point in self._points if point.count]

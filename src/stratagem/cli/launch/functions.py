@@ -28,7 +28,7 @@ __all__ = ["CALL", "PREPARATION", "call_in_ranks", "dump", "error_file", "except
 PREPARATION: Final = "preparation"
 CALL: Final = "call"
 _MODULE: Final = "stratagem.cli.launch.function_rank"
-# What the preparation of a process of `multiprocessing` contains in addition to what a rank needs.
+# Entries in the preparation of a process of `multiprocessing` that a rank does not need.
 _UNUSED: Final = ("authkey", "start_method", "log_to_stderr", "log_level", "name")
 _MAIN: Final = "__main__"
 

@@ -18,7 +18,7 @@ def launch(function: Callable[..., Any], *args: Any, nproc: int, max_restarts: i
     thread of a script, or in a notebook. A script needs the guard ``if __name__ == "__main__":``, because the ranks import
     it. A function that is defined in a notebook, a lambda or a nested function needs the package cloudpickle.
 
-    The processes are started anew rather than forked, so this process may have used CUDA before. The function, its arguments and
+    The processes are new ones, not forks, so this process may have used CUDA before. The function, its arguments and
     the results are pickled. If a rank fails, the others are shut down. Ctrl-C, or interrupting the kernel, and other signals are
     forwarded to the ranks, in which a run saves a checkpoint and stops.
 

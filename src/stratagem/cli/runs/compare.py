@@ -125,7 +125,7 @@ def _chart(runs: Sequence[RunFacts], metrics: Sequence[str]) -> Chart | None:
 def _line(run: RunFacts, name: str) -> Line | None:
     mode, _, key = name.partition("/")
     curve = run.records.curves.get((mode, key))
-    points = [(x, y) for x, y in curve.means() if y is not None] if curve is not None else []
+    points = curve.points() if curve is not None else []
     if not points:
         return None
     x, y = (np.array(each, dtype=np.float64) for each in zip(*points, strict=True))

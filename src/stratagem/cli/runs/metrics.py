@@ -50,7 +50,7 @@ def metrics_of(facts: RunFacts) -> Iterator[Metric]:
 
 
 def _best(name: str, curve: Curve) -> tuple[float | None, int | None]:
-    values = [(value, int(x)) for x, value in curve.means() if value is not None]
+    values = [(value, int(x)) for x, value in curve.points()]
     try:
         choose = max if infer_rule(name) == "greater" else min
     except ConfigValueError:
@@ -63,7 +63,7 @@ def speed_of(facts: RunFacts) -> tuple[str, float] | None:
     """Return the name and the median of the curve of the speed; None if it was not logged."""
     for name in _SPEEDS:
         curve = facts.records.curves.get(("train", name))
-        values = [value for _, value in curve.means() if value is not None] if curve is not None else []
+        values = [value for _, value in curve.points()] if curve is not None else []
         if values:
             return name, median(values)
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -22,6 +22,7 @@ from stratagem.cli.plot.charts import Chart, Line, Panel, wants_log_scale
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.report.collect import collect, find_runs, is_running, session_folders
+from stratagem.report.decimation import Curve
 from stratagem.train.run.run_history import Outcome, read_record
 from stratagem.utils import mask_text
 from stratagem.utils.printable import escape_controls, printable_name
@@ -64,7 +65,9 @@ def watch(path: Path, *, once: bool, as_json: bool = False) -> None:
             with Live(screen.render(), console=console, auto_refresh=False, transient=True) as live:
                 while not screen.ended:
                     time.sleep(_POLL_S)
-                    if screen.update():
+                    changed = screen.update()
+                    screen.forget_new()
+                    if changed:
                         live.update(screen.render(), refresh=True)
             console.print(screen.render())
     except KeyboardInterrupt:
@@ -131,8 +134,8 @@ class _Screen:
         self.new_records: list[Mapping[str, Any]] = []
         self._last: dict[str, Mapping[str, Any]] = {}
         facts = collect(work_dir)
-        curve = facts.records.curves.get(("train", "loss"))
-        self._losses = [(x, y) for x, y in curve.means() if y is not None] if curve is not None else []
+        # The values of the session are read again below; the curve replaces them.
+        self._losses = facts.records.curves.get(("train", "loss"), Curve())
         self._goodput = None if facts.goodput is None else facts.goodput.share
         self._open(facts.sessions[-1].folder)
         self.update()
@@ -188,9 +191,7 @@ class _Screen:
         if mode == "goodput" and isinstance(record.get("goodput"), float):
             self._goodput = record["goodput"]
         if mode == "train" and isinstance(step, int) and isinstance(loss, float):
-            while self._losses and self._losses[-1][0] >= step:
-                self._losses.pop()
-            self._losses.append((step, loss))
+            self._losses.add(step, loss)
 
     def as_json(self) -> dict[str, Any]:
         """Return the state for programs."""
@@ -215,20 +216,22 @@ class _Screen:
                 where = f"epoch {record.get('epoch')}, iteration {record.get('iter')}"
                 table.add_row(Text(mode, style="bold"), where, Text("  ".join(_values(record))))
         parts.append(table)
-        if len(self._losses) > 1:
-            parts.append(self._chart())
+        losses = self._losses.points()
+        if len(losses) > 1:
+            parts.append(_chart(losses))
         parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self.log]
         return Group(*parts)
 
-    def _chart(self) -> Text:
-        x, y = (np.array(each, dtype=np.float64) for each in zip(*self._losses, strict=True))
-        line = Line(label="", x=x, y=y)
-        panel = Panel(label="train/loss", lines=(line,), log=wants_log_scale((line,)))
-        chart = Chart(title="", x_label="iteration", x_range=(float(x[0]), float(x[-1])), panels=(panel,))
-        console = Console(color_system=None)
-        with console.capture() as captured:
-            print_chart(chart, console)
-        return Text(captured.get().strip("\n"))
+
+def _chart(losses: Sequence[tuple[float, float]]) -> Text:
+    x, y = (np.array(each, dtype=np.float64) for each in zip(*losses, strict=True))
+    line = Line(label="", x=x, y=y)
+    panel = Panel(label="train/loss", lines=(line,), log=wants_log_scale((line,)))
+    chart = Chart(title="", x_label="iteration", x_range=(float(x[0]), float(x[-1])), panels=(panel,))
+    console = Console(color_system=None)
+    with console.capture() as captured:
+        print_chart(chart, console)
+    return Text(captured.get().strip("\n"))
 
 
 def _values(record: Mapping[str, Any]) -> Iterator[str]:
