@@ -37,6 +37,7 @@ LAYERS = (
     {"config_schema"},
     {"runner"},
     {"planning"},
+    {"compat"},
     {"cli"},
     {"__main__"},
     {"dist"},

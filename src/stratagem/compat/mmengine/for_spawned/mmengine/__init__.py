@@ -1,0 +1,3 @@
+"""Imported in the place of MMEngine by spawned processes; refers to ``stratagem.compat.mmengine``."""
+
+import stratagem.compat.mmengine  # noqa: F401
