@@ -42,12 +42,20 @@ from stratagem.compat.mmengine.utils.path import (
     scandir,
     symlink,
 )
+from stratagem.compat.mmengine.utils.progressbar import (
+    ProgressBar,
+    track_iter_progress,
+    track_parallel_progress,
+    track_progress,
+)
+from stratagem.compat.mmengine.utils.progressbar_rich import track_progress_rich
 from stratagem.compat.mmengine.utils.timer import Timer, TimerError, check_time
 from stratagem.compat.mmengine.utils.version_utils import digit_version, get_git_hash
 
 __all__ = [
     "ManagerMeta",
     "ManagerMixin",
+    "ProgressBar",
     "Timer",
     "TimerError",
     "apply_to",
@@ -87,5 +95,9 @@ __all__ = [
     "to_3tuple",
     "to_4tuple",
     "to_ntuple",
+    "track_iter_progress",
+    "track_parallel_progress",
+    "track_progress",
+    "track_progress_rich",
     "tuple_cast",
 ]
