@@ -397,6 +397,7 @@ class Runner:
         run = self.run
         folder = Path(run.work_dir)
         with (
+            run.releasing_files(),
             run.guard.monitored(),
             # Torch may report a dead worker at any point in the main thread, even while the run is recorded or its folder
             # unlocked.
@@ -448,7 +449,7 @@ class Runner:
 
     def val(self) -> dict[str, Any]:
         """Evaluate the model on the validation data; return the metrics. Collective."""
-        with self.run.guard.monitored():
+        with self.run.releasing_files(), self.run.guard.monitored():
             return self._evaluate(self._val)
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
@@ -457,7 +458,7 @@ class Runner:
         Args:
             strict: whether the weights in ``load_from`` must match the model's weights exactly.
         """
-        with self.run.guard.monitored():
+        with self.run.releasing_files(), self.run.guard.monitored():
             return self._evaluate(self._test, strict=strict)
 
     def predict(
@@ -494,7 +495,7 @@ class Runner:
         if path is not None:
             require_prediction_file(path)
         spec, mode = self._data_to_predict(dataloader)
-        with self.run.guard.monitored():
+        with self.run.releasing_files(), self.run.guard.monitored():
             self._require_one_config()
             with switch_scope(self._scope):
                 loader = self._build_loader(spec, mode)

@@ -160,3 +160,17 @@ def test_close_is_idempotent(tmp_path: Path) -> None:
     writer = JsonLinesWriter(tmp_path / "log.jsonl")
     writer.close()
     writer.close()
+
+
+def test_a_released_file_is_closed_until_the_next_record(tmp_path: Path) -> None:
+    """release_file() closes the file, the next record opens it again and is appended, and close() is final."""
+    writer = JsonLinesWriter(tmp_path / "log.jsonl")
+    writer.write({"step": 1})
+    writer.release_file()
+    assert writer._file.closed
+    writer.write({"step": 2})
+    assert lines(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+    writer.close()
+    writer.release_file()
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write({"step": 3})

@@ -6,9 +6,11 @@ import io
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -228,3 +230,27 @@ def test_a_forked_worker_has_a_separate_console() -> None:
     assert os.read(reader, 4) == b"own "
     os.close(reader)
     os.close(writer)
+
+
+def test_a_released_log_file_is_closed_until_the_next_line(new_logger: MakeLogger, tmp_path: Path) -> None:
+    """release_file() closes the file, and the next line is appended, also in a file that was opened to overwrite it."""
+    file = tmp_path / "log.log"
+    logger = new_logger(log_file=file, file_mode="w", console=False)
+    logger.info("first")
+    logger.release_file()
+    assert str(file) not in {each.path for each in psutil.Process().open_files()}
+    logger.info("second")
+    assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["first", "second"]
+
+
+def test_a_log_file_that_cannot_be_opened_again_is_reported_on_the_console(
+    new_logger: MakeLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line after release_file() in a removed folder does not raise an error."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    logger = new_logger(log_file=folder / "log.log", console=False)
+    logger.release_file()
+    shutil.rmtree(folder)
+    logger.info("lost")
+    assert f"{folder / 'log.log'} is incomplete" in capsys.readouterr().err

@@ -36,10 +36,9 @@ class JsonLinesWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path = absolute(path)
+        self._is_released = False
         try:
-            self._file: TextIO = open(self.path, "a", encoding="ascii", opener=open_regular)  # noqa: SIM115
-            if self._file.tell() > 0 and not _ends_with_newline(self.path):
-                self._file.write("\n")
+            self._file: TextIO = self._open()
         except OSError as error:
             raise WorkDirError(
                 f"{self.path}: cannot be opened for writing ({error.strerror}). "
@@ -53,14 +52,29 @@ class JsonLinesWriter:
             OSError: if writing fails, for example because the disk is full.
             ValueError: if the writer is closed.
         """
+        if self._is_released:
+            self._file, self._is_released = self._open(), False
         self._file.write(mask_text(_ENCODE(_plain(record))) + "\n")
         self._file.flush()
 
+    def release_file(self) -> None:
+        """Close the file until the next record, which opens it again. Idempotent; has no effect after :meth:`close`."""
+        if not self._file.closed:
+            self.close()
+            self._is_released = True
+
     def close(self) -> None:
         """Close the file. Idempotent. After a failed write, the file may be incomplete."""
+        self._is_released = False
         # close() tries again to write what a failed write left in the buffer.
         with suppress(OSError):
             self._file.close()
+
+    def _open(self) -> TextIO:
+        file = open(self.path, "a", encoding="ascii", opener=open_regular)  # noqa: SIM115
+        if file.tell() > 0 and not _ends_with_newline(self.path):
+            file.write("\n")
+        return file
 
     def __enter__(self) -> Self:
         return self

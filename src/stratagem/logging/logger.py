@@ -71,6 +71,12 @@ class Logger(logging.Logger):
             self.addHandler(logging.NullHandler())  # otherwise the logging module writes warnings to stderr
         self.addFilter(_RepeatedWarnings())
 
+    def release_file(self) -> None:
+        """Close the file until the next line, which opens it again. Idempotent; has no effect after :meth:`close`."""
+        for handler in self.handlers:
+            if isinstance(handler, _LogFile):
+                handler.release_file()
+
     def close(self) -> None:
         """Close the file and discard further records. Idempotent."""
         for handler in list(self.handlers):
@@ -124,6 +130,25 @@ class _LogFile(logging.FileHandler):
         if not self._has_failed:
             self._has_failed = True
             print(f"stratagem: {self.baseFilename} is incomplete: {sys.exc_info()[1]}", file=sys.stderr)  # noqa: T201
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # The file cannot be opened again.
+            self.handleError(record)
+
+    def release_file(self) -> None:
+        """Close the file; the next record opens it again and is appended."""
+        self.acquire()
+        try:
+            self.mode = "a"
+            stream, self.stream = self.stream, None
+            if stream is not None:
+                stream.close()
+        except OSError:  # Buffered lines cannot be written.
+            self.handleError(logging.makeLogRecord({}))
+        finally:
+            self.release()
 
     def close(self) -> None:
         try:

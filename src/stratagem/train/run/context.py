@@ -388,6 +388,20 @@ class Run:
         if missing:
             self.logger.warning("No state for %s in the checkpoint; starting from scratch.", ", ".join(missing))
 
+    @contextmanager
+    def releasing_files(self) -> Iterator[None]:
+        """Close the log file and the file of records when the context exits, also after an error.
+
+        The next line or record opens them again. A run that has failed therefore keeps no file open, even if nobody closes it.
+        """
+        try:
+            yield
+        finally:
+            for recorder in self.recorders:
+                if isinstance(recorder, JsonLinesWriter):
+                    recorder.release_file()
+            self.logger.release_file()
+
     def close(self) -> None:
         """Close the files of the run and remove its progress bar from the terminal. Idempotent."""
         while self.at_close:
