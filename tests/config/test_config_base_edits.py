@@ -63,7 +63,7 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "set by default": ("_base_.model.setdefault('width', 7)", {"model": {**GIVEN["model"], "width": 7}}),
     "through an alias": (
-        "_m = _base_.model\n_m.stages[0].width = 9",
+        "__m = _base_.model\n__m.stages[0].width = 9",
         {"model": {**GIVEN["model"], "stages": [{"width": 9}, {"width": 16}]}},
     ),
     "through a public alias": (

@@ -117,10 +117,10 @@ def test_an_invalid_file_is_an_error_with_its_line(tmp_path, suffix, text, line)
 
 
 def test_helpers_in_a_python_file_do_not_become_keys(write):
-    """Modules, imported names, functions, classes and names with a leading underscore do not become keys."""
+    """Modules, imported names, functions, classes and names with two leading underscores do not become keys."""
     path = write(
-        run_py="import os\nfrom math import pi\n_width = 4\ndef double(x): return 2 * x\nclass A: pass\n"
-        "model = dict(width=double(_width), turn=pi > 3)\n"
+        run_py="import os\nfrom math import pi\n__width = 4\ndef double(x): return 2 * x\nclass A: pass\n"
+        "model = dict(width=double(__width), turn=pi > 3)\n"
     )
     assert Config.fromfile(path) == {"model": {"width": 8, "turn": True}}
 

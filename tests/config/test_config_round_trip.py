@@ -292,9 +292,9 @@ def test_any_tree_loads_as_it_was_or_is_refused(tmp_path_factory: Any, suffix: s
         assert is_same(value, loaded)
 
 
-@pytest.mark.parametrize("key", ["class", "_private", "a b", 5])
+@pytest.mark.parametrize("key", ["class", "__private", "_base_", "a b", 5])
 def test_a_top_level_key_that_python_cannot_assign_is_refused(key: Any):
-    """A Python file has one assignment per top-level key; names with an underscore are not read."""
+    """A Python file has one assignment per top-level key; names with two underscores are not read."""
     with pytest.raises(ConfigValueError, match=re.escape(repr(key))):
         show(Config({key: 1}))
 

@@ -6,6 +6,7 @@ The caller passes a schema: a ``Section`` for each top-level key. This module de
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from stratagem.config.config import Config
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.reading.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
 from stratagem.config.reading.source import Origin
+from stratagem.config.variables import Severity, examine_name, is_foreign_scope
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.utils import did_you_mean, import_object, nearest_names
 from stratagem.utils.data_rules import refused_arguments
@@ -268,6 +270,8 @@ class _Check:
                 yield from self._argument(node, key, section.registry, below)
             elif section.others is not None:
                 yield from self._below(node, key, section.others, below)
+            elif not path and target is None:
+                yield from self._top_level(key, section)
             else:
                 yield self._unknown(key, section, taken, below, target)
         refused = refused_arguments if section.registry is None else section.registry.refused_arguments
@@ -278,6 +282,18 @@ class _Check:
             yield self._problem(
                 path, f"{_title(target)} is missing required arguments: {', '.join(map(repr, missing))}."
             )
+
+    def _top_level(self, key: str, section: Section) -> Iterator[Problem]:
+        """Check a top-level key that is not a section: a variable that the files use, or a mistake."""
+        advice = f"Put values that only your own code uses in the section {FREE_KEY!r}."
+        foreign = is_foreign_scope(self._scope)
+        found = examine_name(key, self._config.file_layers, section.keys, foreign=foreign, advice=advice)
+        if found is None:
+            return
+        if found.severity is Severity.ERROR:
+            yield self._problem((key,), found.message)
+        else:
+            warnings.warn(f"{self._config.where(key)}: {found.message}", UserWarning, stacklevel=2)
 
     def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
         try:
@@ -354,9 +370,7 @@ class _Check:
         suggestion = did_you_mean(str(key), {*section.keys, *taken.names, *type_key} - section.supplied)
         if target is not None:
             return self._problem(path, f"{_title(target)} takes no argument {key!r}. {suggestion}")
-        if len(path) > 1:
-            return self._problem(path, f"unknown key {key!r}. {suggestion}")
-        return self._problem(path, f"unknown key {key!r}. {suggestion} Put other values in the section {FREE_KEY!r}.")
+        return self._problem(path, f"unknown key {key!r}. {suggestion}")
 
     def _problem(self, path: KeyPath, message: str, error: type[StratagemError] = ConfigKeyError) -> Problem:
         origin = next(

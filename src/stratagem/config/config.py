@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, final
 
@@ -60,6 +60,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         use_environment_variables: bool = True,
         lazy_import: bool | None = None,
         root: str | Path | None = None,
+        keep_placeholders: Collection[str] = (),
     ) -> Config:
         """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
@@ -83,6 +84,8 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
                 modules and have no ``_base_``, are treated as pure-Python configurations.
             root: The folder that must contain the bases of data files. Defaults to the working directory if it contains the
                 file, otherwise to the folder of the file.
+            keep_placeholders: The kinds of placeholders that are not replaced: ``"file"`` for ``{{ fileDirname }}`` and similar
+                ones, ``"variable"`` for environment variables.
 
         Raises:
             ConfigFileError: if a file cannot be read or has an unknown suffix.
@@ -92,7 +95,8 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
             ConfigValueError: if a data file has a base that is not allowed.
         """
         path = Path(filename).expanduser()
-        reader = Reader(Path(root) if root else _default_root(path), lazy_import, use_environment_variables)
+        top = Path(root) if root else _default_root(path)
+        reader = Reader(top, lazy_import, use_environment_variables, kept=keep_placeholders)
         return cls._load(reader.read_file(path), str(path), import_modules=import_custom_modules)
 
     @classmethod
@@ -153,6 +157,11 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """Whether all files that were read are data files; if so, dump the configuration as data, not as a program."""
         suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
         return bool(suffixes) and suffixes <= DATA_SUFFIXES
+
+    @property
+    def file_layers(self) -> Layers:
+        """The files and overrides that were merged, bases first."""
+        return self._history.layers
 
     @property
     def text(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from copy import deepcopy
-from typing import Any, Protocol, Self, cast, final
+from typing import Any, Protocol, Self, cast
 
 from stratagem.config.keys import KeyPath
 from stratagem.config.merge import merge
@@ -14,7 +14,7 @@ from stratagem.utils.data_names import DataName
 from stratagem.utils.lazy import DEFERRED, LazyObject, lazy_name, resolve
 from stratagem.utils.source_positions import HasSourcePosition
 
-__all__ = ["ConfigDict", "MissingKeyError", "as_node", "as_plain"]
+__all__ = ["ConfigDict", "MissingKeyError", "as_plain"]
 
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
@@ -29,7 +29,6 @@ class PositionLookup(Protocol):
     def position(self, path: KeyPath) -> str: ...
 
 
-@final
 class ConfigDict(dict[str, Any], HasSourcePosition):
     """A ``dict`` whose keys can be read and set as attributes; its nested dicts have the same class.
 
@@ -52,17 +51,30 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
         self.update(*args, **kwargs)
 
     @classmethod
-    def with_positions(cls, data: Mapping[str, Any], owner: PositionLookup, path: KeyPath = ()) -> ConfigDict:
+    def with_positions(cls, data: Mapping[str, Any], owner: PositionLookup, path: KeyPath = ()) -> Self:
         """Return a deep copy of ``data`` whose nested dicts store their path and ``owner``, which finds their file and line."""
         node = cls()
         object.__setattr__(node, "_owner", owner)
         object.__setattr__(node, "_path", path)
         for key, value in _raw_items(data):
             dict.__setitem__(
-                node, key, value if value.__class__ in _LEAVES else _with_positions(value, owner, (*path, key))
+                node, key, value if value.__class__ in _LEAVES else _with_positions(cls, value, owner, (*path, key))
             )
         node._mirror_all()
         return node
+
+    @classmethod
+    def as_node(cls, value: Any) -> Any:
+        """Return ``value`` with its dicts, also in lists and tuples, converted to this class; nodes are not copied."""
+        if value.__class__ in _LEAVES or isinstance(value, ConfigDict):
+            return value
+        if isinstance(value, dict):
+            return cls(value)
+        if value.__class__ is list:
+            return [cls.as_node(item) for item in value]
+        if value.__class__ is tuple:
+            return tuple(cls.as_node(item) for item in value)
+        return value
 
     def __source_position__(self, key: str | None = None) -> str:
         if self._owner is None:
@@ -110,7 +122,7 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
         del self[name]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        value = as_node(value)
+        value = self.as_node(value)
         self._mark_key(key)
         super().__setitem__(key, value)
         if key in _METHODS or value.__class__ in DEFERRED:
@@ -137,20 +149,20 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
             if isinstance(below, ConfigDict) and isinstance(value, dict) and below is not value:
                 below.update(value)
             else:
-                super().__setitem__(key, as_node(value))
+                super().__setitem__(key, self.as_node(value))
         self._mirror_all()
 
     def __ior__(self, other: Any) -> Self:  # type: ignore[override]  # as in update
         self.update(other)
         return self
 
-    def __or__(self, other: Any) -> ConfigDict:  # type: ignore[override]  # as in update
+    def __or__(self, other: Any) -> Self:  # type: ignore[override]  # as in update
         merged = deepcopy(self)
         merged.update(other)
         return merged
 
-    def __ror__(self, other: Any) -> ConfigDict:  # type: ignore[override]  # as in update
-        return ConfigDict(other) | self
+    def __ror__(self, other: Any) -> Self:  # type: ignore[override]  # as in update
+        return type(self)(other) | self
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Return the value of ``key``, after setting it to ``default`` if it is missing."""
@@ -177,30 +189,40 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
         self.__dict__.clear()
 
     @classmethod
-    def fromkeys(cls, keys: Iterable[str], value: Any = None) -> ConfigDict:  # type: ignore[override]  # one signature
+    def fromkeys(cls, keys: Iterable[str], value: Any = None) -> Self:  # type: ignore[override]  # one signature
         """Return a dict with these keys and the same value for each."""
         return cls(dict.fromkeys(keys, value))
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Merge ``other`` into this dict, in place. A dict with ``_delete_=True`` replaces the existing value."""
-        merged = as_node(merge(as_plain(other), as_plain(self)))
+        merged = self.as_node(merge(as_plain(other), as_plain(self)))
         self.clear()
         self.update(merged)
 
-    def copy(self) -> ConfigDict:
+    def copy(self) -> Self:
         """Return a shallow copy; nested dicts are shared."""
-        return _rebuild(dict(self.raw_items()), self._owner, self._path)
+        return self._rebuild(dict(self.raw_items()), self._owner, self._path)
 
     __copy__ = copy
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ConfigDict:
-        copied = _rebuild({}, self._owner, self._path)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = self._rebuild({}, self._owner, self._path)
         memo[id(self)] = copied
         copied.update({key: deepcopy(value, memo) for key, value in self.raw_items()})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (dict(self.raw_items()), self._owner, self._path)
+        return self._rebuild, (dict(self.raw_items()), self._owner, self._path)
+
+    @classmethod
+    def _rebuild(cls, data: dict[str, Any], owner: PositionLookup | None, path: KeyPath) -> Self:
+        """Create a node from values that are already converted."""
+        node = cls()
+        object.__setattr__(node, "_owner", owner)
+        object.__setattr__(node, "_path", path)
+        dict.update(node, data)
+        node._mirror_all()
+        return node
 
     def __dir__(self) -> Iterator[str]:
         yield from super().__dir__()
@@ -233,25 +255,12 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
 _METHODS = frozenset(name for name in dir(ConfigDict))
 
 
-def as_node(value: Any) -> Any:
-    """Return ``value`` with its dicts converted to ``ConfigDict``; a ``ConfigDict`` is not copied."""
-    if value.__class__ in _LEAVES or isinstance(value, ConfigDict):
-        return value
+def _with_positions(kind: type[ConfigDict], value: Any, owner: PositionLookup, path: KeyPath) -> Any:
     if isinstance(value, dict):
-        return ConfigDict(value)
-    if value.__class__ is list:
-        return [as_node(item) for item in value]
-    if value.__class__ is tuple:
-        return tuple(as_node(item) for item in value)
-    return value
-
-
-def _with_positions(value: Any, owner: PositionLookup, path: KeyPath) -> Any:
-    if isinstance(value, dict):
-        return ConfigDict.with_positions(value, owner, path)
+        return kind.with_positions(value, owner, path)
     if value.__class__ is list or value.__class__ is tuple:
         items = [
-            item if item.__class__ in _LEAVES else _with_positions(item, owner, (*path, index))
+            item if item.__class__ in _LEAVES else _with_positions(kind, item, owner, (*path, index))
             for index, item in enumerate(value)
         ]
         return items if value.__class__ is list else tuple(items)
@@ -279,13 +288,3 @@ def _raw_items(data: Any) -> Iterable[tuple[str, Any]]:
 
 def _suggest(key: object, known: Iterable[object]) -> str:
     return did_you_mean(str(key), [name for name in known if isinstance(name, str)])
-
-
-def _rebuild(data: dict[str, Any], owner: PositionLookup | None, path: KeyPath) -> ConfigDict:
-    """Create a ConfigDict from values that are already converted."""
-    node = ConfigDict()
-    object.__setattr__(node, "_owner", owner)
-    object.__setattr__(node, "_path", path)
-    dict.update(node, data)
-    node._mirror_all()
-    return node

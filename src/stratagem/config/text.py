@@ -56,10 +56,9 @@ def python_text(data: Mapping[str, Any], *, mark_unsupported: bool = False) -> s
             raise ConfigValueError(
                 f"The key {key!r} is not a Python identifier. Write this configuration as .yaml or .json."
             )
-        if key.startswith("_") and key != "_deprecation_":
+        if key.startswith("__") or key == "_base_":
             raise ConfigValueError(
-                f"The key {key!r} starts with an underscore, so it would not be read from a Python file. Write this "
-                "configuration as .yaml or .json."
+                f"The key {key!r} would not be read from a Python file. Write this configuration as .yaml or .json."
             )
         tree = _PythonWriter(mark_unsupported).tree(data[key], (key,))
         lines.append(f"{key} = {_python(tree, 0, len(key) + 3)}")

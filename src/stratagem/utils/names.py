@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from stratagem.errors import ConfigKeyError
 
-__all__ = ["did_you_mean", "nearest_names", "refuse_unknown", "some_names"]
+__all__ = ["did_you_mean", "is_within_edits", "nearest_names", "refuse_unknown", "some_names"]
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -35,6 +35,28 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         return "No names are defined."
     shown = ", ".join(known[:20])
     return f"Known: {shown}, ... ({len(known)} in total)." if len(known) > 20 else f"Known: {shown}."
+
+
+def is_within_edits(one: str, other: str, most: int) -> bool:
+    """Return whether at most ``most`` edits turn one name into the other.
+
+    An edit inserts, removes or replaces a character, or swaps two adjacent ones. Case matters.
+    """
+    if abs(len(one) - len(other)) > most:
+        return False
+    before: list[int] = []
+    last = list(range(len(other) + 1))
+    for row, left in enumerate(one, start=1):
+        current = [row]
+        for column, right in enumerate(other, start=1):
+            cost = min(last[column] + 1, current[-1] + 1, last[column - 1] + (left != right))
+            if row > 1 and column > 1 and (left, one[row - 2]) == (other[column - 2], right):
+                cost = min(cost, before[column - 2] + 1)
+            current.append(cost)
+        if min(current) > most:
+            return False
+        before, last = last, current
+    return last[-1] <= most
 
 
 def some_names(names: Sequence[str], most: int = 5) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from stratagem.config.reading.data_languages import language_of
+from stratagem.config.reading.name_uses import NameUses
 from stratagem.config.reading.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, ConfigTypeError
 from stratagem.utils.data_names import mark_data
@@ -17,9 +18,15 @@ _REMOTE_CODE = "trust_remote_code"
 
 
 def read_data(
-    text: str, suffix: str, name: str, load_bases: Callable[[object], BaseValues], *, environment: bool = True
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a data file and the environment variables that it reads.
+    text: str,
+    suffix: str,
+    name: str,
+    load_bases: Callable[[object], BaseValues],
+    *,
+    environment: bool = True,
+    kept: Collection[str] = (),
+) -> tuple[dict[str, Any], dict[str, str], NameUses]:
+    """Return the values of a data file, and the environment variables and the names of its bases that it reads.
 
     Keys, types, scopes and strings that look like dotted paths are returned as ``DataName``, so that registries can
     distinguish them from strings in programs.
@@ -30,18 +37,19 @@ def read_data(
         name: The name of the file, for errors.
         load_bases: Called with the value of ``_base_``; returns a function that returns the merged bases.
         environment: Whether the file may read environment variables.
+        kept: The kinds of placeholders that are not replaced.
 
     Raises:
         ConfigParsingError: if the text is invalid, repeats a key, or exceeds the limits on depth and size.
         ConfigTypeError: if the top-level value is not a mapping with strings as keys.
     """
-    placeholders = Placeholders(text, suffix, name, environment=environment)
+    placeholders = Placeholders(text, suffix, name, environment=environment, kept=kept)
     data = _parse(placeholders.text, suffix, name)
     base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict, ("_base_",)))
     if placeholders:
         data = placeholders.fill_data(data, base)
     _refuse_remote_code(data, name)
-    return mark_data(data), placeholders.environment
+    return mark_data(data), placeholders.environment, NameUses(inherited=frozenset(placeholders.base_names()))
 
 
 def _parse(text: str, suffix: str, name: str) -> dict[str, Any]:

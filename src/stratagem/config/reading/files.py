@@ -49,6 +49,7 @@ class Reader:
         lazy: Whether Python files are pure-Python configurations; None detects it for each file.
         environment: Whether placeholders may read environment variables.
         programs: Whether Python files may be read, which executes them.
+        kept: The kinds of placeholders that are not replaced.
         chain: The files that led to the current file through their bases, outermost first.
         seen: The layers of the files that have been read, so that a file with two dependents is read once.
     """
@@ -57,6 +58,7 @@ class Reader:
     lazy: bool | None = None
     environment: bool = True
     programs: bool = True
+    kept: Collection[str] = ()
     chain: tuple[Path, ...] = ()
     seen: dict[Path, Layers] = field(default_factory=dict)
 
@@ -94,14 +96,18 @@ class Reader:
             )
         bases = _Bases(replace(self, chain=(*self.chain, Path(name))), name, suffix)
         if suffix == ".py":
-            file = read_python(text, name, bases.load, lazy=self.lazy, environment=self.environment)
-            source = Source(name, file.data, text, suffix, environment=file.environment, modules=file.modules)
+            file = read_python(text, name, bases.load, lazy=self.lazy, environment=self.environment, kept=self.kept)
+            environment, modules = file.environment, file.modules
+            source = Source(name, file.data, text, suffix, environment=environment, modules=modules, uses=file.uses)
             bases.edit(file.base_edits, text)
         else:
-            data, environment = read_data(text, suffix, name, bases.load, environment=self.environment)
-            source = Source(name, data, text, suffix, environment=environment)
+            data, environment, uses = read_data(
+                text, suffix, name, bases.load, environment=self.environment, kept=self.kept
+            )
+            source = Source(name, data, text, suffix, environment=environment, uses=uses)
             _refuse_imports(source)
-        return (*bases.layers, _without_deprecation(source))
+        based_on = frozenset(layer.name for layer in bases.layers)
+        return (*bases.layers, _without_deprecation(replace(source, based_on=based_on)))
 
 
 def merge_layers(layers: Layers) -> dict[str, Any]:
@@ -237,7 +243,11 @@ def _select(layers: Layers, wanted: BaseImport, name: str) -> Layers:
         if not any(key in layer.data for layer in layers):
             raise ConfigKeyError(f"{name}:{wanted.line}: {layers[-1].name} has no key {key!r}.")
     return tuple(
-        replace(layer, data={alias: layer.data[key] for key, alias in wanted.names.items() if key in layer.data})
+        replace(
+            layer,
+            data={alias: layer.data[key] for key, alias in wanted.names.items() if key in layer.data},
+            uses=layer.uses.renamed(wanted.names),
+        )
         for layer in layers
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 
 from stratagem.config.keys import KeyPath
@@ -11,7 +12,7 @@ from stratagem.config.reading.data_languages import language_of
 from stratagem.config.reading.placeholders import Placeholders
 from stratagem.config.reading.source import Source
 
-__all__ = ["line_of"]
+__all__ = ["line_of", "line_that_reads"]
 
 Lines = dict[KeyPath, int]
 
@@ -27,6 +28,27 @@ def line_of(source: Source, path: KeyPath) -> int | None:
     # The file may edit only a part of the value that it gets from its base.
     inside = [line for key, line in lines.items() if below and key[: len(path)] == path]
     return min(inside, default=lines.get(source.written_below) if below else None)
+
+
+def line_that_reads(source: Source, name: str) -> int | None:
+    """Return the first line of a file that reads a top-level name, or that name of its base; None if no line is found."""
+    placeholder = re.compile(rf"\{{\{{\s*_base_\.{re.escape(name)}\b")
+    lines = [number for number, line in enumerate(source.text.splitlines(), start=1) if placeholder.search(line)]
+    if source.suffix == ".py":
+        tree = ast.parse(Placeholders(source.text, source.suffix, "").text)
+        lines += [node.lineno for node in ast.walk(tree) if isinstance(node, ast.expr) and _is_read(node, name)]
+    return min(lines, default=None)
+
+
+def _is_read(node: ast.expr, name: str) -> bool:
+    match node:
+        case ast.Name(id=found, ctx=ast.Load()):
+            return found == name
+        case ast.Attribute(value=ast.Name(id="_base_"), attr=found):
+            return found == name
+        case ast.Subscript(value=ast.Name(id="_base_"), slice=ast.Constant(value=found)):
+            return bool(found == name)
+    return False
 
 
 @functools.lru_cache(maxsize=64)

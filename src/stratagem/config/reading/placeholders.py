@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -75,15 +75,19 @@ class Placeholders:
         suffix: The suffix of the language.
         name: The file name, to which the ``file...`` placeholders refer.
         environment: Whether placeholders may read environment variables.
+        kept: The kinds of placeholders, ``"file"`` and ``"variable"``, that are not replaced.
     """
 
     # The values that were read from the environment, by any file.
     _read: ClassVar[set[str]] = set()
 
-    def __init__(self, text: str, suffix: str, name: str, *, environment: bool = True) -> None:
+    def __init__(
+        self, text: str, suffix: str, name: str, *, environment: bool = True, kept: Collection[str] = ()
+    ) -> None:
         self.environment: dict[str, str] = {}
         self._may_read_environment = environment
         self._name = name
+        self._kept = kept
         self._matches: list[re.Match[str]] = []
         self._bare: set[str] = set()
         self._stem = "placeholder_"
@@ -95,9 +99,14 @@ class Placeholders:
     def __bool__(self) -> bool:
         return bool(self._matches)
 
-    def reads_base(self, text: str) -> bool:
-        """Return whether ``text`` contains the identifier of a ``{{ _base_.key }}`` placeholder."""
-        return any(self._match(identifier[0])["base"] for identifier in self._identifier.finditer(text))
+    def base_names(self, text: str | None = None) -> set[str]:
+        """Return the top-level keys in the ``{{ _base_.key }}`` placeholders whose identifiers ``text`` contains.
+
+        By default, these are all placeholders of the file.
+        """
+        found = self._identifier.finditer(self.text if text is None else text) if self._matches else ()
+        paths = [self._match(identifier[0])["base"] for identifier in found]
+        return {path.partition(".")[0] for path in paths if path}
 
     def is_identifier(self, text: str) -> bool:
         """Return whether ``text`` is exactly the identifier of a placeholder."""
@@ -217,6 +226,8 @@ class Placeholders:
         spans = [match.span() for match in quoted.finditer(text)] if quoted else []
 
         def mark(match: re.Match[str]) -> str:
+            if any(match[kind] for kind in self._kept):
+                return match[0]
             identifier = f"{self._stem}{len(self._matches)}_"
             self._matches.append(match)
             before, after = text[: match.start()][-1:], text[match.end() :][:1]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
-from typing import Any, TypeVar, final
+from typing import Any, TypeGuard, TypeVar, final
 
 from stratagem.config.merge import NO_EDITS, BaseEdits, difference, edits_of, is_same
 from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.reading.lazy import HAS_IMPORT, extract_base_imports, extract_imports, imported_names, is_lazy
+from stratagem.config.reading.name_uses import NO_USES, NameUses, uses_of
 from stratagem.config.reading.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
 from stratagem.utils.lazy import lazy_name, resolve
@@ -27,7 +28,10 @@ T = TypeVar("T")
 _NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
 # Matches _base_, but neither an assignment to it nor a folder of this name in a path.
 _READS_BASE = re.compile(r"(?<![/\w'\"])_base_(?![/\w])(?!\s*=[^=])")
+_BASE = "_base_"
 _BASE_VALUES = "_base_values_"
+# Methods of a dict. A file that calls one of them on `_base_` may read any name.
+_METHODS_OF_BASE = frozenset(dir(ConfigDict))
 
 
 @final
@@ -40,16 +44,24 @@ class PythonFile:
         environment: The environment variables that placeholders read.
         modules: The top-level packages that a pure-Python configuration imports lazily.
         base_edits: The changes that the program made to ``_base_``.
+        uses: The top-level names that the program reads.
     """
 
     data: dict[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     base_edits: BaseEdits = NO_EDITS
+    uses: NameUses = NO_USES
 
 
 def read_python(
-    text: str, name: str, load_bases: LoadBases, *, lazy: bool | None = None, environment: bool = True
+    text: str,
+    name: str,
+    load_bases: LoadBases,
+    *,
+    lazy: bool | None = None,
+    environment: bool = True,
+    kept: Collection[str] = (),
 ) -> PythonFile:
     """Execute ``text`` and return its public names, except for modules, classes and functions.
 
@@ -59,16 +71,18 @@ def read_python(
         load_bases: Loads the bases of the file.
         lazy: Whether the file is a pure-Python configuration; None detects it.
         environment: Whether placeholders may read environment variables.
+        kept: The kinds of placeholders that are not replaced.
 
     Raises:
         ConfigParsingError: if the text is not valid Python or fails to execute; the error includes the line.
     """
-    placeholders = Placeholders(text, ".py", name, environment=environment)
+    placeholders = Placeholders(text, ".py", name, environment=environment, kept=kept)
     if not (placeholders or lazy or _READS_BASE.search(text) or HAS_IMPORT.search(text)):
         # Most files need no syntax tree. Building it would take longer than all other steps together.
-        namespace = _run(_compile(text, name), name, {})
+        code = _compile(text, name)
+        namespace = _run(code, name, {})
         load_bases(namespace.get("_base_", []))
-        return PythonFile(_values(namespace))
+        return PythonFile(_values(namespace), uses=uses_of(code))
     tree = _parse(placeholders.text, name)
     if lazy or (lazy is None and is_lazy(tree, name)):
         return _read_lazy(tree, name, load_bases, placeholders)
@@ -94,7 +108,8 @@ def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders
     else:
         load_bases(namespace.get("_base_", []))
     data = as_plain(_values(namespace, but=not_keys | given.keys()))
-    return PythonFile(data, placeholders.environment, base_edits=edits)
+    uses = uses_of(code, base=reader.base_names, whole_base=reader.uses_whole_base)
+    return PythonFile(data, placeholders.environment, base_edits=edits, uses=uses)
 
 
 def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
@@ -106,11 +121,13 @@ def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders:
     given = imports | reader.values(base)
     reader.fill_f_strings(base)
     inherited = ConfigDict(base())
-    namespace = _run(_compile(tree, name), name, {**given, **dict(inherited.raw_items())})
+    code = _compile(tree, name)
+    namespace = _run(code, name, {**given, **dict(inherited.raw_items())})
     deleted = BaseEdits(removed=frozenset(inherited.keys() - namespace.keys()))
     data = as_plain(_values(namespace, but=not_keys | given.keys()))
     modules = frozenset(lazy_name(lazy).partition(".")[0] for lazy in imports.values())
-    return PythonFile(difference(data, base()), placeholders.environment, modules, base_edits=deleted)
+    uses = uses_of(code, inherits=True, base=reader.base_names)
+    return PythonFile(difference(data, base()), placeholders.environment, modules, deleted, uses)
 
 
 def _parse(text: str, name: str) -> ast.Module:
@@ -146,7 +163,7 @@ def _values(namespace: dict[str, Any], but: frozenset[str] | set[str] = frozense
     return {
         key: value
         for key, value in namespace.items()
-        if not (key in but or isinstance(value, _NOT_KEYS)) and (not key.startswith("_") or key == "_deprecation_")
+        if not (key in but or key == _BASE or key.startswith("__") or isinstance(value, _NOT_KEYS))
     }
 
 
@@ -165,12 +182,19 @@ def _literal_bases(tree: ast.Module, name: str) -> Any:
     raise ConfigParsingError(f"{name} reads values of its base but does not define _base_.")
 
 
+def _is_base(node: ast.expr) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and node.id == _BASE and not isinstance(node.ctx, ast.Store)
+
+
 @final
 class _Reader(ast.NodeTransformer):
     """Replaces placeholders and ``_base_`` in a syntax tree with names; :meth:`values` returns the values of the names."""
 
     def __init__(self, placeholders: Placeholders) -> None:
         self.reads_base = False
+        self.uses_whole_base = False
+        # The top-level keys of the base that the file reads.
+        self.base_names: set[str] = set()
         self._placeholders = placeholders
         self._identifiers: dict[str, bool] = {}
         # Name -> a string that contains identifiers and other characters.
@@ -216,10 +240,31 @@ class _Reader(ast.NodeTransformer):
         if self._placeholders.is_identifier(node.id):
             self._record_base_use(node.id)
             self._identifiers[node.id] = True
-        elif node.id == "_base_" and not isinstance(node.ctx, ast.Store):
-            self.reads_base = True
-            node.id = _BASE_VALUES
+        elif _is_base(node):
+            self.uses_whole_base = True
+            self._read_base(node)
         return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if not _is_base(node.value) or node.attr in _METHODS_OF_BASE:
+            self.generic_visit(node)
+            return node
+        self.base_names.add(node.attr)
+        self._read_base(node.value)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        match node:
+            case ast.Subscript(value=ast.Name() as base, slice=ast.Constant(value=str(key))) if _is_base(base):
+                self.base_names.add(key)
+                self._read_base(base)
+            case _:
+                self.generic_visit(node)
+        return node
+
+    def _read_base(self, node: ast.Name) -> None:
+        self.reads_base = True
+        node.id = _BASE_VALUES
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if not isinstance(node.value, str) or not self._placeholders.has_identifier(node.value):
@@ -243,4 +288,6 @@ class _Reader(ast.NodeTransformer):
 
     def _record_base_use(self, text: str) -> None:
         # Check the strings of the syntax tree instead of the file's text, in which a comment may contain a placeholder.
-        self.reads_base = self.reads_base or self._placeholders.reads_base(text)
+        names = self._placeholders.base_names(text)
+        self.base_names |= names
+        self.reads_base = self.reads_base or bool(names)

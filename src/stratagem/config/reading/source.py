@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.config.keys import KeyPath
+from stratagem.config.reading.name_uses import NO_USES, NameUses
 
 __all__ = ["Origin", "Source"]
 
@@ -38,6 +39,8 @@ class Source:
         environment: The environment variables that placeholders read.
         modules: The top-level packages that a pure-Python configuration imports lazily.
         written_below: The path in ``text`` that contains the values, such as ``_base_`` for edits of a base.
+        uses: The top-level names that the file reads.
+        based_on: The names of the files that are bases of this one, directly or indirectly.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Source:
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     written_below: KeyPath = ()
+    uses: NameUses = NO_USES
+    based_on: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> Path:
