@@ -1,0 +1,154 @@
+"""Choose the strategy of the engine for a runner of this layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from stratagem.compat.mmengine.registry import MODEL_WRAPPERS
+from stratagem.errors import ConfigTypeError
+from stratagem.model import unwrap_model
+from stratagem.optim.gradient_policy import GradientPolicy
+from stratagem.parallel import Placed, Placement, Steps
+from stratagem.strategies import BaseStrategy
+from stratagem.strategies.choice import choose_strategy
+from stratagem.strategies.composed import ComposedStrategy
+
+__all__ = ["choose_placing"]
+
+# The wrappers that DDPStrategy implements.
+_OF_DDP = ("MMDistributedDataParallel", "MMSeparateDistributedDataParallel", "DistributedDataParallel")
+_ENV_KEYS = (
+    "cudnn_benchmark",
+    "cudnn_allow_tf32",
+    "float32_matmul_precision",
+    "mp_cfg",
+    "dist_cfg",
+    "resource_limit",
+)
+
+
+@final
+class _CustomWrapper(Placement):
+    """Wraps the model with a class of the user.
+
+    Args:
+        wrapper_cfg: the configuration of the wrapper; None if the model is already wrapped.
+    """
+
+    def __init__(self, wrapper_cfg: Mapping[str, Any] | None) -> None:
+        self._cfg = wrapper_cfg
+
+    def place(self, model: nn.Module, steps: Steps, world: Any) -> Placed:
+        model = steps.compile(steps.init_and_sync(model))
+        optim = steps.make_optim(unwrap_model(model)) if steps.make_optim else None
+        if self._cfg is None:
+            return Placed(model=model, optim=optim)
+        arguments: dict[str, Any] = {"module": model}
+        kind = MODEL_WRAPPERS.get(self._cfg["type"])
+        if isinstance(kind, type) and issubclass(kind, nn.parallel.DistributedDataParallel):
+            arguments["device_ids"] = None if world.device.type == "cpu" else [world.device]
+        return Placed(model=MODEL_WRAPPERS.build(dict(self._cfg), default_args=arguments), optim=optim)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        inner = getattr(model, "module", None)
+        return inner if isinstance(inner, nn.Module) else model
+
+    def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        return GradientPolicy(always_set_grad_sync=False)
+
+
+@final
+class WrappedModelStrategy(ComposedStrategy):
+    """Trains with a wrapper of the user, which is responsible for the communication between the ranks.
+
+    Args:
+        wrapper_cfg: the configuration of the wrapper; None if the model is already wrapped.
+        kwargs: the arguments of :class:`~stratagem.strategies.BaseStrategy`.
+    """
+
+    def __init__(self, *, wrapper_cfg: Mapping[str, Any] | None, **kwargs: Any) -> None:
+        self._wrapper_cfg = wrapper_cfg
+        super().__init__(**kwargs)
+
+    def _make_placement(self) -> Placement:
+        return _CustomWrapper(self._wrapper_cfg)
+
+
+def choose_placing(
+    *,
+    cfg: Mapping[str, Any],
+    strategy: Any,
+    is_wrapped: bool,
+    launcher: str,
+    work_dir: str,
+    experiment_name: str | None,
+    env_cfg: Mapping[str, Any],
+    randomness: Mapping[str, Any],
+    log_level: str | int,
+) -> BaseStrategy:
+    """Return the strategy of a run.
+
+    Args:
+        cfg: the configuration, of which ``model_wrapper_cfg``, ``sync_bn`` and ``find_unused_parameters`` are used.
+        strategy: a strategy, its configuration or its name; None for a single device, or DDP with a launcher.
+        is_wrapped: whether the model is already wrapped.
+        launcher: the launcher.
+        work_dir: the work directory.
+        experiment_name: the name of the run.
+        env_cfg: the settings of the process.
+        randomness: the seed and the other randomness settings.
+        log_level: the logging level.
+
+    Raises:
+        TypeError: if a wrapper is configured for a model that is already wrapped.
+    """
+    wrapper = cfg.get("model_wrapper_cfg")
+    if is_wrapped and wrapper is not None:
+        raise ConfigTypeError(f"The model is already wrapped, but model_wrapper_cfg={wrapper!r}. Omit one of them.")
+    arguments: dict[str, Any] = {
+        "launcher": launcher,
+        "work_dir": work_dir,
+        "experiment_name": experiment_name,
+        "env_cfg": _settings(env_cfg),
+        "randomness": {key: value for key, value in randomness.items() if value is not None},
+        "auto_scale_lr": None,
+        "log_level": log_level,
+    }
+    custom = is_wrapped or (wrapper is not None and wrapper.get("type", _OF_DDP[0]) not in _OF_DDP)
+    if strategy is None and custom and (launcher != "none" or is_wrapped):
+        return WrappedModelStrategy(
+            wrapper_cfg=wrapper,
+            work_dir=work_dir,
+            experiment_name=experiment_name,
+            env_kwargs={
+                "launcher": launcher,
+                "randomness": arguments["randomness"],
+                **arguments["env_cfg"],
+            },
+            log_kwargs={"log_level": log_level},
+        )
+    if strategy is None and launcher != "none":
+        strategy = {"type": "DDPStrategy", "model_wrapper": None if wrapper is None else _plain(wrapper)}
+        for option in ("sync_bn", "find_unused_parameters"):
+            if cfg.get(option) is not None:
+                strategy[option] = cfg[option]
+    return choose_strategy(_plain(strategy), **arguments)
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _settings(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the engine has. The backend nccl, MMEngine's default, is not used without a GPU."""
+    settings = {key: _plain(env_cfg[key]) for key in _ENV_KEYS if env_cfg.get(key) is not None}
+    dist_cfg = settings.get("dist_cfg")
+    if isinstance(dist_cfg, dict) and dist_cfg.get("backend") == "nccl" and not torch.cuda.is_available():
+        dist_cfg.pop("backend")
+        logging.getLogger(__name__).debug("Using the default backend, because there is no GPU for nccl.")
+    return settings

@@ -1,0 +1,153 @@
+"""Data loaders that start at any position, so that a run that stopped within an epoch continues with the next sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, final
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from stratagem.data import EpochLoader, build_dataloader
+from stratagem.data.rank_share import declared_share
+from stratagem.utils import generator_state, restore_generator_state
+
+__all__ = ["LoaderPosition", "PositionedLoader", "position_of", "sampler_of"]
+
+
+@final
+class LoaderPosition:
+    """The position in a data loader.
+
+    Attributes:
+        epoch: the number of the current pass over the data, which the sampler gets by ``set_epoch``.
+        batch: the number of batches of this pass that were read.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batch = 0
+        self._resumed = False
+        self._ended = False
+
+    @property
+    def next(self) -> tuple[int, int]:
+        """The pass and the number of its batches before the next batch."""
+        return (self.epoch + 1, 0) if self._ended else (self.epoch, self.batch)
+
+    def end(self) -> None:
+        """Record that a pass is complete."""
+        self._ended = True
+
+    def move_to(self, epoch: int, batch: int) -> None:
+        """Make the next iteration continue at a position."""
+        self.epoch, self.batch, self._resumed, self._ended = epoch, batch, True, False
+
+    @property
+    def pending(self) -> int:
+        """The number of batches that the next iteration skips, because they were read before the run was resumed."""
+        return self.batch if self._resumed else 0
+
+    def begin(self, loader: DataLoader[Any]) -> tuple[int, int]:
+        """Begin an iteration; return its pass and the number of batches to skip."""
+        if self._resumed:
+            self._resumed = False
+        else:
+            # Hooks and loops set the epoch of MMEngine's samplers.
+            epoch = getattr(sampler_of(loader), "epoch", None)
+            self.epoch = epoch if isinstance(epoch, int) else self.next[0]
+            self.batch = 0
+        self._ended = False
+        return self.epoch, self.batch
+
+
+@final
+class PositionedLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose iteration can continue at any position.
+
+    The order of the samples is that of its sampler. With ``global_random_numbers``, it draws random numbers where MMEngine's
+    loaders do: from the global generators of this process, and in workers that are seeded once per epoch. Otherwise, the
+    numbers that a sample draws depend only on the seed, the epoch and the sample, and loading does not change the global
+    generators.
+
+    Args:
+        seed: the seed of the random numbers of the samples.
+        global_random_numbers: whether to use the global generators.
+        arguments: the arguments of ``DataLoader``.
+    """
+
+    def __init__(self, *, seed: int, global_random_numbers: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.position = LoaderPosition()
+        self._seed = seed
+        self._global_random_numbers = global_random_numbers
+        self._engine: tuple[tuple[Any, ...], EpochLoader] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch returns its own class of iterators
+        if not self._global_random_numbers and not isinstance(self.dataset, IterableDataset):
+            return self._positioned()
+        epoch, done = self.position.begin(self)
+        if done:
+            set_epoch = getattr(sampler_of(self), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        batches = super().__iter__()
+        if done:
+            # Read past the batches without changing the restored state of the generators.
+            state = generator_state()
+            next(islice(batches, done - 1, done), None)
+            restore_generator_state(state)
+        return self._counted(batches)
+
+    def reseed(self, seed: int) -> None:
+        """Change the seed of the random numbers of the samples."""
+        self._seed, self._engine = seed, None
+
+    def _positioned(self) -> Iterator[Any]:
+        # This begins when the first batch is requested, because a run may be resumed between the two.
+        epoch, done = self.position.begin(self)
+        yield from self._counted(self._epoch_loader().batches(epoch, done))
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.position.batch += 1
+            yield batch
+        self.position.end()
+
+    def _epoch_loader(self) -> EpochLoader:
+        """Return the loader of the engine for the current attributes, which hooks may change between epochs."""
+        names = ("dataset", "num_workers", "collate_fn", "worker_init_fn", "sampler", "batch_sampler")
+        key = tuple(id(getattr(self, name)) for name in names)
+        # Hooks set _iterator to None to restart persistent workers.
+        restarts = self.persistent_workers and self._iterator is None
+        if self._engine is None or self._engine[0] != key or restarts:
+            self._engine = key, _build_engine_loader(self, self._seed)
+        self._iterator = self._engine[1] if self.persistent_workers else None  # type: ignore[assignment]
+        return self._engine[1]
+
+
+def _build_engine_loader(loader: PositionedLoader, seed: int) -> EpochLoader:
+    names = (
+        "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+        "prefetch_factor", "persistent_workers",
+    )  # fmt: skip
+    arguments = {name: getattr(loader, name) for name in names}
+    if loader.batch_sampler is None:
+        arguments |= {"sampler": loader.sampler, "batch_size": None}
+    else:
+        arguments["batch_sampler"] = loader.batch_sampler
+    # MMEngine's samplers yield the samples of their rank; no other sampler is split across the ranks.
+    rank, size = declared_share(sampler_of(loader)) or declared_share(loader.batch_sampler) or (0, 1)
+    return build_dataloader(arguments, seed=seed, rank=rank, world_size=size, training=True)
+
+
+def sampler_of(loader: Any) -> Any:
+    """Return the sampler of a loader, which may be part of its batch sampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    inner = getattr(batch_sampler, "sampler", None)
+    return getattr(loader, "sampler", None) if inner is None else inner
+
+
+def position_of(loader: Any) -> LoaderPosition | None:
+    """Return the position of a loader; None if it does not record it."""
+    return loader.position if isinstance(loader, PositionedLoader) else None
