@@ -10,6 +10,7 @@ COLOSSALAI := .venv-colossalai
 FOREIGN := .venv-foreign
 TRACKERS := .venv-trackers
 PEERS := .venv-peers
+OPENMMLAB := .venv-openmmlab
 DOCS := .venv-docs
 # For `make bits`: the git revision to compare with, and a regular expression of job names.
 BASE ?= HEAD
@@ -19,7 +20,7 @@ OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers bench-trackers test-gpu test-wheel faults proof proof-plan hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers test-openmmlab test-openmmlab-quick bench-trackers test-gpu test-wheel faults proof proof-plan hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -103,6 +104,24 @@ $(TRACKERS)/.installed: pyproject.toml constraints.txt tests/trackers/requiremen
 	$(TRACKERS)/bin/python $(PIP_INSTALL) torch
 	$(TRACKERS)/bin/python $(PIP_INSTALL) --editable . hypothesis psutil pytest pytest-timeout --requirement tests/trackers/requirements.txt
 	$(TRACKERS)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/trackers/requirements-no-deps.txt
+	@touch $@
+
+test-openmmlab: $(OPENMMLAB)/.installed ## Test mmpretrain and mmsegmentation on Stratagem next to MMEngine, and MMEngine's own tests, in a separate environment.
+	$(OPENMMLAB)/bin/python -m pytest -m openmmlab tests/openmmlab
+	PYTHONPATH=src $(OPENMMLAB)/bin/python tests/openmmlab/upstream.py $(OPENMMLAB)/upstream
+
+test-openmmlab-quick: $(OPENMMLAB)/.installed ## The part of test-openmmlab that CI runs (8 minutes).
+	$(OPENMMLAB)/bin/python -m pytest -m "openmmlab and not slow" tests/openmmlab
+
+# The packages are installed without their requirements, some of which are not needed or do not exist for this Python. Two of
+# them install their tests as a package called tests, which would hide the tests of this project.
+$(OPENMMLAB)/.installed: pyproject.toml constraints.txt tests/openmmlab/requirements.txt tests/openmmlab/requirements-no-deps.txt
+	@echo "Creating $(OPENMMLAB) (first run only; takes two minutes) ..."
+	$(PYTHON) -m venv $(OPENMMLAB)
+	$(OPENMMLAB)/bin/python $(PIP_INSTALL) torch
+	$(OPENMMLAB)/bin/python $(PIP_INSTALL) --editable . --requirement tests/openmmlab/requirements.txt
+	$(OPENMMLAB)/bin/python $(PIP_INSTALL) --no-deps --requirement tests/openmmlab/requirements-no-deps.txt
+	rm -rf $(OPENMMLAB)/lib/python*/site-packages/tests
 	@touch $@
 
 # With PYTHON on the command line, as in `make test-gpu PYTHON=/opt/python PYTHONPATH=src`, the GPU targets use that
@@ -195,4 +214,4 @@ $(DOCS)/.installed: docs/site/requirements.txt constraints.txt
 	@touch $@
 
 clean: ## Remove everything that these targets created.
-	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(TRACKERS) $(PEERS) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) $(FOREIGN) $(TRACKERS) $(PEERS) $(OPENMMLAB) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

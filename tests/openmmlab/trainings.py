@@ -7,10 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 HERE = Path(__file__).parent
 ENGINES = ("mmengine", "stratagem")
@@ -69,19 +74,40 @@ def arguments(training: Training, data: Path, work_dir: Path, options: Sequence[
 
 def run(command: Sequence[str], package: str, work_dir: Path) -> str:
     """Run a command in the working directory and return its output; fails with the output if the command does."""
+    with _started(command, package, work_dir) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, f"exit code {process.returncode} of {' '.join(command)}\n{output[-6000:]}"
+    return output
+
+
+@contextmanager
+def _started(command: Sequence[str], package: str, work_dir: Path) -> Iterator[subprocess.Popen[str]]:
     work_dir.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=work_dir,
         env=environment(package),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
     )
-    assert result.returncode == 0, f"exit code {result.returncode} of {' '.join(command)}\n{result.stdout[-6000:]}"
-    return result.stdout
+    try:
+        yield process
+    finally:
+        _kill(process.pid)
+        process.wait()
+
+
+def _kill(pid: int) -> None:
+    """Send SIGKILL to a process and to the processes that it started, such as the ranks of a launcher."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def train(
@@ -95,9 +121,41 @@ def train(
     resume: bool = False,
 ) -> str:
     """Train with the package's ``tools/train.py`` and return its output."""
-    given = [*(["--resume"] if resume else []), *arguments(training, data, work_dir, options)]
+    return run(_train_command(training, engine, data, work_dir, options, ranks, resume), training.package, work_dir)
+
+
+def train_and_kill(
+    training: Training,
+    engine: Engine,
+    data: Path,
+    work_dir: Path,
+    options: Sequence[str] = (),
+    *,
+    iteration: int,
+    ranks: int = 1,
+) -> None:
+    """Train, and kill all processes with SIGKILL as soon as the losses of a number of iterations are logged."""
+    command = _train_command(training, engine, data, work_dir, options, ranks, resume=False)
+    with _started(command, training.package, work_dir) as process:
+        # Otherwise, the process would stop when the pipe is full.
+        reader = threading.Thread(target=process.communicate, daemon=True)
+        reader.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(losses(work_dir)) < iteration:
+            assert process.poll() is None, f"the training ended with exit code {process.returncode}"
+            assert time.monotonic() < deadline, f"{len(losses(work_dir))} iterations in {TIMEOUT_S} s"
+            time.sleep(0.05)
+        _kill(process.pid)
+        reader.join()
+
+
+def _train_command(
+    training: Training, engine: Engine, data: Path, work_dir: Path, options: Sequence[str], ranks: int, resume: bool
+) -> list[str]:
     # --cfg-options takes all arguments up to the next one that starts with dashes.
-    return run(command(engine, training.tool("train.py"), given[::1], ranks), training.package, work_dir)
+    config, *rest = arguments(training, data, work_dir, options)
+    given = [config, *(["--resume"] if resume else []), *rest]
+    return command(engine, training.tool("train.py"), given, ranks)
 
 
 def test(
@@ -112,12 +170,18 @@ def test(
 def scalars(work_dir: Path) -> Iterator[dict[str, float]]:
     """Yield the records of all sessions of a training, in the order in which they were written."""
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        yield from map(json.loads, file.read_text().splitlines())
+        # The last line is incomplete if the process was killed, or is being written.
+        yield from (json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n"))
 
 
 def losses(work_dir: Path) -> dict[int, float]:
     """Return the loss of each iteration; of an iteration that was repeated after a resume, the last one."""
     return {int(record["step"]): record["loss"] for record in scalars(work_dir) if "loss" in record}
+
+
+def scores(work_dir: Path, metric: str) -> list[float]:
+    """Return the values of a metric in the order of the validations."""
+    return [record[metric] for record in scalars(work_dir) if metric in record]
 
 
 def best(work_dir: Path) -> list[Path]:
