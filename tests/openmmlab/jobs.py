@@ -10,9 +10,7 @@ _LOG = ("default_hooks.logger.interval=1", "log_processor.window_size=1", "rando
 
 
 def _no_workers(*names: str) -> tuple[str, ...]:
-    return tuple(
-        f"{name}_dataloader.{key}" for name in names for key in ("num_workers=0", "persistent_workers=False")
-    )
+    return tuple(f"{name}_dataloader.{key}" for name in names for key in ("num_workers=0", "persistent_workers=False"))
 
 
 def _folders(*names: str) -> tuple[str, ...]:
@@ -20,7 +18,9 @@ def _folders(*names: str) -> tuple[str, ...]:
     datasets = [f"{name}_dataloader.dataset" for name in names]
     classes = ",".join(PHOTOS)
     return tuple(
-        option for dataset in datasets for option in (f"{dataset}.data_root={{data}}", f"{dataset}.metainfo.classes={classes}")
+        option
+        for dataset in datasets
+        for option in (f"{dataset}.data_root={{data}}", f"{dataset}.metainfo.classes={classes}")
     )
 
 

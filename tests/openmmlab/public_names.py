@@ -105,7 +105,8 @@ def imported_by_packages() -> set[str]:
     names = set()
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None, f"{package} is not installed"
+        assert spec is not None, f"{package} is not installed"
+        assert spec.origin is not None, f"{package} is not installed"
         for file in Path(spec.origin).parent.rglob("*.py"):
             if ".mim" not in file.parts:
                 names |= set(_imports(ast.parse(file.read_text())))
@@ -159,7 +160,12 @@ def compare(mmengine: dict[str, Description], layer: dict[str, Description]) -> 
             if expected is not None and not _accepts(expected, actual):
                 other_parameters[key] = f"MMEngine: {expected}, here: {actual}"
     return Comparison(
-        len(mmengine), tuple(sorted(set(mmengine) - set(layer))), tuple(unsupported), tuple(missing_methods), other_parameters, ()
+        len(mmengine),
+        tuple(sorted(set(mmengine) - set(layer))),
+        tuple(unsupported),
+        tuple(missing_methods),
+        other_parameters,
+        (),
     )
 
 

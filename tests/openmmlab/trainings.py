@@ -47,7 +47,8 @@ class Training:
 
 def _package_data(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    assert spec is not None, f"{package} is not installed"
+    assert spec.origin is not None, f"{package} is not installed"
     return Path(spec.origin).parent / ".mim"
 
 

@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 RELEASE = "onedl-mmengine==0.10.12"
 # What the layer covers, on the CPU. The other folders need GPUs or test functions of the test suite itself.
@@ -80,7 +80,13 @@ def run_folder(folder: str, tests: Path, scratch: Path, program: str, path: Sequ
     shutil.copytree(tests, scratch / "tests")
     report = scratch / "report.xml"
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={scratch / 'tests'}"]
-    options += [f"--timeout={SECONDS_PER_TEST}", f"--basetemp={scratch / 'tmp'}", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    options += [
+        f"--timeout={SECONDS_PER_TEST}",
+        f"--basetemp={scratch / 'tmp'}",
+        f"--junitxml={report}",
+        "-o",
+        "junit_family=xunit1",
+    ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
@@ -94,13 +100,15 @@ def run_folder(folder: str, tests: Path, scratch: Path, program: str, path: Sequ
 
 def _read_report(report: Path) -> Outcomes:
     outcomes = {}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ET.parse(report).iter("testcase"):
         file, name = case.get("file"), case.get("name")
         # The class name starts with the module's dotted path.
         module = (file or "").removesuffix(".py").replace("/", ".")
         group = (case.get("classname") or "").removeprefix(module).strip(".")
         test = "::".join(part for part in (file, group, name) if part)
-        problem = next((case.find(kind) for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None)
+        problem = next(
+            (case.find(kind) for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None
+        )
         if problem is None:
             outcomes[test] = "passed"
         elif problem.tag == "skipped":
