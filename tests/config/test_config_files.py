@@ -220,7 +220,7 @@ def test_a_base_in_a_package_sets_its_scope(tmp_path, monkeypatch):
     config = Config.fromstring("_base_ = 'somelib::net.py'", ".py")
     assert config.model == {
         "type": "Net",
-        "neck": [{"type": "Neck", "_scope_": "somelib"}],
+        "neck": [{"type": "Neck"}],
         "init": {"a": 1},
         "_scope_": "somelib",
     }

@@ -325,7 +325,7 @@ class _Check:
         if key is None or (not isinstance(node.get(key), str) and key != "type"):
             return
         try:
-            target = _find(node[key], registry, node.get("_scope_", self._scope))
+            target = _find(node[key], registry, self._scope_at(path))
         except StratagemError as error:
             yield self._problem((*path, key), str(error))
             return
@@ -351,7 +351,16 @@ class _Check:
             near = nearest_names("type", [str(key) for key in node])
             hint = f" Is {near[0]!r} a typo?" if near else ""
             return None, [self._problem(path, f"the key 'type', which names a {registry.name}, is missing.{hint}")]
-        return self._named(kind, registry, node.get("_scope_", self._scope), (*path, "type"))
+        return self._named(kind, registry, self._scope_at(path), (*path, "type"))
+
+    def _scope_at(self, path: KeyPath) -> str | None:
+        """Return the library whose registries are searched first at a path: that of the innermost ``_scope_``."""
+        node: Any = self._config
+        scope = self._scope
+        for key in path:
+            node = node[key]
+            scope = node.get("_scope_", scope) if isinstance(node, Mapping) else scope
+        return scope
 
     def _named(
         self, kind: Any, registry: SupportsLookup, scope: str | None, path: KeyPath

@@ -61,6 +61,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         lazy_import: bool | None = None,
         root: str | Path | None = None,
         keep_placeholders: Collection[str] = (),
+        as_mmengine: bool = False,
     ) -> Config:
         """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
@@ -86,6 +87,8 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
                 file, otherwise to the folder of the file.
             keep_placeholders: The kinds of placeholders that are not replaced: ``"file"`` for ``{{ fileDirname }}`` and similar
                 ones, ``"variable"`` for environment variables.
+            as_mmengine: Whether to keep what only MMEngine keeps: ``_delete_`` in a dict that replaces nothing, and the functions
+                of a pure-Python configuration.
 
         Raises:
             ConfigFileError: if a file cannot be read or has an unknown suffix.
@@ -96,8 +99,9 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """
         path = Path(filename).expanduser()
         top = Path(root) if root else _default_root(path)
-        reader = Reader(top, lazy_import, use_environment_variables, kept=keep_placeholders)
-        return cls._load(reader.read_file(path), str(path), import_modules=import_custom_modules)
+        reader = Reader(top, lazy_import, use_environment_variables, kept=keep_placeholders, as_mmengine=as_mmengine)
+        layers = reader.read_file(path)
+        return cls._load(layers, str(path), import_modules=import_custom_modules, as_mmengine=as_mmengine)
 
     @classmethod
     def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
@@ -125,9 +129,9 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return cls._load(Reader(Path()).read_text(text, suffix, "<string>"), None, import_modules=True)
 
     @classmethod
-    def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool) -> Config:
+    def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool, as_mmengine: bool = False) -> Config:
         config = cls.__new__(cls)
-        config._set_sections(merge_layers(layers), layers, filename)
+        config._set_sections(merge_layers(layers, as_mmengine=as_mmengine), layers, filename)
         add_sibling_folders_to_path(layers)
         if import_modules:
             import_custom_modules(layers, config._data.get("custom_imports"))

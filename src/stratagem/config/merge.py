@@ -37,11 +37,19 @@ class BaseEdits:
 NO_EDITS: Final = BaseEdits()
 
 
-def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: KeyPath = ()) -> Any:
+def merge(
+    over: Mapping[str, Any],
+    base: Any,
+    *,
+    list_keys: bool = False,
+    keep_unused_deletes: bool = False,
+    path: KeyPath = (),
+) -> Any:
     """Return ``over`` merged into ``base``.
 
     Dicts are merged key by key. A dict with ``_delete_=True`` and any other value replace the value in ``base``. With
-    ``list_keys``, a dict with numeric keys updates these items of a list.
+    ``list_keys``, a dict with numeric keys updates these items of a list. With ``keep_unused_deletes``, ``_delete_`` stays in a
+    dict that has no counterpart in ``base``, as in MMEngine.
 
     Raises:
         ConfigTypeError: if a dict would be merged into a value that is not a dict.
@@ -54,12 +62,18 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
     keys = {key: key for key in base}
     for key, value in over.items():
         lower, keys[key] = keys.get(key), key
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or (key not in merged and keep_unused_deletes):
             merged[key] = value
         elif key not in merged or value.get(DELETE, False):
             merged[key] = without_delete_keys(value)
         elif isinstance(merged[key], Mapping) or (list_keys and isinstance(merged[key], list | tuple)):
-            merged[key] = merge(value, merged[key], list_keys=list_keys, path=(*path, key))
+            merged[key] = merge(
+                value,
+                merged[key],
+                list_keys=list_keys,
+                keep_unused_deletes=keep_unused_deletes,
+                path=(*path, key),
+            )
             if isinstance(lower, DataName):
                 keys[key] = lower
         else:
@@ -68,7 +82,8 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
                 f"({'***' if is_secret_name(str(key)) else _short(merged[key])}) in the base. "
                 f"Add {DELETE}=True to replace it."
             )
-    merged.pop(DELETE, None)
+    if not keep_unused_deletes or DELETE in over:
+        merged.pop(DELETE, None)
     return {keys[key]: value for key, value in merged.items()}
 
 

@@ -50,6 +50,7 @@ class Reader:
         environment: Whether placeholders may read environment variables.
         programs: Whether Python files may be read, which executes them.
         kept: The kinds of placeholders that are not replaced.
+        as_mmengine: Whether to keep what only MMEngine keeps; see ``Config.fromfile``.
         chain: The files that led to the current file through their bases, outermost first.
         seen: The layers of the files that have been read, so that a file with two dependents is read once.
     """
@@ -59,6 +60,7 @@ class Reader:
     environment: bool = True
     programs: bool = True
     kept: Collection[str] = ()
+    as_mmengine: bool = False
     chain: tuple[Path, ...] = ()
     seen: dict[Path, Layers] = field(default_factory=dict)
 
@@ -96,7 +98,15 @@ class Reader:
             )
         bases = _Bases(replace(self, chain=(*self.chain, Path(name))), name, suffix)
         if suffix == ".py":
-            file = read_python(text, name, bases.load, lazy=self.lazy, environment=self.environment, kept=self.kept)
+            file = read_python(
+                text,
+                name,
+                bases.load,
+                lazy=self.lazy,
+                environment=self.environment,
+                kept=self.kept,
+                as_mmengine=self.as_mmengine,
+            )
             environment, modules = file.environment, file.modules
             source = Source(name, file.data, text, suffix, environment=environment, modules=modules, uses=file.uses)
             bases.edit(file.base_edits, text)
@@ -110,8 +120,12 @@ class Reader:
         return (*bases.layers, _without_deprecation(replace(source, based_on=based_on)))
 
 
-def merge_layers(layers: Layers) -> dict[str, Any]:
+def merge_layers(layers: Layers, *, as_mmengine: bool = False) -> dict[str, Any]:
     """Merge the layers; later layers override earlier ones.
+
+    Args:
+        layers: The layers, bases first.
+        as_mmengine: Whether ``_delete_`` stays in a dict that replaces nothing.
 
     Raises:
         ConfigTypeError: if a dict would be merged into a value that is not a dict; the error includes the file.
@@ -120,7 +134,7 @@ def merge_layers(layers: Layers) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for layer in layers:
         try:
-            data = merge(layer.data, data, list_keys=layer.list_keys)
+            data = merge(layer.data, data, list_keys=layer.list_keys, keep_unused_deletes=as_mmengine)
         except (ConfigTypeError, ConfigKeyError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
     return data
@@ -144,7 +158,7 @@ class _Bases:
         loaded = [self._load_one(base) for base in bases]
         self._refuse_repeated(loaded)
         self.layers = _each_once(layer for layers in loaded for layer in layers)
-        return functools.cache(lambda: merge_layers(self.layers))
+        return functools.cache(lambda: merge_layers(self.layers, as_mmengine=self._reader.as_mmengine))
 
     def edit(self, edits: BaseEdits, text: str) -> None:
         """Apply the changes that the file with this ``text`` makes to the values of its bases."""
@@ -253,11 +267,12 @@ def _select(layers: Layers, wanted: BaseImport, name: str) -> Layers:
 
 
 def _scoped(data: Any, scope: str) -> Any:
-    """Return data in which every dict with a ``type`` has the ``_scope_`` of a library."""
+    """Return data in which every outermost dict with a ``type`` has a ``_scope_``, which applies to the dicts inside as well."""
     if isinstance(data, dict):
-        scoped = {key: _scoped(value, scope) for key, value in data.items()}
-        return {**scoped, "_scope_": scope} if "type" in data else scoped
-    return [_scoped(item, scope) for item in data] if isinstance(data, list) else data
+        if "type" in data:
+            return {"_scope_": scope, **data}
+        return {key: _scoped(value, scope) for key, value in data.items()}
+    return type(data)(_scoped(item, scope) for item in data) if type(data) in (list, tuple) else data
 
 
 def _origin(layers: Layers, key: str) -> Origin:

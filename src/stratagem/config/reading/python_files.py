@@ -25,7 +25,6 @@ LoadBases = Callable[[object], BaseValues]
 
 T = TypeVar("T")
 
-_NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
 # Matches _base_, but neither an assignment to it nor a folder of this name in a path.
 _READS_BASE = re.compile(r"(?<![/\w'\"])_base_(?![/\w])(?!\s*=[^=])")
 _BASE = "_base_"
@@ -62,6 +61,7 @@ def read_python(
     lazy: bool | None = None,
     environment: bool = True,
     kept: Collection[str] = (),
+    as_mmengine: bool = False,
 ) -> PythonFile:
     """Execute ``text`` and return its public names, except for modules, classes and functions.
 
@@ -72,6 +72,7 @@ def read_python(
         lazy: Whether the file is a pure-Python configuration; None detects it.
         environment: Whether placeholders may read environment variables.
         kept: The kinds of placeholders that are not replaced.
+        as_mmengine: Whether the functions of a pure-Python configuration are values.
 
     Raises:
         ConfigParsingError: if the text is not valid Python or fails to execute; the error includes the line.
@@ -85,7 +86,7 @@ def read_python(
         return PythonFile(_values(namespace), uses=uses_of(code))
     tree = _parse(placeholders.text, name)
     if lazy or (lazy is None and is_lazy(tree, name)):
-        return _read_lazy(tree, name, load_bases, placeholders)
+        return _read_lazy(tree, name, load_bases, placeholders, functions=as_mmengine)
     return _read_eager(tree, name, load_bases, placeholders)
 
 
@@ -112,7 +113,9 @@ def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders
     return PythonFile(data, placeholders.environment, base_edits=edits, uses=uses)
 
 
-def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
+def _read_lazy(
+    tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders, *, functions: bool
+) -> PythonFile:
     base = load_bases(extract_base_imports(tree, name))
     imports = extract_imports(tree, name)
     not_keys = imported_names(tree) | imports.keys()
@@ -124,7 +127,7 @@ def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders:
     code = _compile(tree, name)
     namespace = _run(code, name, {**given, **dict(inherited.raw_items())})
     deleted = BaseEdits(removed=frozenset(inherited.keys() - namespace.keys()))
-    data = as_plain(_values(namespace, but=not_keys | given.keys()))
+    data = as_plain(_values(namespace, but=not_keys | given.keys(), functions=functions))
     modules = frozenset(lazy_name(lazy).partition(".")[0] for lazy in imports.values())
     uses = uses_of(code, inherits=True, base=reader.base_names)
     return PythonFile(difference(data, base()), placeholders.environment, modules, deleted, uses)
@@ -159,11 +162,14 @@ def _run(code: CodeType, name: str, given: dict[str, Any]) -> dict[str, Any]:
     return namespace
 
 
-def _values(namespace: dict[str, Any], but: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+def _values(
+    namespace: dict[str, Any], but: frozenset[str] | set[str] = frozenset(), *, functions: bool = False
+) -> dict[str, Any]:
+    skipped = (BuiltinFunctionType, ModuleType, type, *(() if functions else (FunctionType,)))
     return {
         key: value
         for key, value in namespace.items()
-        if not (key in but or key == _BASE or key.startswith("__") or isinstance(value, _NOT_KEYS))
+        if not (key in but or key == _BASE or key.startswith("__") or isinstance(value, skipped))
     }
 
 

@@ -115,6 +115,7 @@ class Config:
             filename,
             import_custom_modules=import_custom_modules,
             lazy_import=lazy_import,
+            as_mmengine=True,
             keep_placeholders=[kind for kind, replace in replaced.items() if not replace],
         )
         return Config._of(loaded, str(filename), format_python_code)
