@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import subprocess
 
-from packaging.version import InvalidVersion, parse
-
 from stratagem.compat.mmengine.checks import InvalidArgumentError
-from stratagem.errors import ConfigTypeError
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.utils import digit_version as parse_version
 
 __all__ = ["digit_version", "get_git_hash"]
 
-# The order of versions with the same release: alpha < beta < candidate < the release < post-release.
-_PHASES = {"a": -3, "b": -2, "rc": -1}
-_DEVELOPMENT = -4
-
 
 def digit_version(version_str: str, length: int = 4) -> tuple[int, ...]:
-    """Return a tuple that sorts like the version: ``length`` release numbers, then the phase and its number.
-
-    The phase is -4 for a development version, -3 for an alpha, -2 for a beta, -1 for a candidate, 0 for a release, and 1 for a
-    post-release. Local labels such as ``+cpu`` are ignored.
+    """Return a tuple that sorts like the version; see :func:`stratagem.utils.digit_version`.
 
     Raises:
         AssertionError: if the string is not a version.
     """
     try:
-        version = parse(version_str)
-    except InvalidVersion as error:
-        raise InvalidArgumentError(f"{version_str!r} is not a version, such as '2.13.0' or '1.0rc1'.") from error
-    release = (*version.release[:length], *(0,) * (length - len(version.release)))
-    if version.pre is not None:
-        return (*release, _PHASES[version.pre[0]], version.pre[1])
-    if version.is_prerelease:
-        return (*release, _DEVELOPMENT, 0)
-    if version.post is not None:
-        return (*release, 1, version.post)
-    return (*release, 0, 0)
+        return parse_version(version_str, length)
+    except ConfigValueError as error:
+        raise InvalidArgumentError(str(error)) from error
 
 
 def get_git_hash(fallback: str = "unknown", digits: int | None = None) -> str:
