@@ -154,9 +154,9 @@ class FileClient:
         """Return the content of a file as bytes."""
         return self.client.get(filepath)
 
-    def get_text(self, filepath: str | Path, encoding: str = "utf-8") -> str:
+    def get_text(self, filepath: str | Path, encoding: str = "utf-8") -> Any:
         """Return the content of a text file."""
-        return str(self.client.get_text(filepath, encoding))
+        return self.client.get_text(filepath, encoding)
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write a file."""
@@ -170,17 +170,17 @@ class FileClient:
         """Remove a file."""
         self.client.remove(filepath)
 
-    def exists(self, filepath: str | Path) -> bool:
+    def exists(self, filepath: str | Path) -> Any:
         """Return whether there is a file or folder."""
-        return bool(self.client.exists(filepath))
+        return self.client.exists(filepath)
 
-    def isdir(self, filepath: str | Path) -> bool:
+    def isdir(self, filepath: str | Path) -> Any:
         """Return whether there is a folder."""
-        return bool(self.client.isdir(filepath))
+        return self.client.isdir(filepath)
 
-    def isfile(self, filepath: str | Path) -> bool:
+    def isfile(self, filepath: str | Path) -> Any:
         """Return whether there is a file."""
-        return bool(self.client.isfile(filepath))
+        return self.client.isfile(filepath)
 
     def join_path(self, filepath: str | Path, *filepaths: str | Path) -> Any:
         """Return the joined path."""

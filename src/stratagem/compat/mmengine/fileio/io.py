@@ -101,9 +101,9 @@ def get(filepath: Address, backend_args: Arguments = None) -> Any:
     return _backend(filepath, backend_args).get(filepath)
 
 
-def get_text(filepath: Address, encoding: str = "utf-8", backend_args: Arguments = None) -> str:
+def get_text(filepath: Address, encoding: str = "utf-8", backend_args: Arguments = None) -> Any:
     """Return the content of a text file."""
-    return str(_backend(filepath, backend_args).get_text(filepath, encoding))
+    return _backend(filepath, backend_args).get_text(filepath, encoding)
 
 
 def put(obj: bytes, filepath: Address, backend_args: Arguments = None) -> None:
@@ -116,19 +116,19 @@ def put_text(obj: str, filepath: Address, backend_args: Arguments = None) -> Non
     _backend(filepath, backend_args).put_text(obj, filepath)
 
 
-def exists(filepath: Address, backend_args: Arguments = None) -> bool:
+def exists(filepath: Address, backend_args: Arguments = None) -> Any:
     """Return whether there is a file or folder."""
-    return bool(_backend(filepath, backend_args).exists(filepath))
+    return _backend(filepath, backend_args).exists(filepath)
 
 
-def isdir(filepath: Address, backend_args: Arguments = None) -> bool:
+def isdir(filepath: Address, backend_args: Arguments = None) -> Any:
     """Return whether there is a folder."""
-    return bool(_backend(filepath, backend_args).isdir(filepath))
+    return _backend(filepath, backend_args).isdir(filepath)
 
 
-def isfile(filepath: Address, backend_args: Arguments = None) -> bool:
+def isfile(filepath: Address, backend_args: Arguments = None) -> Any:
     """Return whether there is a file."""
-    return bool(_backend(filepath, backend_args).isfile(filepath))
+    return _backend(filepath, backend_args).isfile(filepath)
 
 
 def join_path(filepath: Address, *filepaths: Address, backend_args: Arguments = None) -> Any:
@@ -176,9 +176,9 @@ def rmtree(dir_path: Address, backend_args: Arguments = None) -> None:
     _backend(dir_path, backend_args).rmtree(dir_path)
 
 
-def copy_if_symlink_fails(src: Address, dst: Address, backend_args: Arguments = None) -> bool:
+def copy_if_symlink_fails(src: Address, dst: Address, backend_args: Arguments = None) -> Any:
     """Create the link ``dst`` to ``src``, or a copy if that fails; return whether it is a link."""
-    return bool(_backend(src, backend_args).copy_if_symlink_fails(src, dst))
+    return _backend(src, backend_args).copy_if_symlink_fails(src, dst)
 
 
 @contextmanager
@@ -202,9 +202,9 @@ def list_dir_or_file(
 
 def generate_presigned_url(
     url: str, client_method: str = "get_object", expires_in: int = 3600, backend_args: Arguments = None
-) -> str:
+) -> Any:
     """Return an address with which anybody can access a file for some seconds."""
-    return str(_backend(url, backend_args).generate_presigned_url(url, client_method, expires_in))
+    return _backend(url, backend_args).generate_presigned_url(url, client_method, expires_in)
 
 
 def load(
