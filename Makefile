@@ -19,6 +19,8 @@ ONLY ?=
 OPTIONS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
+PROOF_PLAN_ENV := PYTHONPATH=src:. OMP_NUM_THREADS=1
+PROOF_PLAN := tests/support/plan_proof/proof.py --write docs/plan-proof.md
 
 .PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-foreign test-trackers test-openmmlab test-openmmlab-quick bench-trackers test-gpu test-wheel faults proof proof-plan hangs matrix matrix-full matrix-quick bits check format bench bench-gpu bench-peers docs docs-test clean
 
@@ -151,8 +153,18 @@ hangs: setup ## Stop a rank in another collective each time, and check the repor
 proof: setup ## Prove that `stratagem parity` finds seeded bugs and raises no false alarms, and write docs/proof.md (5 minutes).
 	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(BIN)/python tests/support/seeded_bugs/proof.py --write docs/proof.md
 
-proof-plan: $(FOREIGN)/.installed ## Prove that plans equal real runs on 1, 2 and 4 ranks, and write docs/plan-proof.md (8 minutes).
-	PYTHONPATH=src:. OMP_NUM_THREADS=1 $(FOREIGN)/bin/python tests/support/plan_proof/proof.py --write docs/plan-proof.md
+proof-plan: $(FOREIGN)/.installed $(DEEPSPEED)/.models $(COLOSSALAI)/.models ## Prove that plans equal real runs on 1, 2 and 4 ranks, and write docs/plan-proof.md (20 minutes).
+	$(PROOF_PLAN_ENV) $(FOREIGN)/bin/python $(PROOF_PLAN) --environment torch
+	$(PROOF_PLAN_ENV) TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/operators PATH=$(CURDIR)/$(DEEPSPEED)/bin:$(PATH) \
+		$(DEEPSPEED)/bin/python $(PROOF_PLAN) --environment deepspeed
+	$(PROOF_PLAN_ENV) $(COLOSSALAI)/bin/python $(PROOF_PLAN) --environment colossalai
+
+# The environments of engines with transformers and timm, whose models the proof of plans trains. timm requires torchvision, of
+# which only the Python part is used.
+$(DEEPSPEED)/.models $(COLOSSALAI)/.models: %/.models: %/.installed
+	$*/bin/python $(PIP_INSTALL) transformers pillow
+	$*/bin/python $(PIP_INSTALL) --no-deps timm torchvision
+	@touch $@
 
 check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .

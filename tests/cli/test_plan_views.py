@@ -204,11 +204,10 @@ def test_json_has_exact_bytes() -> None:
 
 
 def test_a_model_in_mebibytes(capsys: pytest.CaptureFixture[str]) -> None:
-    """If all parts are smaller than a GiB, the table is in MiB."""
-    small = MemoryPlan(
-        parameters=3 * 2**20, gradients=0, optimizer_state=0, peak=3 * 2**20, at_peak={"parameters": 3 * 2**20}
-    )
+    """If all parts are smaller than a GiB, the table is in MiB, and what would be 0.00 has its own unit."""
+    sizes = {"parameters": 3 * 2**20, "gradients": 2048}
+    small = MemoryPlan(parameters=3 * 2**20, gradients=2048, optimizer_state=0, peak=sum(sizes.values()), at_peak=sizes)
     print_report(build_report("small", [(CLUSTER, plan(step("DDP", small)))], replan=None))
     lines = capsys.readouterr().out.splitlines()
-    assert row(lines, "DDP")[4] == "3.00"
+    assert row(lines, "DDP")[4:8] == ["3.00", "2.00", "KiB", "0.00"]
     assert any(line.startswith("Sizes in MiB") for line in lines)

@@ -40,7 +40,19 @@ def test_two_sizes_determine_the_largest_that_fits_all_limits() -> None:
         return [50 + 3 * size, 10 + 7 * size]
 
     assert largest_of_profiles(totals, [100, 60, 52], 2) == [12, 3, 0]
-    assert sizes == [2, 4, 12]
+    assert sizes == [2, 4, 12, 1]
+
+
+def test_a_single_sample_with_fewer_copies_determines_nothing() -> None:
+    """One sample needs 5, without a copy; n samples need 4 + 2n and a copy of n, so 100 is enough for 32 samples."""
+    sizes: list[int] = []
+
+    def totals(size: int) -> list[int]:
+        sizes.append(size)
+        return [5] if size == 1 else [4 + 2 * size, 4 + 3 * size]
+
+    assert largest_of_profiles(totals, [100, 9, 5, 4], 1) == [32, 1, 1, 0]
+    assert sizes == [2, 4, 32, 1]
 
 
 def test_sums_that_are_not_linear_are_searched() -> None:

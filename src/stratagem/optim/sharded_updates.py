@@ -89,7 +89,12 @@ class _Route:
 
 
 def prepare_sharded_updates(
-    optimizer: Optimizer, names: Mapping[int, str], whose: str = "", *, form: MatrixUpdates = "owned"
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    whose: str = "",
+    *,
+    form: MatrixUpdates = "owned",
+    simulated_ranks: int | None = None,
 ) -> str | None:
     """Choose how an optimizer updates sharded parameters, and replace its ``step`` if its own one is not exact.
 
@@ -102,6 +107,8 @@ def prepare_sharded_updates(
         names: maps the ``id`` of each parameter to its name.
         whose: the name of the optimizer if there are several.
         form: how :class:`~stratagem.optim.sharded_muon.ShardedMuon` distributes its work.
+        simulated_ranks: if the other ranks are simulated, the number of ranks for which the small tensors are made. Results are
+            then not compared; an update is exact unless it fails.
 
     Returns:
         A line to log about how the parameters are updated, or None if the optimizer's own step is used.
@@ -109,7 +116,7 @@ def prepare_sharded_updates(
     Raises:
         PlacementError: on all ranks, if the updates differ or fail.
     """
-    cases = _cases(optimizer, names)
+    cases = _cases(optimizer, names, simulated_ranks)
     if not cases:
         return None
     which = f"{type(optimizer).__name__} ({whose})" if whose else type(optimizer).__name__
@@ -121,7 +128,10 @@ def prepare_sharded_updates(
         raise _refusal(which, cases[0], f"it cannot be tried on small tensors ({reason})") from error
     failed: list[tuple[_Case, str]] = []
     for route in _routes(optimizer, form, dependence):
-        failed, error = _try_sharded(optimizer, cases, whole, route)
+        if simulated_ranks is None:
+            failed, error = _try_sharded(optimizer, cases, whole, route)
+        else:
+            failed, error = _try_simulated(optimizer, cases, route)
         restore_generator_state(random)
         if failed:
             continue
@@ -206,14 +216,28 @@ def _try_sharded(
     return failed, error
 
 
-def _cases(optimizer: Optimizer, names: Mapping[int, str]) -> list[_Case]:
+def _try_simulated(
+    optimizer: Optimizer, cases: Sequence[_Case], route: _Route
+) -> tuple[list[tuple[_Case, str]], Exception | None]:
+    """Return the first small tensor and the error if a sharded update fails."""
+    if route.make is not None:
+        return [], None
+    try:
+        _updated(optimizer, cases, route, sharded=True)
+    except Exception as error:  # noqa: BLE001 -- any exception of the optimizer rules this way out, as in training
+        return [(cases[0], str(error))], error
+    return [], None
+
+
+def _cases(optimizer: Optimizer, names: Mapping[int, str], simulated_ranks: int | None = None) -> list[_Case]:
     found: dict[Any, _Case] = {}
     for number, group in enumerate(optimizer.param_groups):
         options = tuple(repr(value) for key, value in group.items() if key != "params" and not isinstance(value, float))
         for parameter in group["params"]:
             if not (parameter.requires_grad and is_sharded(parameter) and parameter.is_floating_point()):
                 continue
-            shape = _small(parameter.shape, parameter.device_mesh.size(), _shards(parameter))
+            ranks = simulated_ranks or parameter.device_mesh.size()
+            shape = _small(parameter.shape, ranks, _shards(parameter))
             key = (shape, parameter.placements, parameter.device_mesh, options)
             if key not in found and len(found) < _MOST_CASES:
                 name = names.get(id(parameter), f"parameter of group {number}")

@@ -30,10 +30,10 @@ class PluginJob:
         numels: the number of elements of each parameter of this rank.
         bucket_bytes: the size of the buckets of ``DistributedDataParallel``.
         bucket_elements: the number of elements of the buckets of ZeRO.
+        broadcasts: the bytes of the buffers of each dtype, which ``DistributedDataParallel`` broadcasts before a step.
         wraps_replicas: whether the model is wrapped in ``DistributedDataParallel``.
         is_hybrid: whether it is the plugin for tensor parallelism.
         max_norm: the norm to which the plugin clips; 0 for no clipping.
-        logs_norm: whether this package computes the norm of the gradients.
         scales_loss: whether the loss is scaled, as in float16.
         offloads: whether master weights and optimizer state are in the memory of the host.
         temporary: the temporary tensors of the optimizer's update.
@@ -48,10 +48,10 @@ class PluginJob:
     numels: tuple[int, ...]
     bucket_bytes: int
     bucket_elements: int
+    broadcasts: tuple[int, ...]
     wraps_replicas: bool
     is_hybrid: bool
     max_norm: float
-    logs_norm: bool
     scales_loss: bool
     offloads: bool
     temporary: int
@@ -70,11 +70,12 @@ class _PluginStep(EngineStep):
     def __init__(self, job: PluginJob, ledger: Ledger, timeline: Timeline) -> None:
         super().__init__(ledger, timeline, job.world)
         self.job = job
-        self._has_weight = timeline.weight > 0 and job.world > 1
         self._buckets = _replica_buckets(job, timeline)
         self._missing: list[set[int]] = []
         # The bytes of the gradients that exist.
         self._held: dict[int, int] = {}
+        for nbytes in job.broadcasts:
+            ledger.send("broadcast", nbytes, job.dp_size, stride=job.tp_size)
 
     def gradient_ready(self, parameter: int, nbytes: int, *, last: bool) -> None:
         if parameter in self._held:
@@ -96,9 +97,9 @@ class _PluginStep(EngineStep):
                     self.ledger.send("all_reduce", nbytes, self.job.dp_size, stride=self.job.tp_size)
 
     def _settle(self) -> None:
-        """Count what this package sends to check gradients."""
+        """Count what this package sends to check gradients, as a run does by default."""
         self.sum_weights()
-        if (self.job.logs_norm or self._has_weight) and self.job.world > 1:
+        if self.job.world > 1:
             self.ledger.send("all_reduce", _NORM_BYTES, self.job.world)
 
     def _run_optimizer(self) -> None:

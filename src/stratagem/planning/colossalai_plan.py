@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -54,8 +55,9 @@ def plan_colossalai(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
     dtype = _DTYPES[spec.options.get("precision", "fp32")]
     if request.average is not None:
         require_master_weights("ColossalAIStrategy", available=dtype is None and spec.tp_size == 1)
+    # Outside of the mode, because the constructor may read values of tensors.
+    model = request.job.make_model()
     with new_fake_mode() as mode:
-        model = request.job.make_model()
         if spec.tp_size > 1:
             shard_linear_layers(model, spec.tp_size, lambda _: None)
         fake_copies(mode, model, torch.device("cpu"))
@@ -140,17 +142,19 @@ def _planned(
     if offloads:
         host.update(sizes)
         sizes = dict.fromkeys(sizes, 0)
+    buffers: Counter[torch.dtype] = Counter()
+    for each in model.buffers():
+        kept = dtype if dtype is not None and each.is_floating_point() else each.dtype
+        buffers[kept] += each.numel() * kept.itemsize
     memory = MemoryPlan(
         parameters=at_rest,
         gradients=gradients,
         optimizer_state=sizes["optimizer state"],
         master_weights=sizes["master weights"],
-        buffers=sum(
-            each.numel() * (itemsize if dtype is not None and each.is_floating_point() else each.element_size())
-            for each in model.buffers()
-        ),
+        buffers=sum(buffers.values()),
         host=host,
     )
+    wraps_replicas = spec.kind == "torch-ddp" or (spec.kind == "hybrid-parallel" and (stage == 0 or dp_size == 1))
     communication = options.get("communication_dtype")
     clipping = wrapper.clipping
     clips = options.get("max_norm", 0.0) or (clipping.limit if clipping is not None and spec.clips else 0.0)
@@ -164,10 +168,10 @@ def _planned(
         numels=tuple(each.numel() for each in parameters),
         bucket_bytes=int(options.get("ddp_bucket_cap_mb", options.get("bucket_cap_mb", 25)) * _MIB),
         bucket_elements=int(options.get("reduce_bucket_size_in_m", options.get("zero_bucket_size_in_m", 12)) * _MIB),
-        wraps_replicas=spec.kind == "torch-ddp" or (spec.kind == "hybrid-parallel" and (stage == 0 or dp_size == 1)),
+        broadcasts=tuple(buffers.values()) if wraps_replicas and options.get("broadcast_buffers", True) else (),
+        wraps_replicas=wraps_replicas,
         is_hybrid=spec.kind == "hybrid-parallel",
         max_norm=clips,
-        logs_norm=clips > 0 or clipping is not None or wrapper.nonfinite is not None or dtype == torch.float16,
         scales_loss=dtype == torch.float16,
         offloads=offloads,
         temporary=temporary,

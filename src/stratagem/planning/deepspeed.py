@@ -73,7 +73,6 @@ class ZeroJob:
         itemsize: the bytes of an element in the dtype of the computation.
         groups: the indices of the trainable parameters of each group of the optimizer.
         numels: the number of elements of each parameter of the model.
-        clips: whether this package computes the norm of the gradients before DeepSpeed does.
         checks_overflow: whether DeepSpeed checks for overflows: in 16 bits, in stage 3 only in float16.
         offloads: whether the optimizer state is in the memory of the host.
         temporary: the temporary tensors of the optimizer's update.
@@ -84,7 +83,6 @@ class ZeroJob:
     itemsize: int
     groups: tuple[tuple[int, ...], ...]
     numels: tuple[int, ...]
-    clips: bool
     checks_overflow: bool
     offloads: bool
     temporary: int
@@ -99,9 +97,9 @@ class _DeepSpeedStep(EngineStep):
         self.job = job
 
     def _check_gradients(self, norms: Sequence[int]) -> None:
-        """Count the collectives that check and clip gradients, of which those of this package are omitted for one rank."""
+        """Count the collectives that clip gradients and, as a run does by default, check them for NaN and Inf."""
         self.sum_weights()
-        if self.job.clips and self.job.world > 1:
+        if self.job.world > 1:
             self.ledger.send("all_reduce", _NORM_BYTES, self.job.world)
         if self.job.checks_overflow:
             self.ledger.send("all_reduce", 1, self.job.world)
@@ -321,7 +319,9 @@ class Stage3(_DeepSpeedStep):
         super().__init__(job, ledger, timeline)
         self._modules = timeline.modules
         self._persistent = persistent
-        self._enters = [event for event in timeline.events if isinstance(event, Visit) and event.enters]
+        visits = [event for event in timeline.events if isinstance(event, Visit) and event.enters]
+        # A module that runs before the model itself, such as its data preprocessor, is not part of DeepSpeed's trace.
+        self._enters = visits[next((at for at, visit in enumerate(visits) if visit.module == 0), 0) :]
         self._order = [
             (parameter, step)
             for step, visit in enumerate(self._enters)
@@ -335,6 +335,7 @@ class Stage3(_DeepSpeedStep):
 
     def _start(self) -> None:
         """Begin a forward pass."""
+        self._is_running = False
         self._step = 0
         self._queue = deque(self._order)
         self._fetched_for: dict[int, int] = {}
@@ -350,6 +351,9 @@ class Stage3(_DeepSpeedStep):
         return math.ceil(self.job.numels[parameter] / self.job.world)
 
     def visit(self, visit: Visit) -> None:
+        self._is_running = self._is_running or visit.module == self._enters[0].module
+        if not self._is_running:
+            return
         if visit.enters:
             self._fetch(visit.module)
         else:

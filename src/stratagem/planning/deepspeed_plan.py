@@ -43,8 +43,9 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
     if request.average is not None:
         require_master_weights("DeepSpeedStrategy", available=options.params_are_master_weights)
     zero = ZeroOptions.parse(options.stage, section)
+    # Outside of the mode, because the constructor may read values of tensors.
+    model = request.job.make_model()
     with new_fake_mode() as mode:
-        model = request.job.make_model()
         fake_copies(mode, model, torch.device("cpu"))
         wrapper: Any = build_optim_wrapper(optim_wrapper, model)
         import_object("stratagem.engines.deepspeed.elementwise_check:require_elementwise")(
@@ -58,10 +59,6 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         itemsize = _item_size(options)
         frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
         saved = sum(each.nbytes for each in (*model.state_dict().values(), *averages))
-        cast_buffers = sum(
-            each.numel() * (itemsize if options.dtype is not None and each.is_floating_point() else each.element_size())
-            for each in model.buffers()
-        )
         index = {id(each): number for number, each in enumerate(model.parameters())}
         numels = tuple(each.numel() for each in model.parameters())
         indices = tuple(tuple(index[id(each)] for each in group) for group in groups)
@@ -84,7 +81,7 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         optimizer_state=sizes["optimizer state"],
         master_weights=sizes["master weights"],
         ema=storage_bytes(averages),
-        buffers=cast_buffers,
+        buffers=storage_bytes(model.buffers()),
         batch=0 if request.timelines.batch is None else batch_bytes(request.timelines.batch),
         host=host,
     )
@@ -94,7 +91,6 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         itemsize=itemsize,
         groups=tuple(group for group in indices if group),
         numels=numels,
-        clips=wrapper.clipping is not None or wrapper.nonfinite is not None,
         checks_overflow=options.dtype == torch.float16 or (options.dtype is not None and options.stage < 3),
         offloads=options.offloads_optimizer,
         temporary=temporary,
@@ -105,6 +101,7 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         buckets=buckets,
         resting_gradients=partitions * itemsize if options.stage == 3 and not options.offloads_optimizer else 0,
         dtype=options.dtype,
+        keeps_buffers=True,
         accumulation=int(wrapper.accumulative_counts),
         make=_step_of(job, persistent),
     )

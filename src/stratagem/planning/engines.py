@@ -40,26 +40,36 @@ class Timelines:
     job: Job
     batch: BatchSpec | None
     _known: dict[Any, Timeline] = field(default_factory=dict)
+    _float_buffers: list[bool] = field(default_factory=list)
     _failures: dict[Any, str] = field(default_factory=dict)
 
-    def get(self, dtype: torch.dtype | None, *, tp_size: int = 1, size: int | None = None) -> Timeline | str:
+    def get(
+        self, dtype: torch.dtype | None, *, keeps_buffers: bool, tp_size: int = 1, size: int | None = None
+    ) -> Timeline | str:
         """Return a micro-batch, or why it cannot be simulated.
 
         Args:
             dtype: the dtype that the engine casts the model to.
+            keeps_buffers: whether buffers keep their dtype.
             tp_size: the number of ranks that the layers of ``tp_plan`` are sharded across.
             size: the number of samples; by default that of the batch.
         """
         if self.batch is None:
             return _NO_BATCH
-        key = (dtype, tp_size, self.batch.size if size is None else size)
+        keeps_buffers = keeps_buffers and dtype is not None and self._has_float_buffers()
+        key = (dtype, keeps_buffers, tp_size, self.batch.size if size is None else size)
         if key not in self._known and key not in self._failures:
             batch = self.batch.batch if size is None else self.batch.resized(size)
             try:
-                self._known[key] = record_timeline(self.job, batch, dtype, tp_size=tp_size)
+                self._known[key] = record_timeline(self.job, batch, dtype, keeps_buffers=keeps_buffers, tp_size=tp_size)
             except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
                 self._failures[key] = describe_failure(error, "the model")
         return self._failures[key] if key in self._failures else self._known[key]
+
+    def _has_float_buffers(self) -> bool:
+        if not self._float_buffers:
+            self._float_buffers.append(any(each.is_floating_point() for each in self.job.make_model().buffers()))
+        return self._float_buffers[0]
 
 
 @final
@@ -90,6 +100,7 @@ class EngineStatic:
         buckets: buffers for communication that exist during the whole run.
         resting_gradients: the gradients that exist between steps.
         dtype: the dtype that the model is cast to.
+        keeps_buffers: whether the buffers keep their dtype.
         tp_size: the number of ranks that layers are sharded across.
         accumulation: the number of micro-batches in a step.
         make: returns the replay of a step.
@@ -100,13 +111,14 @@ class EngineStatic:
     resting_gradients: int
     dtype: torch.dtype | None
     accumulation: int
+    keeps_buffers: bool = False
     tp_size: int = 1
     make: Callable[[Ledger, Timeline], EngineStep]
 
 
 def finish(request: EngineRequest, base: StepPlan, static: EngineStatic, note: str) -> list[StepPlan]:
     """Return the plans of an engine for each limit: with activations, peak and collectives if a micro-batch can be simulated."""
-    timeline = request.timelines.get(static.dtype, tp_size=static.tp_size)
+    timeline = request.timelines.get(static.dtype, keeps_buffers=static.keeps_buffers, tp_size=static.tp_size)
     if isinstance(timeline, str):
         failed = replace(base, memory=static.memory, notes=(*base.notes, note), failure=timeline, simulated=False)
         return [replace(failed, memory_limit=limit) for limit in request.limits]
@@ -168,7 +180,9 @@ def _largest(request: EngineRequest, static: EngineStatic, base: StepPlan) -> di
         return dict.fromkeys(limits)
 
     def totals(size: int) -> list[int]:
-        timeline = request.timelines.get(static.dtype, tp_size=static.tp_size, size=size)
+        timeline = request.timelines.get(
+            static.dtype, keeps_buffers=static.keeps_buffers, tp_size=static.tp_size, size=size
+        )
         if isinstance(timeline, str):
             raise PlacementError(timeline)
         return _replayed(static, timeline, base).totals

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -136,7 +136,8 @@ def plan_config(
 
     Args:
         config: the configuration.
-        strategies: names or configurations of strategies; by default that of the configuration.
+        strategies: names or configurations of strategies; by default that of the configuration, and if it has none, DDP for
+            several ranks and a single device for one rank.
         worlds: the numbers of ranks.
         gpus_per_node: the number of ranks on a node.
         memory: the memory of a device in bytes, for the search for the largest micro-batch. With several values, each gets its
@@ -167,7 +168,9 @@ def plan_config(
             memory_limits=_limits(memory),
             average=_averaging_hook(config),
         )
-        return _plan(request, strategies or [config.get("strategy") or "ddp"], worlds)
+        if not strategies and config.get("strategy") is not None:
+            strategies = [config["strategy"]]
+        return _plan(request, strategies, worlds)
 
 
 def model_factory(model: Any) -> Callable[[], nn.Module]:
@@ -214,23 +217,32 @@ def _averaging_hook(config: Config) -> EMAHook | None:
     return None
 
 
-def _plan(request: _Request, strategies: Sequence[StrategySpec], worlds: Sequence[int]) -> Plan:
+def _plan(request: _Request, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Plan:
     for world in worlds:
         if isinstance(world, bool) or not isinstance(world, int) or world < 1:
             raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
     facts = _facts(request)
     steps = []
-    for strategy in strategies:
-        own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
+    for own, world in _jobs(strategies, worlds):
         name = full_strategy_name(own["type"]) if isinstance(own.get("type"), str) else own["type"].__name__
-        for world in (1,) if name == "SingleDeviceStrategy" else worlds:
-            steps += _plan_step(request, own, name, world)
+        steps += _plan_step(request, own, name, world)
     if strategies is DEFAULT_STRATEGIES:
         has_plan = bool(getattr(request.job.make_model(), "tp_plan", None))
         for world in worlds:
             for own in _strategies_for(world, request.ranks_per_node, has_plan=has_plan):
                 steps += _plan_step(request, own, full_strategy_name(own["type"]), world)
     return Plan(model=facts, steps=tuple(steps))
+
+
+def _jobs(strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the configuration of each strategy with each number of ranks; without strategies, that of a run without any."""
+    if not strategies:
+        yield from (({"type": "single" if world == 1 else "ddp"}, world) for world in worlds)
+        return
+    for strategy in strategies:
+        own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
+        is_single = isinstance(own["type"], str) and full_strategy_name(own["type"]) == "SingleDeviceStrategy"
+        yield from ((own, world) for world in ((1,) if is_single else worlds))
 
 
 def _strategies_for(world: int, ranks_per_node: int, *, has_plan: bool) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ def largest_of_profiles(totals: Callable[[int], Sequence[int]], limits: Sequence
     """Return the largest size that fits each limit, like ``largest_that_fits``, with few evaluations.
 
     All storages of a step grow linearly with the size in almost all models, so two steps determine every other one. A third
-    step, of the largest result, checks that.
+    step, of the largest result, checks that. A step of a single sample has fewer copies, because dimensions of size 1 need no
+    other memory layout, so it determines nothing.
 
     Args:
         totals: returns the sums of all storages after each change during a step of a size.
@@ -28,14 +29,18 @@ def largest_of_profiles(totals: Callable[[int], Sequence[int]], limits: Sequence
             known[size] = totals(size)
         return known[size]
 
-    low, high = profile(start), profile(2 * start)
+    base = max(2, start)
+    low, high = profile(base), profile(2 * base)
     if len(low) == len(high):
-        slopes = [(after - before) / start for before, after in zip(low, high, strict=True)]
-        results = [_largest_linear(low, slopes, start, limit) for limit in limits]
+        slopes = [(after - before) / base for before, after in zip(low, high, strict=True)]
+        results = [_largest_linear(low, slopes, base, limit) for limit in limits]
         checked = max(results)
-        expected = max(before + (checked - start) * slope for before, slope in zip(low, slopes, strict=True))
-        if checked == 0 or max(profile(checked)) == expected:
-            return results
+        expected = max(before + (checked - base) * slope for before, slope in zip(low, slopes, strict=True))
+        if checked < 2 or max(profile(checked)) == expected:
+            return [
+                result if result > 1 else int(max(profile(1)) <= limit)
+                for result, limit in zip(results, limits, strict=True)
+            ]
     return [largest_that_fits(lambda size: max(profile(size)), limit, start) for limit in limits]
 
 

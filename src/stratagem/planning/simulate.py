@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, cast, final
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from stratagem.distributed.rendezvous import process_group
 from stratagem.model import loss_weight
-from stratagem.optim import AccumulatingOptimWrapper, DeferredNonFiniteCheck, OptimSpec, nonfinite, sharded_updates
+from stratagem.optim import AccumulatingOptimWrapper, DeferredNonFiniteCheck, OptimSpec, nonfinite
+from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
@@ -315,17 +317,6 @@ def simulating(
         yield Simulation(built)
 
 
-def _failing_trials(optimizer: Any, cases: Any, _: Any, route: Any) -> tuple[Any, Exception | None]:
-    """Return the small tensors on which an update fails, without comparing values, which other ranks would have to send."""
-    if route.make is not None:
-        return [], None
-    try:
-        sharded_updates._updated(optimizer, cases, route, sharded=True)
-    except Exception as error:  # noqa: BLE001 -- any exception of the optimizer rules this way out, as in training
-        return [(cases[0], str(error))], error
-    return [], None
-
-
 def _guard_against_nonfinite(strategy: BaseStrategy) -> None:
     """Check the gradients for NaN and Inf, as a run does by default on accelerators."""
     for wrapper in strategy.optim_wrapper.each().values():
@@ -346,7 +337,6 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     # Imported here because importing torch's FSDP takes a second.
     fsdp = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
     apply_before = nn.Module._apply
-    small = sharded_updates._small
     allocate_before = fsdp._allocate
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -372,11 +362,13 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     own_masks = [(masks, "find_packed_sequence_indices", lambda *_, **__: None)] if masks is not None else []
     return [
         *own_masks,
-        # Decide how sharded parameters are updated, without comparing the values of trial updates.
-        (composed, "prepare_sharded_updates", without_fake_tensors(sharded_updates.prepare_sharded_updates)),
-        (sharded_updates, "_try_sharded", _failing_trials),
-        # The values of sharded trials are not compared, so the small tensors need not be divisible by a large number of ranks.
-        (sharded_updates, "_small", lambda shape, ranks, shards: small(shape, min(ranks, _TRIAL_RANKS), shards)),
+        # Decide how sharded parameters are updated, without comparing the values of trial updates. The small tensors need not be
+        # divisible by a large number of ranks.
+        (
+            composed,
+            "prepare_sharded_updates",
+            without_fake_tensors(partial(prepare_sharded_updates, simulated_ranks=_TRIAL_RANKS)),
+        ),
         (dtensor, "local_shape_and_offset", without_fake_tensors(local_shape_and_offset)),
         # As on accelerators, where the number of targets is not read.
         (nonfinite, "is_plain", lambda tensor: not is_sharded(tensor)),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from stratagem.planning.fake_world import replaced
 from stratagem.planning.sharded_layers import shard_linear_layers
 from stratagem.planning.simulate import Job, simulating
 from stratagem.planning.trace import Change, StepTrace, storage_bytes
@@ -79,7 +80,8 @@ class Timeline:
         events: what happens, in order.
         numels: the number of elements of each parameter, in the order of ``model.parameters()``.
         trainable: whether each parameter is trainable.
-        modules: the indices of the parameters of each module, without those of its children.
+        modules: the indices of the parameters of each module, without those of its children, and of those that its forward
+            pass reads from other modules.
         saved: the bytes of the storages that the forward pass saves for the backward pass.
         largest: the bytes of the largest storage that is created.
         flops: the number of floating-point operations.
@@ -102,11 +104,15 @@ class Timeline:
     weight: int
 
 
-def cast_to(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Cast a model and the floating-point inputs of its forward pass, as engines do."""
+def cast_to(model: nn.Module, dtype: torch.dtype | None, *, keeps_buffers: bool = False) -> nn.Module:
+    """Cast a model, with its buffers unless they keep their dtype, and the floating-point inputs of its forward pass."""
     if dtype is None:
         return model
-    model.to(dtype)
+    if keeps_buffers:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    else:
+        model.to(dtype)
 
     def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return tree_map(convert, args), tree_map(convert, kwargs)
@@ -118,13 +124,16 @@ def cast_to(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return model
 
 
-def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, tp_size: int = 1) -> Timeline:
+def record_timeline(
+    job: Job, batch: Any, dtype: torch.dtype | None, *, keeps_buffers: bool = False, tp_size: int = 1
+) -> Timeline:
     """Run one micro-batch on fake tensors and record it.
 
     Args:
         job: what is planned.
         batch: a batch on the meta device.
         dtype: the dtype that an engine casts the model to; None for that of its parameters.
+        keeps_buffers: whether the buffers keep their dtype.
         tp_size: the number of ranks that ColossalAI shards the layers of ``tp_plan`` across.
     """
     recording: list[StepTrace] = []
@@ -137,7 +146,7 @@ def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, tp_size:
         model = job.make_model()
         if tp_size > 1:
             shard_linear_layers(model, tp_size, note)
-        return cast_to(model, dtype)
+        return cast_to(model, dtype, keeps_buffers=keeps_buffers)
 
     plain = Job(make_model=make_model, optim_wrapper=_NO_UPDATE, randomness=job.randomness)
     with simulating(plain, "SingleDeviceStrategy", 1) as sim:
@@ -145,19 +154,24 @@ def record_timeline(job: Job, batch: Any, dtype: torch.dtype | None, *, tp_size:
         parameters = list(model.parameters())
         index = {id(each): number for number, each in enumerate(parameters)}
         modules = list(model.modules())
+        read: dict[nn.Module, list[nn.Parameter]] = {}
         with ExitStack() as stack:
 
             def hooked(trace: StepTrace) -> None:
                 recording.append(trace)
                 stack.enter_context(_gradients(trace, parameters))
                 stack.enter_context(_visits(trace, modules))
+                stack.enter_context(_reads(modules, read))
 
             trace, batch_bytes, weight = sim.micro_batch(batch, hooked)
         return Timeline(
             events=tuple(trace.timeline()),
             numels=tuple(each.numel() for each in parameters),
             trainable=tuple(each.requires_grad for each in parameters),
-            modules=tuple(tuple(index[id(each)] for each in module.parameters(recurse=False)) for module in modules),
+            modules=tuple(
+                tuple(index[id(each)] for each in (*module.parameters(recurse=False), *read.get(module, ())))
+                for module in modules
+            ),
             saved=trace.activations,
             largest=trace.largest,
             flops=trace.flops,
@@ -222,6 +236,42 @@ def _visits(trace: StepTrace, modules: Sequence[nn.Module]) -> Iterator[None]:
     ]
     try:
         yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+@contextmanager
+def _reads(modules: Sequence[nn.Module], read: dict[nn.Module, list[nn.Parameter]]) -> Iterator[None]:
+    """Note in ``read`` the parameters that the forward pass of a module reads from modules whose forward pass is not running."""
+    running: list[nn.Module] = []
+    original = nn.Module.__getattr__
+
+    def get(module: nn.Module, name: str) -> Any:
+        value = original(module, name)
+        if isinstance(value, nn.Parameter) and running and module not in running:
+            known = read.setdefault(running[-1], [])
+            if not any(value is each for each in (*known, *running[-1].parameters(recurse=False))):
+                known.append(value)
+        return value
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks = [
+        each
+        for module in modules
+        for each in (
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        )
+    ]
+    try:
+        with replaced(nn.Module, "__getattr__", get):
+            yield
     finally:
         for each in hooks:
             each.remove()

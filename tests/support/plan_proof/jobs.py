@@ -16,7 +16,7 @@ import tests.foreign.torchvision_ops  # noqa: F401 -- before timm and transforme
 from stratagem import ModelWithLoss, SupervisedModel
 from stratagem.config import Config
 
-__all__ = ["CASES", "EXAMPLES", "MODELS", "Case", "config_of", "model_names_of"]
+__all__ = ["CASES", "ENVIRONMENTS", "EXAMPLES", "MODELS", "Case", "case_named", "config_of", "model_names_of"]
 
 _EXAMPLES: Final = Path(__file__).parents[3] / "examples"
 _BATCH: Final = 4
@@ -45,13 +45,37 @@ class Case:
     muon: bool = False
     accumulation: int = 1
 
+    @property
+    def environment(self) -> str:
+        """The environment that has the engine: a key of ``ENVIRONMENTS``."""
+        return {"DeepSpeedStrategy": "deepspeed", "ColossalAIStrategy": "colossalai"}.get(
+            self.strategy["type"], "torch"
+        )
+
 
 def _fsdp(**options: Any) -> Mapping[str, Any]:
     return MappingProxyType({"type": "FSDPStrategy", **options})
 
 
+def _zero(stage: int, *, zero: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Mapping[str, Any]:
+    """Return DeepSpeedStrategy with buckets that are smaller than the models."""
+    section = {"stage": stage, "reduce_bucket_size": 40_000, **zero}
+    if stage == 3:
+        section |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 40_000}
+    return MappingProxyType({"type": "DeepSpeedStrategy", "zero_optimization": section, **options})
+
+
+def _plugin(name: str, precision: str = "fp32", **options: Any) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {"type": "ColossalAIStrategy", "plugin": {"type": name, **options}, "mixed_precision": precision}
+    )
+
+
+# The installed environments that train: with torch alone, and with an engine.
+ENVIRONMENTS: Final = MappingProxyType({"torch": "torch", "deepspeed": "DeepSpeed", "colossalai": "ColossalAI"})
 _SINGLE: Final = MappingProxyType({"type": "SingleDeviceStrategy"})
 _DDP: Final = MappingProxyType({"type": "DDPStrategy"})
+_SMALL_BUCKETS: Final = MappingProxyType({"reduce_bucket_size_in_m": 0.04})
 _EMA: Final = MappingProxyType({"custom_hooks": [{"type": "EMAHook"}]})
 CASES: Final = (
     Case(name="single", strategy=_SINGLE, worlds=(1,)),
@@ -72,7 +96,44 @@ CASES: Final = (
     Case(name="FSDP, Muon and AdamW", strategy=_fsdp(), worlds=(2, 4), muon=True),
     Case(name="HSDP, 2 replicas", strategy=_fsdp(replicate=2), worlds=(4,)),
     Case(name="TP x2", strategy=_fsdp(tp=2), worlds=(2, 4)),
+    *(Case(name=f"ZeRO {stage}", strategy=_zero(stage)) for stage in range(4)),
+    *(Case(name=f"ZeRO {stage}, bfloat16", strategy=_zero(stage, bf16=True), worlds=(2, 4)) for stage in range(4)),
+    Case(name="ZeRO 2, float16", strategy=_zero(2, fp16={"enabled": True, "initial_scale_power": 0}), worlds=(2,)),
+    Case(name="ZeRO 2, 3 micro-batches", strategy=_zero(2), worlds=(2,), accumulation=3),
+    Case(name="ZeRO 3, 3 micro-batches", strategy=_zero(3), worlds=(2,), accumulation=3),
+    Case(name="ZeRO 1, EMA", strategy=_zero(1), worlds=(2,), changes=_EMA),
+    Case(
+        name="ZeRO 2, offloaded optimizer",
+        strategy=_zero(2, zero={"offload_optimizer": {"device": "cpu"}}, bf16=True),
+        worlds=(2,),
+    ),
+    Case(name="torch-ddp", strategy=_plugin("torch-ddp")),
+    Case(name="torch-ddp, EMA", strategy=_plugin("torch-ddp"), worlds=(2,), changes=_EMA),
+    *(
+        Case(name=f"lowlevel-zero {stage}", strategy=_plugin("lowlevel-zero", stage=stage, **_SMALL_BUCKETS))
+        for stage in (1, 2)
+    ),
+    *(
+        Case(
+            name=f"lowlevel-zero {stage}, bfloat16",
+            strategy=_plugin("lowlevel-zero", "bf16", stage=stage, **_SMALL_BUCKETS),
+            worlds=(2, 4),
+        )
+        for stage in (1, 2)
+    ),
+    Case(
+        name="lowlevel-zero 2, 3 micro-batches",
+        strategy=_plugin("lowlevel-zero", stage=2, **_SMALL_BUCKETS),
+        worlds=(2,),
+        accumulation=3,
+    ),
+    Case(name="hybrid-parallel, tp_size=2", strategy=_plugin("hybrid-parallel", "bf16", tp_size=2), worlds=(2, 4)),
 )
+
+
+def case_named(name: str) -> Case:
+    """Return the case with a name."""
+    return next(each for each in CASES if each.name == name)
 
 
 @final
@@ -133,7 +194,9 @@ def llama() -> nn.Module:
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 176, "vocab_size": 128, "use_cache": False,
     }  # fmt: skip
-    return ModelWithLoss(LlamaForCausalLM(LlamaConfig(**sizes)))
+    model = ModelWithLoss(LlamaForCausalLM(LlamaConfig(**sizes)))
+    model.tp_plan = _TP_PLANS["transformers Llama"]
+    return model
 
 
 def vit() -> nn.Module:
@@ -143,7 +206,9 @@ def vit() -> nn.Module:
     network = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, embed_dim=64, num_heads=4, num_classes=10
     )
-    return SupervisedModel(network, nn.CrossEntropyLoss())
+    model = SupervisedModel(network, nn.CrossEntropyLoss())
+    model.tp_plan = _TP_PLANS["timm ViT"]
+    return model
 
 
 _TP_PLANS: Final = MappingProxyType(
@@ -163,7 +228,8 @@ def model_names_of(case: Case) -> tuple[str, ...]:
 
     The CNN has no layers for tensor parallelism, activation checkpointing and Muon, and rotates images only in float32.
     """
-    options = case.strategy.keys() & {"tp", "activation_checkpointing", "mixed_precision"}
+    options = case.strategy.keys() & {"tp", "activation_checkpointing", "mixed_precision", "bf16", "fp16"}
+    options -= {"mixed_precision"} if case.strategy.get("mixed_precision") == "fp32" else set()
     return tuple(name for name in MODELS if name != "MNIST example" or not (options or case.muon))
 
 
@@ -173,8 +239,6 @@ def config_of(model: str, case: Case) -> Config:
     strategy = dict(case.strategy)
     if strategy["type"] == "FSDPStrategy" and model in _WRAPPED:
         strategy["wrap_policy"] = _WRAPPED[model]
-    if "tp" in strategy and model in _TP_PLANS:
-        strategy["tp_plan"] = _TP_PLANS[model]
     config["strategy"] = strategy
     if case.muon:
         config["optim_wrapper"]["optimizer"] = {

@@ -1,12 +1,15 @@
 """Prove that plans equal real runs: ``make proof-plan``.
 
-Trains models with every strategy on 1, 2 and 4 ranks, plans the same, and writes a table with the date and the revision. The exit
-code is 1 if a static size, a collective or the number of operations differs, or activations or the peak differ by more than 5 %.
+Trains models with every strategy of an environment on 1, 2 and 4 ranks, plans the same, and writes a table with the date and
+the revision. The page has one part for each environment, because engines are installed separately; the others are not changed.
+The exit code is 1 if a static size, a collective or the number of operations differs, or activations or the peak differ by more
+than 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,10 +18,11 @@ import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from tests.support.plan_proof.jobs import CASES, EXAMPLES, MODELS, model_names_of
+from tests.support.plan_proof.jobs import CASES, ENVIRONMENTS, EXAMPLES, MODELS, Case, model_names_of
 from tests.support.plan_proof.trial import Comparison, compare, measured
 from tests.support.ranks import RankError, Ranks
 
@@ -29,28 +33,35 @@ def main() -> int:
     """Run all comparisons, print and write the tables, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", type=Path, help="the file to write the tables to")
+    parser.add_argument(
+        "--environment", choices=ENVIRONMENTS, default="torch", help="what this interpreter has installed"
+    )
     parser.add_argument("--examples", action="store_true", help="only the examples, without transformers and timm")
     parser.add_argument("--worlds", default="1,2,4", help="the numbers of ranks")
+    parser.add_argument("--only", default="", help="a regular expression of case names")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     begin = time.monotonic()
+    cases = [each for each in CASES if each.environment == options.environment and re.search(options.only, each.name)]
     found: list[Comparison] = []
     failures: list[str] = []
     for world in map(int, options.worlds.split(",")):
-        _compare_all(EXAMPLES if options.examples else MODELS, world, found, failures)
+        _compare_all(EXAMPLES if options.examples else MODELS, cases, world, found, failures)
         # Later worlds may fail.
-        lines = _page(found, failures, time.monotonic() - begin)
+        part = _part(options.environment, found, failures, time.monotonic() - begin)
         if options.write is not None:
-            options.write.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))  # noqa: T201 -- command output
+            _write(options.write, part)
+    print("\n".join(part))  # noqa: T201 -- command output
     return 1 if failures or any(each.different for each in found) else 0
 
 
-def _compare_all(models: Sequence[str], world: int, found: list[Comparison], failures: list[str]) -> None:
+def _compare_all(
+    models: Sequence[str], cases: Sequence[Case], world: int, found: list[Comparison], failures: list[str]
+) -> None:
     ranks = Ranks(world)
     try:
-        for case in CASES:
+        for case in cases:
             for model in model_names_of(case) if world in case.worlds else ():
                 if model not in models:
                     continue
@@ -61,39 +72,52 @@ def _compare_all(models: Sequence[str], world: int, found: list[Comparison], fai
                     found.append(compare(model, case, world, real))
                 except RankError as error:
                     failures.append(f"{title}: {str(error).splitlines()[-1]}")
+                    _say(f"{title}: {error}")
                 else:
                     _say(f"{title}: {'; '.join(found[-1].different) or 'equal'}")
     finally:
         ranks.close()
 
 
-def _page(found: Sequence[Comparison], failures: Sequence[str], seconds: float) -> list[str]:
+def _write(page: Path, part: Sequence[str]) -> None:
+    """Replace the part of an environment in the page, or add it; the heading begins with the name of the environment."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    others = {each.partition(":")[0]: each for each in text.split("\n## ")[1:]}
+    own = "\n".join(part).removeprefix("## ")
+    parts = {**others, own.partition(":")[0]: own}
+    ordered = [parts[name] for name in ENVIRONMENTS.values() if name in parts]
+    page.write_text("\n".join([*_INTRODUCTION, *(f"\n## {each.strip()}" for each in ordered)]) + "\n", encoding="utf-8")
+
+
+_INTRODUCTION: Final = (
+    "# Proof of plans",
+    "",
+    "`make proof-plan` writes this page; [planning a job](plan.md) describes the command. Each model is trained with",
+    "`Runner` on 1, 2 or 4 ranks, and planned from the same configuration. A separate implementation measures the runs:",
+    "it adds up the storages after every operation, and takes collectives and allocations from the profiler of torch. The",
+    "models are small (64 features, 3 blocks, 4 samples for each rank), and have the layers of large ones; the buckets of",
+    "ZeRO are smaller than the models. Each engine is installed in a separate environment, which has its own table:",
+    "",
+    "- *static*: parameters, gradients, optimizer state, master weights, averaged weights, buffers and batch of the rank with",
+    "  the most. They are equal to the byte.",
+    "- *collectives*: the number of each kind, and the bytes that a rank contributes. They are equal, and so is the number",
+    "  of floating-point operations.",
+    "- *activations* and *peak*: planned and measured bytes, and the difference.",
+    "- *allocator*: the peak of the allocator, which includes memory that kernels and Gloo use internally.",
+    "",
+    "The peak of CPU offload includes what is in the memory of the host, because the run has only that memory.",
+)
+
+
+def _part(environment: str, found: Sequence[Comparison], failures: Sequence[str], seconds: float) -> list[str]:
     different = [each for each in found if each.different]
-    numbers = [str(world) for world in sorted({each.world for each in found})]
-    worlds = " or ".join(filter(None, (", ".join(numbers[:-1]), *numbers[-1:])))
     activations = max((_relative(each.activations) for each in found), default=0.0)
     peak = max((_relative(each.peak) for each in found), default=0.0)
     return [
-        "# Proof of plans",
-        "",
-        "`make proof-plan` writes this page; [planning a job](plan.md) describes the command. Each model is trained with",
-        f"`Runner` on {worlds} ranks, and planned from the same configuration. A separate implementation measures the runs:",
-        "it adds up the storages after every operation, and takes collectives and allocations from the profiler of torch. The",
-        "models are small (64 features, 3 blocks, 4 samples for each rank), and have the layers of large ones.",
+        f"## {ENVIRONMENTS[environment]}: {len(found) - len(different)} of {len(found) + len(failures)} plans equal the run",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, revision {_revision()}, torch {torch.__version__}, {seconds:.0f} s.",
-        "",
-        f"## {len(found) - len(different)} of {len(found)} plans equal the run",
-        "",
-        "- *static*: parameters, gradients, optimizer state, averaged weights, buffers and batch of the rank with the most. They",
-        "  are equal to the byte.",
-        "- *collectives*: the number of each kind, and the bytes that a rank contributes. They are equal, and so is the number",
-        "  of floating-point operations.",
-        "- *activations* and *peak*: planned and measured bytes, and the difference, which is at most",
-        f"  {100 * activations:.2f} % for activations and {100 * peak:.2f} % for the peak.",
-        "- *allocator*: the peak of the allocator, which includes memory that kernels and Gloo use internally.",
-        "",
-        "The peak of CPU offload includes what is in the memory of the host, because the run has only that memory.",
+        f"Activations differ by at most {100 * activations:.2f} %, and peaks by at most {100 * peak:.2f} %.",
         "",
         _row(*_HEADINGS),
         _row(*["---"] * len(_HEADINGS)),

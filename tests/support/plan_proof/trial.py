@@ -11,17 +11,22 @@ from typing import Final, final
 from stratagem import Runner
 from stratagem.planning.planner import plan_config
 from stratagem.planning.result import StepPlan
-from tests.support.plan_proof.jobs import CASES, Case, config_of
+from stratagem.utils import import_object
+from tests.support.engine_sizes import restore_linear
+from tests.support.plan_proof.jobs import Case, case_named, config_of
 from tests.support.plan_proof.witness import Measurement, WitnessHook, bytes_key
 
 __all__ = ["STATIC", "Comparison", "compare", "measured", "planned"]
 
-STATIC: Final = ("parameters", "gradients", "optimizer_state", "ema", "buffers", "batch")
+STATIC: Final = ("parameters", "gradients", "optimizer_state", "master_weights", "ema", "buffers", "batch")
 
 
 def measured(model: str, name: str, folder: str) -> Measurement:
     """Train some steps of a case on this rank with ``Runner``; return the sizes, collectives and operations of a step."""
-    case = next(each for each in CASES if each.name == name)
+    case = case_named(name)
+    restore_linear()
+    if case.strategy.get("fp16"):
+        import_object("tests.engines.deepspeed.engine_runs:allow_float16")()
     config = config_of(model, case)
     hook = WitnessHook(case.accumulation)
     for unused in ("val_dataloader", "val_cfg", "val_evaluator", "test_dataloader", "test_cfg", "test_evaluator"):
@@ -107,9 +112,11 @@ def compare(model: str, case: Case, world: int, real: Sequence[Measurement]) -> 
     """Plan a case, and compare the plan with the measurements of all ranks."""
     step = planned(model, case, world)
     memory = step.memory
-    host = memory.host if step.options.get("cpu_offload") else {}
+    host = memory.host
     static = {name: getattr(memory, name) + host.get(name.replace("_", " "), 0) for name in STATIC}
-    on_host = sum(host.get(name.replace("_", " "), 0) for name in ("parameters", "optimizer_state"))
+    # With FSDP, gradients do not exist at the peak; DeepSpeed keeps a buffer for them.
+    always = ("parameters", "optimizer_state", *(("gradients", "master_weights") if "master weights" in host else ()))
+    on_host = sum(host.get(name.replace("_", " "), 0) for name in always)
     sent, seen = _sent(step), real[0]["collectives"]
     return Comparison(
         model=model,

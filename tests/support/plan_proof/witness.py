@@ -19,8 +19,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from stratagem import Hook
 from stratagem.train import Priority
+from tests.support.engine_sizes import Updates, bytes_of, storages_of
 
-__all__ = ["Measurement", "WitnessHook", "bytes_key", "bytes_of"]
+__all__ = ["Measurement", "WitnessHook", "bytes_key"]
 
 # The collectives by their name in torch's profiler.
 _KINDS: Final = {
@@ -44,17 +45,6 @@ _ITEM_SIZES_SMALL: Final = {"unsigned char": 1, "signed char": 1, "bool": 1}
 Measurement = dict[str, Any]
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages of this rank's parts of tensors, each storage once."""
-    return sum({key: storage.nbytes() for key, storage in _storages(tensors).items()}.values())
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    local = (each._local_tensor if isinstance(each, DTensor) else each for each in tensors)
-    storages = (getattr(each, "elem", each).untyped_storage() for each in local)
-    return {storage._cdata: storage for storage in storages}
-
-
 @final
 class Allocations(TorchDispatchMode):
     """Adds up the storages of a step after every operation.
@@ -76,7 +66,7 @@ class Allocations(TorchDispatchMode):
         self._kept: set[int] = set()
         found = [each for each in gc.get_objects() if isinstance(each, Tensor) and _has_storage(each)]
         self._existed = {each._cdata: each.nbytes() for each in before}
-        self._existed |= {key: each.nbytes() for key, each in _storages(found).items()}
+        self._existed |= {key: each.nbytes() for key, each in storages_of(found).items()}
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._old: set[int] = set()
         self._largest = 0
@@ -89,9 +79,10 @@ class Allocations(TorchDispatchMode):
     def peak(self) -> int:
         return self._largest + self.existing
 
-    def begin(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that exist."""
-        for storage in _storages(tensors).values():
+    def begin(self, tensors: Iterable[Tensor], model: nn.Module) -> None:
+        """Count tensors that exist; gathered parameters of the model are not activations."""
+        self._model = model
+        for storage in storages_of(tensors).values():
             self._meet(storage, is_new=False)
 
     def _meet(self, storage: torch.UntypedStorage, *, is_new: bool) -> None:
@@ -123,10 +114,14 @@ class Allocations(TorchDispatchMode):
         self._kept = {key for key, reference in self._live.items() if reference() is not None}
 
     def _note_backward(self) -> None:
+        gathered = storages_of(self._model.parameters())
         created = {
             key: storage.nbytes()
             for key, reference in self._live.items()
-            if key not in self._old and key not in self._kept and (storage := reference()) is not None
+            if key not in gathered
+            and key not in self._old
+            and key not in self._kept
+            and (storage := reference()) is not None
         }
         self.at_backward = max(self.at_backward, sum(created.values()))
 
@@ -137,10 +132,10 @@ class Allocations(TorchDispatchMode):
         if runs_backward and not self._in_backward:
             self._note_backward()
         self._in_backward = runs_backward
-        for storage in _storages(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)).values():
+        for storage in storages_of(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)).values():
             self._meet(storage, is_new=False)
         out = func(*args, **(kwargs or {}))
-        for storage in _storages(each for each in tree_leaves(out) if isinstance(each, Tensor)).values():
+        for storage in storages_of(each for each in tree_leaves(out) if isinstance(each, Tensor)).values():
             self._meet(storage, is_new=True)
         self._look()
         return out
@@ -246,7 +241,7 @@ class WitnessHook(Hook):
             self._mode.begin_micro_batch()
         if micro_batch == 0 and step >= 2:
             # The second measurement of allocations knows which storages existed.
-            measure = (self._allocations, self._allocations, self._profile, self._flops, self._gradients)[step - 2]
+            measure = (self._allocations, self._allocations, self._profile, self._flops, self._updates)[step - 2]
             measure(run, data_batch)
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -259,7 +254,7 @@ class WitnessHook(Hook):
     def _allocations(self, run: Any, batch: Any) -> None:
         model = run.strategy.unwrap_model()
         mode = Allocations([storage for each in self._unknown if (storage := each()) is not None])
-        mode.begin([*_tensors(batch), *model.parameters(), *model.buffers(), *_state_of(run)])
+        mode.begin([*_tensors(batch), *model.parameters(), *model.buffers(), *_state_of(run)], model)
 
         self._mode = mode
 
@@ -288,29 +283,14 @@ class WitnessHook(Hook):
         self._exit.callback(lambda: self.found.update(flops=counter.total))
         self._exit.enter_context(counter)
 
-    def _gradients(self, run: Any, batch: Any) -> None:
-        gradients: dict[int, torch.UntypedStorage] = {}
-
-        def note(optimizer: Any, *_: Any) -> None:
-            found = (each.grad for group in optimizer.param_groups for each in group["params"])
-            gradients.update(_storages(each for each in found if each is not None))
-
-        for wrapper in run.strategy.optim_wrapper.each().values():
-            self._exit.callback(wrapper.optimizer.register_step_pre_hook(note).remove)
-        self._exit.callback(
-            lambda: self.found.update(gradients=sum(storage.nbytes() for storage in gradients.values()))
-        )
+    def _updates(self, run: Any, batch: Any) -> None:
+        updates = Updates(run.strategy)
+        self._exit.callback(lambda: self.found.update(updates.sizes()))
+        self._exit.enter_context(updates)
 
     def _static(self, run: Any, batch: Any) -> None:
-        model = run.strategy.unwrap_model()
         averages = [each for hook in run.events.hooks if type(hook).__name__ == "EMAHook" for each in _averages(hook)]
-        self.found |= {
-            "parameters": bytes_of(model.parameters()),
-            "buffers": bytes_of(model.buffers()),
-            "optimizer_state": bytes_of(_state_of(run)),
-            "ema": bytes_of(averages),
-            "batch": bytes_of(_tensors(batch)),
-        }
+        self.found |= {"ema": bytes_of(averages), "batch": bytes_of(_tensors(batch))}
 
 
 def _averages(hook: Any) -> list[Tensor]:

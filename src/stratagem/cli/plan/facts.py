@@ -47,8 +47,13 @@ class Unit:
     nbytes: int
 
     def format(self, count: float | None) -> str:
-        """Return a number of bytes in this unit, with three significant digits; a dash for None."""
-        return "-" if count is None else three_digits(count / self.nbytes)
+        """Return a number of bytes in this unit, with three significant digits; a dash for None.
+
+        A number that would be rounded to zero has its own unit, such as ``"2.5 KiB"``.
+        """
+        if count is None:
+            return "-"
+        return format_bytes(count) if 0 < abs(count) < 0.005 * self.nbytes else three_digits(count / self.nbytes)
 
 
 def unit_of(report: Report) -> Unit:
