@@ -22,7 +22,7 @@ from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.utils.names import did_you_mean
 from stratagem.utils.torch_private import inverse_scale, is_scaled, record_found_inf
 
-__all__ = ["HALF_DTYPES", "AmpOptimWrapper", "autocast_dtype"]
+__all__ = ["HALF_DTYPES", "AmpOptimWrapper", "autocast_dtype", "parse_dtype"]
 
 # The names of the 16-bit dtypes in configurations.
 HALF_DTYPES: Final = {
@@ -37,7 +37,6 @@ _FLOATS: Final = frozenset({torch.float32, torch.float64})
 _SCALER_OPTIONS: Final = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
 
 
-@final
 class AmpOptimWrapper(AccumulatingOptimWrapper):
     """Run the forward pass under autocast; with float16, scale the loss so that small gradients do not underflow.
 
@@ -98,7 +97,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         """
         dtype, loss_scale, self.nonfinite = self._requested
         self.device_type = device_type
-        self.dtype = _parse_dtype(dtype, device_type)
+        self.dtype = parse_dtype(dtype, device_type)
         self.grad_scaler, self.fixed_scale = None, None
         self.inspects_grads = self.clipping is not None or self.nonfinite is not None
         self.needs_grad_norm = self.nonfinite is not None or (self.clipping is not None and self.clipping.by_norm)
@@ -158,6 +157,10 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.load_scaler_state(state_dict)
+
+    def load_scaler_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the loss scaler from the state of a wrapper, if both have one."""
         # A state without a scaler was saved in a different precision. Keep the configured loss scale.
         if self.grad_scaler is not None and "loss_scaler" in state_dict:
             self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
@@ -220,7 +223,12 @@ def _are_dense_floats(optimizer: Optimizer) -> bool:
     return found
 
 
-def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dtype:
+    """Return the dtype of autocast on a type of device.
+
+    Raises:
+        ConfigValueError: if autocast does not support it.
+    """
     if dtype is None:
         dtype = torch.get_autocast_dtype(device_type)
     parsed = HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["OptimWrapperDict"]
 
 
-@final
 class OptimWrapperDict:
     """A mapping from names to wrappers. A model's ``train_step`` accesses each wrapper by its name.
 
