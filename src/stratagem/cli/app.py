@@ -475,6 +475,23 @@ def submit(
     lazy_command("stratagem.cli.submit:submit")(options, allocation, out=out, now=now, show=show)
 
 
+@app.command(
+    "run-mmengine",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run_mmengine(
+    program: Annotated[
+        list[str], typer.Argument(metavar="SCRIPT|-m MODULE [ARGS]...", help="The program and its arguments.")
+    ],
+) -> None:
+    """Run a program that uses MMEngine with Stratagem instead, unchanged.
+
+    Processes that the program starts use Stratagem, too: stratagem run-mmengine -m torch.distributed.run --nproc-per-node 2
+    tools/train.py CONFIG --launcher pytorch
+    """
+    lazy_command("stratagem.compat.mmengine.program:run_program")(program)
+
+
 @app.command()
 def env(as_json: AsJson = False, traceback: Traceback = False) -> None:
     """Print versions and hardware for bug reports."""

@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def spell_out_resume(words: list[str]) -> list[str]:
     """Replace ``--resume`` without a path with ``--resume=auto``, because typer has no options with an optional value.
 
-    ``parity`` has an option ``--resume`` without a value.
+    ``parity`` has an option ``--resume`` without a value, and the arguments of ``run-mmengine`` are those of another program.
     """
-    if words[:1] == ["parity"]:
+    if words[:1] in (["parity"], ["run-mmengine"]):
         return words
     spelled: list[str] = []
     for word, following in zip(words, [*words, None][1:], strict=True):

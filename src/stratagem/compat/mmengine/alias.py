@@ -16,7 +16,7 @@ from typing import final
 
 from stratagem.errors import StateError
 
-__all__ = ["install"]
+__all__ = ["extend_python_path", "install"]
 
 _NAME = "mmengine"
 _PACKAGE = "stratagem.compat.mmengine"
@@ -73,7 +73,16 @@ def install() -> None:
     if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AliasFinder())
     if folder not in sys.path:
-        sys.path.append(folder)
+        # After the folder of the main script, and before installed packages, of which MMEngine may be one.
+        sys.path.insert(1, folder)
+
+
+def extend_python_path() -> None:
+    """Make ``mmengine`` refer to this package in all Python programs that this process starts. Idempotent."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folder = os.fspath(_FOR_SPAWNED)
+    if folder not in folders:
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, folders)])
 
 
 def _is_for_spawned(module: ModuleType) -> bool:
