@@ -23,7 +23,12 @@ _POSITION = ("_global_step", "last_step")
 
 
 def is_mmengine(checkpoint: LazyCheckpoint) -> bool:
-    """Return whether MMEngine or its predecessor MMCV wrote the file."""
+    """Return whether MMEngine or its predecessor MMCV wrote the file.
+
+    The files that :mod:`stratagem.compat.mmengine` writes have the same layout, but need no conversion.
+    """
+    if get_nested(checkpoint.entries, "meta", "stratagem") is not None:
+        return False
     return any(get_nested(checkpoint.entries, "meta", key) is not None for key in _VERSIONS)
 
 

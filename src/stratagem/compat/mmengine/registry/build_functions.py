@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 from stratagem.compat.mmengine.checks import InvalidArgumentError, require
+from stratagem.compat.mmengine.config import Config
 from stratagem.compat.mmengine.registry.registry import Registry
 from stratagem.compat.mmengine.utils.manager import ManagerMixin
-from stratagem.config import Config
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 from stratagem.utils import import_module, nearest_names
 

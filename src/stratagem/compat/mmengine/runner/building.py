@@ -149,12 +149,12 @@ def _function(cfg: Any, name: str) -> Any:
     if not isinstance(cfg, Mapping):
         if callable(cfg):
             return cfg
-        raise TypeError(f"{name} must be a dict or callable, got {cfg!r}.")
+        raise TypeError(f"{name} should be a dict or callable object, but got {cfg!r}")
     arguments = dict(cfg)
     kind = arguments.pop("type")
     target = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
     if not callable(target):
-        raise TypeError(f"The type of {name} must be the name of a registered function or callable, got {kind!r}.")
+        raise TypeError(f"The type of {name} should be the name of a registered function or callable, but got {kind!r}")
     return partial(target, **arguments)
 
 
@@ -171,7 +171,7 @@ def build_evaluator(evaluator: Any) -> Evaluator:
         return built
     if isinstance(evaluator, Mapping | list):
         return Evaluator(evaluator)
-    raise TypeError(f"evaluator must be an Evaluator, a dict or a list of dicts, got {evaluator!r}.")
+    raise TypeError(f"evaluator should be an Evaluator, a dict or a list of dicts, but got {evaluator!r}")
 
 
 def build_log_processor(log_processor: Any) -> LogProcessor:
@@ -183,7 +183,7 @@ def build_log_processor(log_processor: Any) -> LogProcessor:
     if isinstance(log_processor, LogProcessor):
         return log_processor
     if not isinstance(log_processor, Mapping):
-        raise TypeError(f"log_processor must be a LogProcessor or a dict, got {log_processor!r}.")
+        raise TypeError(f"log_processor should be a LogProcessor or a dict, but got {log_processor!r}")
     cfg = copy.deepcopy(dict(log_processor))
     built: LogProcessor = LOG_PROCESSORS.build({"type": "LogProcessor", **cfg})
     return built
@@ -204,7 +204,7 @@ def build_loop(loop: Any, kind: str, default: type[BaseLoop] | None, **arguments
     if isinstance(loop, BaseLoop):
         return loop
     if not isinstance(loop, Mapping):
-        raise TypeError(f"{kind} must be a loop or a dict, got {loop!r}.")
+        raise TypeError(f"{kind} should be a loop or a dict, but got {loop!r}")
     cfg = copy.deepcopy(dict(loop))
     if "type" in cfg or default is None:
         built: BaseLoop = LOOPS.build(cfg, default_args=arguments)
@@ -222,7 +222,7 @@ def build_optim(optim_wrapper: Any, model: nn.Module) -> Any:
     if isinstance(optim_wrapper, OptimWrapper | OptimWrapperDict):
         return optim_wrapper
     if not isinstance(optim_wrapper, Mapping):
-        raise TypeError(f"optim_wrapper must be an OptimWrapper or a dict, got {optim_wrapper!r}.")
+        raise TypeError(f"The optimizer wrapper should be an OptimWrapper or a dict, but got {optim_wrapper!r}")
     optimizer = optim_wrapper.get("optimizer")
     if isinstance(optimizer, Optimizer):
         return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **optim_wrapper})
@@ -260,7 +260,7 @@ def build_schedulers(
         }
     require(
         isinstance(optim_wrapper, OptimWrapper),
-        "Build the optimizer wrapper before the parameter schedulers, which depend on it.",
+        "build_optim_wrapper should be called before build_param_scheduler, whose schedulers depend on the optimizer.",
     )
     return _schedulers_of_one(scheduler, optim_wrapper, epoch_length, ends)
 
@@ -297,13 +297,13 @@ def check_scheduler_cfg(param_scheduler: Any) -> None:
         for value in values:
             require(
                 isinstance(value, Mapping | tuple | list | _ParamScheduler),
-                f"Each value of param_scheduler must be a dict or a list, got {value!r}.",
+                f"Each value of param_scheduler should be a dict or a list, but got {value!r}.",
             )
         return
     items = param_scheduler if isinstance(param_scheduler, list | tuple) else None
     if items is None or not all(isinstance(each, Mapping | _ParamScheduler) for each in items):
         raise TypeError(
-            f"param_scheduler must be a _ParamScheduler, a dict, or a list of them, got "
+            f"`param_scheduler` should be a _ParamScheduler, a dict, or a list of them, but got "
             f"{type(param_scheduler).__name__}. For several optimizers, use a dict from their names to the schedulers."
         )
     for each in items:

@@ -225,6 +225,11 @@ def _read(path: Path, map_location: Any) -> Any:
         return checkpoint if holds_weights else OrderedDict(checkpoint)
 
 
+def _safe_torch_load(file: str | os.PathLike[str], map_location: Any = None) -> Any:
+    """Return the contents of a file without executing code from it; the maintained fork of MMEngine has this function, too."""
+    return _read(absolute(file), map_location)
+
+
 @CheckpointLoader.register_scheme(prefixes="")
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Load a file, or a checkpoint folder of Stratagem.

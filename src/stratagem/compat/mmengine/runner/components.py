@@ -80,7 +80,7 @@ class RunnerComponents:
             TypeError: if ``message_hub`` is neither a dict nor None.
         """
         if message_hub is not None and not isinstance(message_hub, Mapping):
-            raise TypeError(f"message_hub must be a dict or None, got {message_hub!r}.")
+            raise TypeError(f"message_hub should be a dict or None, but got {message_hub!r}.")
         return MessageHub.get_instance(**{"name": self._experiment_name, **(message_hub or {})})  # type: ignore[no-any-return]
 
     def build_visualizer(self, visualizer: Visualizer | dict[str, Any] | None = None) -> Visualizer:
@@ -96,7 +96,7 @@ class RunnerComponents:
             return Visualizer.get_instance(**own, vis_backends=[{"type": "LocalVisBackend"}])  # type: ignore[no-any-return]
         if isinstance(visualizer, Mapping):
             return VISUALIZERS.build({**own, **visualizer})  # type: ignore[no-any-return]
-        raise TypeError(f"visualizer must be a Visualizer, a dict or None, got {visualizer!r}.")
+        raise TypeError(f"visualizer should be a Visualizer, a dict or None, but got {visualizer!r}.")
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         """Return a model, or build it from its configuration.
@@ -108,7 +108,7 @@ class RunnerComponents:
             return model
         if isinstance(model, Mapping):
             return MODELS.build(model)  # type: ignore[no-any-return]
-        raise TypeError(f"model must be an nn.Module or a dict, got {model!r}.")
+        raise TypeError(f"model should be an nn.Module or a dict, but got {model!r}.")
 
     def wrap_model(self, model_wrapper_cfg: Mapping[str, Any] | None, model: nn.Module) -> nn.Module:
         """Move a model to the device and, in a distributed run, wrap it. Collective.
@@ -225,7 +225,7 @@ class RunnerComponents:
         default = None
         if isinstance(loop, Mapping):
             if "type" in loop and "by_epoch" in loop:
-                raise RuntimeError("train_cfg can contain either type or by_epoch, and it contains both.")
+                raise RuntimeError("Only one of type and by_epoch can be set in train_cfg, but both are.")
             if "type" not in loop:
                 loop = dict(loop)
                 default = EpochBasedTrainLoop if loop.pop("by_epoch") else IterBasedTrainLoop

@@ -60,7 +60,7 @@ class HookCalls:
             TypeError: if ``hook`` is neither a hook nor a dict.
         """
         if not isinstance(hook, Hook | Mapping):
-            raise TypeError(f"hook must be a Hook or a dict, got {hook!r}.")
+            raise TypeError(f"hook should be an instance of Hook or dict, but got {hook!r}")
         if isinstance(hook, Mapping):
             cfg = dict(hook)
             configured = cfg.pop("priority", None)

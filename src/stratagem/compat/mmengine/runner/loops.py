@@ -17,7 +17,12 @@ from stratagem.compat.mmengine.logging import HistoryBuffer, print_log
 from stratagem.compat.mmengine.registry import LOOPS
 from stratagem.compat.mmengine.runner.amp import autocast
 from stratagem.compat.mmengine.runner.base_loop import BaseLoop
-from stratagem.compat.mmengine.runner.positioned_loader import position_of, sampler_of
+from stratagem.compat.mmengine.runner.positioned_loader import (
+    iterate,
+    position_of,
+    sampler_of,
+    track_position,
+)
 from stratagem.compat.mmengine.runner.utils import calc_dynamic_intervals
 from stratagem.compat.mmengine.structures import BaseDataElement
 
@@ -58,6 +63,8 @@ class _TrainLoop(BaseLoop):
         dynamic_intervals: Sequence[tuple[int, int]] | None,
     ) -> None:
         super().__init__(runner, dataloader)
+        uses_global = getattr(runner, "_global_random_numbers", False) is True
+        track_position(self.dataloader, global_random_numbers=uses_global)
         self._epoch = 0
         self._iter = 0
         self.val_begin = val_begin
@@ -158,7 +165,7 @@ class EpochBasedTrainLoop(_TrainLoop):
         runner.model.train()
         position = position_of(self.dataloader)
         first = 0 if position is None else position.pending
-        for idx, data_batch in enumerate(self.dataloader, first):
+        for idx, data_batch in enumerate(iterate(self.dataloader), first):
             self.run_iter(idx, data_batch)
         runner.call_hook("after_train_epoch")
         self._epoch += 1
@@ -187,7 +194,7 @@ class _InfiniteDataloaderIterator:
     def __init__(self, dataloader: DataLoader[Any]) -> None:
         self._dataloader = dataloader
         self._epoch = 0
-        self._iterator = iter(dataloader)
+        self._iterator = iterate(dataloader)
 
     def __iter__(self) -> _InfiniteDataloaderIterator:
         return self
@@ -200,13 +207,13 @@ class _InfiniteDataloaderIterator:
             set_epoch = getattr(sampler_of(self._dataloader), "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(self._epoch)
-            self._iterator = iter(self._dataloader)
+            self._iterator = iterate(self._dataloader)
             return next(self._iterator)
 
     def restart(self, epoch: int) -> None:
         """Begin the iteration again, in the given pass over the data, at the position that the loader was moved to."""
         self._epoch = epoch
-        self._iterator = iter(self._dataloader)
+        self._iterator = iterate(self._dataloader)
 
 
 @LOOPS.register_module()

@@ -22,8 +22,9 @@ def require_complete(**arguments: Any) -> None:
     """
     missing = [name for name, value in arguments.items() if value is None]
     if 0 < len(missing) < len(arguments):
-        given = ", ".join(name for name in arguments if name not in missing)
-        raise ConfigValueError(f"{given} was given without {', '.join(missing)}. Give all of them or none of them.")
+        raise ConfigValueError(
+            f"{', '.join(arguments)} should be either all None or not None, but {', '.join(missing)} is missing."
+        )
 
 
 def uses_global_random_numbers(section: Any) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from stratagem.data import EpochLoader, build_dataloader
 from stratagem.data.rank_share import declared_share
 from stratagem.utils import generator_state, restore_generator_state
 
-__all__ = ["LoaderPosition", "PositionedLoader", "position_of", "sampler_of"]
+__all__ = ["LoaderPosition", "PositionedLoader", "iterate", "position_of", "sampler_of", "track_position"]
 
 
 @final
@@ -136,9 +138,13 @@ def _build_engine_loader(loader: PositionedLoader, seed: int) -> EpochLoader:
         arguments |= {"sampler": loader.sampler, "batch_size": None}
     else:
         arguments["batch_sampler"] = loader.batch_sampler
-    # MMEngine's samplers yield the samples of their rank; no other sampler is split across the ranks.
+    return build_dataloader(arguments, seed=seed, **_share_of(loader), training=True)
+
+
+def _share_of(loader: DataLoader[Any]) -> dict[str, int]:
+    """Return the part of the data that the loader yields: that of one rank for MMEngine's samplers, and all of it for others."""
     rank, size = declared_share(sampler_of(loader)) or declared_share(loader.batch_sampler) or (0, 1)
-    return build_dataloader(arguments, seed=seed, rank=rank, world_size=size, training=True)
+    return {"rank": rank, "world_size": size}
 
 
 def sampler_of(loader: Any) -> Any:
@@ -148,6 +154,53 @@ def sampler_of(loader: Any) -> Any:
     return getattr(loader, "sampler", None) if inner is None else inner
 
 
+@final
+class _TrackedLoader:
+    """Iterates over a ``DataLoader`` that the user has built, and records the position.
+
+    Args:
+        global_random_numbers: see :class:`PositionedLoader`.
+    """
+
+    def __init__(self, *, global_random_numbers: bool) -> None:
+        self.position = LoaderPosition()
+        self._global_random_numbers = global_random_numbers
+        self._engine: EpochLoader | None = None
+
+    def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Yield the batches of the current pass, from the current position on."""
+        epoch, done = self.position.begin(loader)
+        if self._global_random_numbers:
+            batches: Iterator[Any] = islice(iter(loader), done, None)
+        else:
+            if self._engine is None:
+                # The initial seed of the generator is part of its state, which a resumed run restores.
+                self._engine = build_dataloader(loader, seed=torch.initial_seed(), **_share_of(loader), training=True)
+            batches = self._engine.batches(epoch, done)
+        for batch in batches:
+            self.position.batch += 1
+            yield batch
+        self.position.end()
+
+
+_tracked: WeakKeyDictionary[DataLoader[Any], _TrackedLoader] = WeakKeyDictionary()
+
+
+def track_position(loader: Any, *, global_random_numbers: bool) -> None:
+    """Record the position in a loader when :func:`iterate` iterates over it."""
+    if isinstance(loader, DataLoader) and not isinstance(loader, PositionedLoader) and loader not in _tracked:
+        _tracked[loader] = _TrackedLoader(global_random_numbers=global_random_numbers)
+
+
+def iterate(loader: Any) -> Iterator[Any]:
+    """Return an iterator over a loader that begins at its position."""
+    tracked = _tracked.get(loader) if isinstance(loader, DataLoader) else None
+    return iter(loader) if tracked is None else tracked.batches(loader)
+
+
 def position_of(loader: Any) -> LoaderPosition | None:
     """Return the position of a loader; None if it does not record it."""
-    return loader.position if isinstance(loader, PositionedLoader) else None
+    if isinstance(loader, PositionedLoader):
+        return loader.position
+    tracked = _tracked.get(loader) if isinstance(loader, DataLoader) else None
+    return None if tracked is None else tracked.position

@@ -131,7 +131,7 @@ class Runner(HookCalls, RunnerComponents):
         require_complete(val_dataloader=val_dataloader, val_cfg=val_cfg, val_evaluator=val_evaluator)
         require_complete(test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator)
         if param_scheduler is not None and optim_wrapper is None:
-            raise ValueError(f"param_scheduler={param_scheduler!r} requires an optim_wrapper, which is None.")
+            raise ValueError(f"param_scheduler should be None without an optim_wrapper, but got {param_scheduler!r}")
         self._check_scheduler_cfg(param_scheduler)
         self._train_dataloader, self._train_loop = train_dataloader, train_cfg
         self._val_dataloader, self._val_loop, self._val_evaluator = val_dataloader, val_cfg, val_evaluator
@@ -370,12 +370,13 @@ class Runner(HookCalls, RunnerComponents):
         """
         model = self._session.unwrap(self.model)
         if not hasattr(model, "train_step"):
-            raise AssertionError(f"{type(model).__name__} needs the method train_step to be trained.")
+            raise AssertionError(f"If you want to train {type(model).__name__}, implement its method train_step.")
         if self._val_loop is not None and not hasattr(model, "val_step"):
-            raise AssertionError(f"{type(model).__name__} needs the method val_step to be validated.")
+            raise AssertionError(f"If you want to validate {type(model).__name__}, implement its method val_step.")
         if self._train_loop is None:
             raise RuntimeError(
-                "train() requires train_dataloader, train_cfg and optim_wrapper, which were not given to the runner."
+                "train_dataloader, train_cfg and optim_wrapper should not be None when train() is called. Pass them to the "
+                "runner."
             )
         with self._session.training() as identify:
             self._prepare_training()
@@ -387,9 +388,9 @@ class Runner(HookCalls, RunnerComponents):
 
     def _prepare_training(self) -> None:
         self._train_loop = self.build_train_loop(self._train_loop)
-        if self._session.shards:
-            # The weights are initialized before they are sharded, and the optimizer gets the shards.
-            self.model = self._session.place(self.model, initialize=True, compile_cfg=self._compile_cfg)
+        # If the model is sharded, its weights are initialized before, and the optimizer gets the shards. In other cases, the
+        # model is already placed, unless it was replaced.
+        self.model = self._session.place(self.model, initialize=self._session.shards, compile_cfg=self._compile_cfg)
         self._prepare_optim()
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
@@ -434,7 +435,7 @@ class Runner(HookCalls, RunnerComponents):
         """
         if self._val_loop is None:
             raise RuntimeError(
-                "val() requires val_dataloader, val_cfg and val_evaluator, which were not given to the runner."
+                "val_dataloader, val_cfg and val_evaluator should not be None when val() is called. Pass them to the runner."
             )
         self._val_loop = self.build_val_loop(self._val_loop)
         return self._evaluate(self._val_loop)
@@ -447,7 +448,7 @@ class Runner(HookCalls, RunnerComponents):
         """
         if self._test_loop is None:
             raise RuntimeError(
-                "test() requires test_dataloader, test_cfg and test_evaluator, which were not given to the runner."
+                "test_dataloader, test_cfg and test_evaluator should not be None when test() is called. Pass them to the runner."
             )
         self._test_loop = self.build_test_loop(self._test_loop)
         return self._evaluate(self._test_loop)
@@ -506,6 +507,11 @@ class Runner(HookCalls, RunnerComponents):
 
     def adopt_seed(self, seed: int) -> None:
         """Continue with the seed of a checkpoint, on which the order of the data depends."""
+        if self._randomness_cfg.get("seed") is not None:
+            self.logger.warning(
+                f"The checkpoint was saved with the seed {seed}, and this run was started with {self._seed}. Using that of the "
+                "checkpoint."
+            )
         self._randomness_cfg["seed"] = seed
         self._seed = seed + (self.rank if self._randomness_cfg.get("diff_rank_seed") else 0)
         change_seed(self.train_loop.dataloader, seed)

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import RetentionTag, StateTree
 from stratagem.checkpoint.tree.flatten import flatten_state
 from stratagem.compat.mmengine.logging import HistoryBuffer
+from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
 from stratagem.compat.mmengine.runner.positioned_loader import PositionedLoader, position_of, sampler_of
 from stratagem.data import report_dead_workers
 from stratagem.errors import CheckpointError
@@ -326,6 +328,8 @@ class RunSession:
         """Restore everything except the model, its optimizers and random numbers from a checkpoint that was resumed."""
         runner, own = self.runner, rest.get(_OWN)
         own = own if isinstance(own, Mapping) else None
+        if own is None and self.strategy.resumed_from is not None:
+            rest = {**rest, **read_foreign_state(self.strategy.resumed_from)}
         self.resumed = own is not None
         runner.train_loop._epoch, runner.train_loop._iter = self.run.epoch, self.run.iter
         hub = rest.get("message_hub")
@@ -336,9 +340,18 @@ class RunSession:
         if resume_param_scheduler and runner.param_schedulers is not None and "param_schedulers" in rest:
             _load_states(runner.param_schedulers, rest["param_schedulers"], runner.logger)
         self._move_loader(own)
+        self._compare_datasets(rest.get("meta") or {})
         if self.strategy.seed != runner.seed:
             runner.adopt_seed(self.strategy.seed)
         runner.logger.info(f"resumed epoch: {runner.epoch}, iter: {runner.iter}")
+
+    def _compare_datasets(self, meta: Mapping[str, Any]) -> None:
+        saved = meta.get("dataset_meta")
+        own = getattr(self.runner.train_loop.dataloader.dataset, "metainfo", None)
+        if saved is not None and own is not None and not _equal(saved, own):
+            self.runner.logger.warning(
+                "The metainfo of the training data differs from that in the checkpoint. Check that the data is the same."
+            )
 
     def _move_loader(self, own: Mapping[str, Any] | None) -> None:
         """Move the training data to the position of the checkpoint; MMEngine's checkpoints only contain the iteration."""
@@ -377,6 +390,21 @@ def change_seed(loader: Any, seed: int) -> None:
         sampler.seed = seed
     if isinstance(loader, PositionedLoader):
         loader.reseed(seed)
+
+
+def _equal(saved: Any, own: Any) -> bool:
+    """Return whether two values are equal; arrays may have become tensors, and tuples lists."""
+    if isinstance(own, Mapping):
+        return (
+            isinstance(saved, Mapping)
+            and saved.keys() == own.keys()
+            and all(_equal(saved[key], own[key]) for key in own)
+        )
+    if isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            return False
+        return all(_equal(*pair) for pair in zip(saved, own, strict=True))
+    return bool(np.array_equal(np.asarray(saved), np.asarray(own)))
 
 
 def _length(loader: Any) -> int | None:
