@@ -12,6 +12,7 @@ from stratagem._version import __version__
 from stratagem.cli.arguments import ConfigFile, Launcher, Nproc, Out, Overrides, Strategy, WorkDir
 from stratagem.cli.ckpt.app import ckpt_app
 from stratagem.cli.config_app import config_app
+from stratagem.cli.export_app import export
 from stratagem.cli.find_app import find_app
 from stratagem.cli.init_app import init
 from stratagem.cli.lazy_command import Traceback, lazy_command
@@ -527,6 +528,7 @@ def doctor(
 
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(runs_app, name="runs")
+app.command()(export)
 app.command()(report)
 app.add_typer(find_app, name="find")
 app.add_typer(config_app, name="config")

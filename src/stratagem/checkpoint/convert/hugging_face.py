@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +10,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from stratagem.checkpoint.api import get_model_state
-from stratagem.checkpoint.convert.convert import open_checkpoint
+from stratagem.checkpoint.convert.weights import load_exported_weights
 from stratagem.checkpoint.errors import save_error
-from stratagem.checkpoint.frozen_weights import omitted_digests, require_omitted_weights
-from stratagem.checkpoint.tree.evaluated import evaluated_weights, has_averaged_weights
-from stratagem.checkpoint.tree.load import load_state_dict
 from stratagem.errors import CheckpointError
 from stratagem.model import unwrap_model
 from stratagem.storage import atomic_directory
@@ -86,7 +81,7 @@ def export_hugging_face(
     trained = unwrap_model(model)
     name, network = _chosen(trained, module)
     left_out = _outside(trained, network, required=module is None, name=name)
-    averaged = _load(trained, source, raw=raw)
+    averaged = load_exported_weights(trained, source, raw=raw)
     network.eval()
     exported: Any = network
     is_peft = _is_peft(network)
@@ -109,19 +104,6 @@ def export_hugging_face(
     except OSError as error:
         raise save_error(path, error) from error
     return HuggingFaceFolder(type(exported).__name__, name, is_peft and not merge_adapters, averaged, files, left_out)
-
-
-def _load(model: nn.Module, source: str | Path, *, raw: bool) -> bool:
-    """Load the weights of a checkpoint; return whether they are the averaged weights."""
-    with open_checkpoint(source) as tree:
-        state = get_model_state(tree, source)
-        require_omitted_weights(model, tree, source)
-        allowed = [re.escape(name) for name in omitted_digests(tree)]
-        averaged = has_averaged_weights(tree) and not raw
-        load_state_dict(
-            model, evaluated_weights(tree, state) if averaged else state, strict=True, allow_missing=allowed
-        )
-    return averaged
 
 
 def _is_instance(module: nn.Module, where: str, name: str) -> bool:
