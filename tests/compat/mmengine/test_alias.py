@@ -30,6 +30,16 @@ def test_modules_of_mmengine_are_modules_of_the_layer(tmp_path: Path) -> None:
     )
 
 
+def test_loaded_submodules_have_both_names(tmp_path: Path) -> None:
+    """Otherwise a finder that comes first, such as pytest's, loads a second copy of a module that it rewrites."""
+    source = FIRST_LINE + (
+        "import sys, mmengine.utils\n"
+        "print(sys.modules['mmengine.utils.misc'] is sys.modules['stratagem.compat.mmengine.utils.misc'])\n"
+    )
+    done = run(source, tmp_path)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_spawned_workers_import_the_layer(tmp_path: Path) -> None:
     """A spawned worker imports the main script, and so ``mmengine``, before anything of Stratagem."""
     source = (

@@ -39,6 +39,10 @@ class _AliasLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         # The import system has replaced the specification, on which relative imports in the module depend.
         module.__spec__ = self._spec
+        # A finder that comes before this one, such as pytest's, must not load the loaded submodules again.
+        for name, loaded in list(sys.modules.items()):
+            if name.startswith(f"{module.__name__}."):
+                sys.modules.setdefault(_NAME + name.removeprefix(_PACKAGE), loaded)
 
 
 @final
