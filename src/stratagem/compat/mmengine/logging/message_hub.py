@@ -8,6 +8,7 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+import torch
 
 from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.compat.mmengine.logging.history_buffer import HistoryBuffer
@@ -18,10 +19,16 @@ from stratagem.errors import ConfigKeyError, ConfigTypeError
 __all__ = ["MessageHub"]
 
 _STATE_KEYS = ("log_scalars", "runtime_info", "resumed_keys")
+# The types whose values are exact in float32.
+_READ_LATER = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_PENDING = 4096
 
 
 class MessageHub(ManagerMixin):
     """Histories of scalars and facts of a run, by name.
+
+    Values on accelerators are copied to the host when somebody reads the histories, all at once: copying each one when it is
+    added would let the host wait for the device in every iteration.
 
     Args:
         name: the name of the instance.
@@ -45,6 +52,8 @@ class MessageHub(ManagerMixin):
         self._log_scalars: OrderedDict[str, HistoryBuffer] = _parse("log_scalars", log_scalars)
         self._runtime_info: OrderedDict[str, Any] = _parse("runtime_info", runtime_info)
         self._resumed_keys: OrderedDict[str, bool] = _parse("resumed_keys", resumed_keys)
+        # Values and counts of scalars that are still on an accelerator, in order.
+        self._pending: dict[str, list[tuple[torch.Tensor, int]]] = {}
         for key, value in self._log_scalars.items():
             require(isinstance(value, HistoryBuffer), f"log_scalars[{key!r}] must be a HistoryBuffer, got {value!r}.")
         for key in self._resumed_keys:
@@ -75,13 +84,34 @@ class MessageHub(ManagerMixin):
                 before.
         """
         self._set_resumed_keys(key, resumed)
-        number = self._get_valid_value(value)
         if not isinstance(count, int):
             raise InvalidArgumentError(f"The count of {key!r} must be an integer, got {count!r}.")
+        if _can_wait(value):
+            self._add_pending(key, value, count)
+            return
+        number = self._get_valid_value(value)
+        self._read_pending(key)
         if key in self._log_scalars:
             self._log_scalars[key].update(number, count)
         else:
             self._log_scalars[key] = HistoryBuffer([number], [count])
+
+    def _add_pending(self, key: str, value: torch.Tensor, count: int) -> None:
+        """Add a value that stays on its device until somebody reads it."""
+        self._log_scalars.setdefault(key, HistoryBuffer())
+        # A compiled model may write its next results to the same memory.
+        self._pending.setdefault(key, []).append((value.detach().clone().reshape(()), count))
+        if len(self._pending[key]) >= _MOST_PENDING:
+            self._read_pending(*list(self._pending))
+
+    def _read_pending(self, *keys: str) -> None:
+        """Append the pending values of scalars to their histories, with one copy per device."""
+        pending = [(key, value, count) for key in keys for value, count in self._pending.pop(key, ())]
+        for device in {value.device for _, value, _ in pending}:
+            there = [(key, value, count) for key, value, count in pending if value.device == device]
+            numbers = torch.stack([value.float() for _, value, _ in there]).tolist()
+            for (key, _, count), number in zip(there, numbers, strict=True):
+                self._log_scalars[key].update(number, count)
 
     def update_scalars(self, log_dict: dict[str, Any], resumed: bool = True) -> None:
         """Append values to the histories of several scalars; a value may be ``dict(value=..., count=...)``.
@@ -130,6 +160,7 @@ class MessageHub(ManagerMixin):
             raise ConfigKeyError(
                 f"The message hub {self.instance_name!r} has no scalar {key!r}. It has: {', '.join(self._log_scalars)}."
             )
+        self._read_pending(key)
         return self._log_scalars[key]
 
     def get_info(self, key: str, default: Any = None) -> Any:
@@ -139,6 +170,7 @@ class MessageHub(ManagerMixin):
     @property
     def log_scalars(self) -> OrderedDict[str, HistoryBuffer]:
         """The histories by name."""
+        self._read_pending(*list(self._pending))
         return self._log_scalars
 
     @property
@@ -149,7 +181,7 @@ class MessageHub(ManagerMixin):
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the histories and facts that checkpoints contain, and ``resumed_keys``."""
         scalars = OrderedDict(
-            (key, copy.deepcopy(value)) for key, value in self._log_scalars.items() if self._is_kept(key)
+            (key, copy.deepcopy(value)) for key, value in self.log_scalars.items() if self._is_kept(key)
         )
         facts = OrderedDict(
             (key, _copied(key, value)) for key, value in self._runtime_info.items() if self._is_kept(key)
@@ -165,8 +197,9 @@ class MessageHub(ManagerMixin):
         Raises:
             AssertionError: if a part of the state is missing.
         """
+        self._pending.clear()
         if not isinstance(state_dict, dict):
-            self._log_scalars = copy.deepcopy(state_dict._log_scalars)
+            self._log_scalars = copy.deepcopy(state_dict.log_scalars)
             self._runtime_info = copy.deepcopy(state_dict._runtime_info)
             self._resumed_keys = copy.deepcopy(state_dict._resumed_keys)
             return
@@ -217,6 +250,13 @@ def _parse(name: str, value: Any) -> OrderedDict[str, Any]:
     if not (value is None or isinstance(value, dict)):
         raise ConfigTypeError(f"{name} must be a dict or None, got {value!r} ({type(value).__name__}).")
     return OrderedDict(value or {})
+
+
+def _can_wait(value: Any) -> bool:
+    """Return whether a value is on an accelerator, so that reading it now would wait for the device."""
+    return (
+        type(value) is torch.Tensor and value.device.type != "cpu" and value.numel() == 1 and value.dtype in _READ_LATER
+    )
 
 
 def _copied(key: str, value: Any) -> Any:
