@@ -73,7 +73,8 @@ def test_importing_the_layer_after_mmengine_is_refused(tmp_path: Path) -> None:
 def test_importing_stratagem_does_not_import_the_layer(tmp_path: Path) -> None:
     """A program that does not use the layer does not pay for it, and keeps the real MMEngine."""
     done = run(
-        "import sys, stratagem\nfrom stratagem import Runner\nprint([name for name in sys.modules if name.startswith('stratagem.compat')])\n",
+        "import sys, stratagem\nfrom stratagem import Runner\n"
+        "print([name for name in sys.modules if name.startswith('stratagem.compat')])\n",
         tmp_path,
     )
     assert done.stdout == "[]\n", done.stderr
