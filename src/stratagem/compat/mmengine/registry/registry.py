@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.config.utils import MODULE2PACKAGE
 from stratagem.compat.mmengine.logging.logger import print_log
 from stratagem.compat.mmengine.registry.default_scope import DefaultScope
 from stratagem.compat.mmengine.utils.misc import get_object_from_string, is_seq_of
@@ -25,29 +26,6 @@ __all__ = ["Registry"]
 
 # The call that creates a registry, seen from `_scope_of_caller`.
 _CALLER_OF_CONSTRUCTOR: Final = 2
-# Libraries that register all of their classes with `<library>.utils.register_all_modules`, as their registries have no
-# locations in old releases, and the packages that contain them.
-_PACKAGES: Final = {
-    "mmcls": "mmcls",
-    "mmdet": "mmdet",
-    "mmdet3d": "mmdet3d",
-    "mmseg": "mmsegmentation",
-    "mmaction": "mmaction2",
-    "mmtrack": "mmtrack",
-    "mmpose": "mmpose",
-    "mmedit": "mmedit",
-    "mmocr": "mmocr",
-    "mmgen": "mmgen",
-    "mmfewshot": "mmfewshot",
-    "mmrazor": "mmrazor",
-    "mmflow": "mmflow",
-    "mmhuman3d": "mmhuman3d",
-    "mmrotate": "mmrotate",
-    "mmselfsup": "mmselfsup",
-    "mmyolo": "mmyolo",
-    "mmpretrain": "mmpretrain",
-    "mmagic": "mmagic",
-}
 
 
 class RegistryImportError(StateError, RuntimeError):
@@ -167,7 +145,7 @@ class Registry:
         found = self._find_registry(scope)
         if found is not None:
             return found
-        install = f" Install it: pip install {_PACKAGES[scope]}." if scope in _PACKAGES else ""
+        install = f" Install it: pip install {MODULE2PACKAGE[scope]}." if scope in MODULE2PACKAGE else ""
         _log(
             f"No {self.name} registry has the scope {scope!r}, so that of {self.scope!r} is used instead. Check the scope, and "
             f"whether the package {scope!r} is installed and has a module `registry`.{install}",
@@ -192,10 +170,15 @@ class Registry:
         if self._imported:
             return
         self._imported = True
-        if not self._locations and self.scope in _PACKAGES:
-            self._register_all_modules()
-        for location in self._locations:
-            import_module(location)
+        try:
+            # Old releases of these libraries register their classes with a function, not with locations.
+            if not self._locations and self.scope in MODULE2PACKAGE:
+                self._register_all_modules()
+            for location in self._locations:
+                import_module(location)
+        except Exception:
+            self._imported = False  # The next look-up reports the error again.
+            raise
 
     def _register_all_modules(self) -> None:
         try:

@@ -322,12 +322,9 @@ def deprecated_function(
 
 
 def _indented_docstring(text: str) -> str:
-    """Return a docstring with all lines of its text indented by four columns; a single paragraph also, in its first line."""
+    """Return a docstring with all lines of its text indented by four columns, including the first one."""
     first, newline, rest = text.partition("\n")
-    lines = [first.strip(), *textwrap.dedent(newline + rest).split("\n")[1:]]
-    return "\n".join(
-        f"    {line}" if line.strip() or index == len(lines) - 1 > 0 else "" for index, line in enumerate(lines)
-    )
+    return textwrap.indent(first.strip() + newline + textwrap.dedent(rest), "    ")
 
 
 def get_object_from_string(obj_name: str) -> Any:
