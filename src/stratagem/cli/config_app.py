@@ -58,6 +58,18 @@ def diff(
 
 
 @config_app.command()
+def port(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the result to FILE instead of printing it.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Rewrite CONFIG, a Python file for MMEngine's Runner, for this package. Comments stay; its bases are not rewritten."""
+    lazy_command("stratagem.cli.configs:port")(config, out)
+
+
+@config_app.command()
 def check(
     config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, traceback: Traceback = False
 ) -> None:

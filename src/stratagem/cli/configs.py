@@ -18,14 +18,15 @@ from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
 from stratagem.config.compare import saved_text
 from stratagem.config.explain import described_changes
+from stratagem.config.port import port as port_text
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
 from stratagem.config_schema import check_run, require_valid
-from stratagem.errors import CheckpointError, ConfigError, ConfigValueError
+from stratagem.errors import CheckpointError, ConfigError, ConfigFileError, ConfigValueError
 from stratagem.utils import did_you_mean, mask_text
 from stratagem.utils.printable import escape_controls
 
-__all__ = ["check", "diff", "explain", "show"]
+__all__ = ["check", "diff", "explain", "port", "show"]
 
 _SUFFIXES = {"python": ".py", "yaml": ".yaml", "json": ".json", "toml": ".toml"}
 
@@ -98,6 +99,27 @@ def check(options: RunOptions, *, as_json: bool = False) -> None:
         return
     require_valid(config)
     echo(f"{options.config}: all keys and arguments are valid.")
+
+
+def port(path: Path, out: Path | None) -> None:
+    """Print or write the configuration that MMEngine's one becomes, and print what must be changed by hand to stderr.
+
+    Raises:
+        ConfigFileError: if a file cannot be read or written.
+        ConfigParsingError: if the file is not a valid Python configuration.
+    """
+    if path.suffix != ".py":
+        raise ConfigFileError(f"{path} is not a Python file. Only Python configurations can be rewritten.")
+    try:
+        ported = port_text(path.read_text(encoding="utf-8"), str(path))
+        if out is not None:
+            out.write_text(ported.text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigFileError(f"{error.filename} cannot be read or written: {error.strerror}.") from error
+    if out is None:
+        echo(ported.text.rstrip("\n"))
+    for note in ported.notes:
+        typer.echo(escape_controls(note), err=True)
 
 
 def _read(options: RunOptions) -> Config:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, final
 
+from stratagem.config.mmcv_keys import MMCV_KEYS
 from stratagem.config.reading.lines import line_of, line_that_reads
 from stratagem.config.reading.source import Origin, Source
 from stratagem.utils import did_you_mean
@@ -105,6 +106,8 @@ def _reads_value_of(layer: Source, setter: Source, name: str) -> bool:
 
 
 def _unread(name: str, sections: Collection[str], advice: str) -> str:
+    if name in MMCV_KEYS:
+        return f"unknown key {name!r}, which belongs to MMCV 1. Write {MMCV_KEYS[name]}."
     return f"unknown key {name!r}. {did_you_mean(name, sections)} No other value in the files uses it.{advice and ' ' + advice}"
 
 

@@ -25,7 +25,7 @@ from stratagem.utils.lazy import MaskedSecret
 from stratagem.utils.secrets.names import is_secret_name
 from stratagem.utils.secrets.values import remember_placeholder, remember_secret
 
-__all__ = ["BaseValues", "Placeholders", "masked_marker", "unsaved_marker"]
+__all__ = ["BaseValues", "Placeholders", "masked_marker", "masked_placeholders", "unsaved_marker"]
 
 BaseValues = Callable[[], Mapping[str, Any]]
 
@@ -64,6 +64,11 @@ def unsaved_marker(path: KeyPath) -> str:
 def _marker(variable: str, path: KeyPath) -> str:
     key = re.sub(r"[^-\w./ ]", "_", path_text(path))
     return f"{{{{ ${variable}:{key} }}}}"
+
+
+def masked_placeholders(text: str) -> str:
+    """Return ``text`` with each placeholder replaced by an identifier of the same length, so that Python can parse it."""
+    return _PLACEHOLDER.sub(lambda match: "_".ljust(len(match[0]), "_"), text)
 
 
 @final

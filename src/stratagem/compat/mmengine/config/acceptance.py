@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stratagem.compat.mmengine.config.config import Config
-from stratagem.compat.mmengine.config.keys import KEYS, LEGACY_KEYS
+from stratagem.compat.mmengine.config.keys import KEYS
+from stratagem.config.mmcv_keys import MMCV_KEYS
 from stratagem.config.variables import Severity, examine_name, is_foreign_scope
 from stratagem.errors import ConfigKeyError
 
@@ -36,9 +37,9 @@ def require_accepted(cfg: Mapping[str, Any] | Config) -> None:
         if found is None:
             continue
         where = cfg.where(name) if isinstance(cfg, Config) else ""
-        if name in LEGACY_KEYS:
+        if name in MMCV_KEYS:
             warnings.warn(
-                f"{where}{name} is a key of MMCV 1, which has no effect. Write {LEGACY_KEYS[name]}.", stacklevel=2
+                f"{where}{name} is a key of MMCV 1, which has no effect. Write {MMCV_KEYS[name]}.", stacklevel=2
             )
         elif found.severity is Severity.WARNING:
             warnings.warn(f"{where}{found.message}", stacklevel=2)

@@ -67,7 +67,7 @@ def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
         if "data_preprocessor" in cfg:
             cfg.model.data_preprocessor = cfg.data_preprocessor
         importlib.import_module(f"{scope}.utils").register_all_modules()
-        model = MODELS.build(cfg.model, default_args=kwargs)
+        model: nn.Module = MODELS.build(cfg.model, default_args=kwargs)
         if pretrained:
             load_checkpoint(model, cfg.model_path)
             model._is_init = True  # The Runner does not initialize the weights again.
