@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer as _ZeroRedundancyOptimizer
 
 from stratagem.compat.mmengine.dist import is_main_process
 from stratagem.compat.mmengine.registry import OPTIMIZERS
+
+with warnings.catch_warnings():
+    # torch compiles other optimizers with torch.jit.script here, which it deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer as _ZeroRedundancyOptimizer
 
 __all__ = ["ZeroRedundancyOptimizer"]
 
