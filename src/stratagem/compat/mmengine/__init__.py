@@ -13,7 +13,6 @@ of MMEngine's modules, so each ``mmengine.<module>`` is ``stratagem.compat.mmeng
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from stratagem.compat.mmengine import alias
@@ -30,18 +29,13 @@ alias.install()
 def __getattr__(name: str) -> Any:
     if not name.startswith("__"):
         for subpackage in _EXPORTED:
-            module = _subpackage(subpackage)
-            if module is not None and name in module.__all__:
+            module = importlib.import_module(f"{__name__}.{subpackage}")
+            if name in module.__all__:
                 found = globals()[name] = getattr(module, name)
                 return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    modules = [module for module in map(_subpackage, _EXPORTED) if module is not None]
+    modules = [importlib.import_module(f"{__name__}.{subpackage}") for subpackage in _EXPORTED]
     return sorted({*globals(), *(name for module in modules for name in module.__all__)})
-
-
-def _subpackage(name: str) -> Any:
-    full = f"{__name__}.{name}"
-    return importlib.import_module(full) if importlib.util.find_spec(full) is not None else None

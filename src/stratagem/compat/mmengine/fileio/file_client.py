@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,7 +95,9 @@ class FileClient:
         return prefix.rpartition(":")[2] if separator else None
 
     @classmethod
-    def infer_client(cls, file_client_args: dict[str, Any] | None = None, uri: str | Path | None = None) -> FileClient:
+    def infer_client(
+        cls, file_client_args: Mapping[str, Any] | None = None, uri: str | Path | None = None
+    ) -> FileClient:
         """Return the client with these arguments, or the one for an address.
 
         Raises:

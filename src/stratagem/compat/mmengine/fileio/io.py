@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 Address = str | Path
-Arguments = dict[str, Any] | None
+Arguments = Mapping[str, Any] | None
 
 backend_instances: dict[str, Any] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def list_from_file(
     offset: int = 0,
     max_num: int = 0,
     encoding: str = "utf-8",
-    file_client_args: dict[str, Any] | None = None,
-    backend_args: dict[str, Any] | None = None,
+    file_client_args: Mapping[str, Any] | None = None,
+    backend_args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return the lines of a text file.
 
@@ -44,8 +44,8 @@ def dict_from_file(
     filename: str | Path,
     key_type: Callable[[str], Any] = str,
     encoding: str = "utf-8",
-    file_client_args: dict[str, Any] | None = None,
-    backend_args: dict[str, Any] | None = None,
+    file_client_args: Mapping[str, Any] | None = None,
+    backend_args: Mapping[str, Any] | None = None,
 ) -> dict[Any, Any]:
     """Return a mapping from a text file: the first word of each line is a key, the second its value, or the others in a list.
 
@@ -72,8 +72,8 @@ def dict_from_file(
 def _lines(
     filename: str | Path,
     encoding: str,
-    file_client_args: dict[str, Any] | None,
-    backend_args: dict[str, Any] | None,
+    file_client_args: Mapping[str, Any] | None,
+    backend_args: Mapping[str, Any] | None,
 ) -> list[str]:
     text = open_backend(filename, file_client_args, backend_args).get_text(filename, encoding)
     lines: list[str] = text.removesuffix("\n").split("\n") if text else []

@@ -190,8 +190,9 @@ class BaseInferencer(metaclass=InferencerMeta):
         """Return the function that makes batches: that of ``test_dataloader``, or ``pseudo_collate``."""
         loader = cfg.get("test_dataloader") or {}
         name = loader.get("collate_fn")
+        default: Callable[..., Any] = pseudo_collate
         if not isinstance(name, str):
-            return pseudo_collate
+            return default
         with FUNCTIONS.switch_scope_and_registry(self.scope) as registry:
             collate: Callable[..., Any] = registry.get(name)
         return collate

@@ -172,7 +172,7 @@ class Registry:
         self._imported = True
         try:
             # Old releases of these libraries register their classes with a function, not with locations.
-            if not self._locations and self.scope in MODULE2PACKAGE:
+            if not self._locations and self.scope in MODULE2PACKAGE and self.scope != "mmengine":
                 self._register_all_modules()
             for location in self._locations:
                 import_module(location)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +42,7 @@ __all__ = [
 
 def _root(name: str, *modules: str, build_func: Callable[..., Any] | None = None) -> Registry:
     locations = [f"stratagem.compat.mmengine.{module}" for module in modules]
-    found = [location for location in locations if importlib.util.find_spec(location) is not None]
-    return Registry(name, build_func, scope="mmengine", locations=found)
+    return Registry(name, build_func, scope="mmengine", locations=locations)
 
 
 RUNNERS = _root("runner", "runner", build_func=build_runner_from_cfg)

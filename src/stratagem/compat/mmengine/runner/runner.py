@@ -18,6 +18,7 @@ from stratagem.compat.mmengine.config.acceptance import require_accepted
 from stratagem.compat.mmengine.evaluator import Evaluator
 from stratagem.compat.mmengine.fileio import FileClient, join_path
 from stratagem.compat.mmengine.hooks import Hook
+from stratagem.compat.mmengine.logging.message_hub import MessageHub
 from stratagem.compat.mmengine.model import is_model_wrapper
 from stratagem.compat.mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from stratagem.compat.mmengine.registry import RUNNERS, DefaultScope
@@ -157,7 +158,8 @@ class Runner(HookCalls, RunnerComponents):
         self._session = RunSession(self, strategy, source)
         self._rank, self._world_size, self._timestamp = strategy.rank, strategy.world_size, strategy.timestamp
         self.set_randomness(**{**self._randomness_cfg, "seed": strategy.seed})
-        self._experiment_name, self._log_dir = strategy.experiment_name, strategy.log_dir
+        # Runs that start in the same second must not share their message hubs, loggers and visualizers.
+        self._experiment_name, self._log_dir = MessageHub.unused_name(strategy.experiment_name), strategy.log_dir
         self.default_scope = (
             None
             if default_scope is None
