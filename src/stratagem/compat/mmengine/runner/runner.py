@@ -399,7 +399,7 @@ class Runner(HookCalls, RunnerComponents):
         self.call_hook("before_run")
         self._init_model_weights()
         self._change_modules()
-        self.load_or_resume()
+        self._load_or_resume(training=True)
         self.optim_wrapper.initialize_count_status(self.model, self.iter, self.max_iters)
 
     def _prepare_optim(self) -> None:
@@ -460,7 +460,7 @@ class Runner(HookCalls, RunnerComponents):
             if self._session.shards:
                 self.model = self._session.place(self.model, initialize=False, compile_cfg=self._compile_cfg)
             self.call_hook("before_run")
-            self.load_or_resume()
+            self._load_or_resume(training=False)
             metrics: dict[str, Any] = loop.run()
             self.call_hook("after_run")
         return metrics
@@ -469,9 +469,19 @@ class Runner(HookCalls, RunnerComponents):
 
     def load_or_resume(self) -> None:
         """Load or resume the configured checkpoint, unless one was loaded. Collective."""
+        training = self._train_loop is not None
+        if training and self._resume and not self._has_loaded:
+            self._prepare_to_resume()
+        self._load_or_resume(training=training and self._session.has_optim)
+
+    def _load_or_resume(self, *, training: bool) -> None:
         if not self._has_loaded:
-            training = self.train_loop_or_none is not None and self._session.has_optim
             self._has_loaded = self._session.load_or_resume(training=training)
+
+    def _prepare_to_resume(self) -> None:
+        if not self._session.has_optim:
+            self.model = self._session.place(self.model, initialize=self._session.shards, compile_cfg=self._compile_cfg)
+            self._prepare_optim()
 
     def resume(
         self,
@@ -491,10 +501,7 @@ class Runner(HookCalls, RunnerComponents):
         Raises:
             CheckpointError: (or a subclass) if the checkpoint is missing, damaged or does not match the model.
         """
-        if not self._session.has_optim:
-            if self._session.shards:
-                self.model = self._session.place(self.model, initialize=True, compile_cfg=self._compile_cfg)
-            self._prepare_optim()
+        self._prepare_to_resume()
         if resume_param_scheduler and self.param_schedulers is None:
             self.logger.warning(
                 "resume_param_scheduler=True has no effect, because the run has no parameter schedulers."
