@@ -425,7 +425,7 @@ class Runner:
                 if not run.interrupt.due_now():
                     with report_dead_workers():
                         self._train_to_the_end(loop)
-                if self.interrupted is not None:
+                if self.interrupted is not None and run.saves_if_interrupted:
                     save_interrupted(run, begin, requeue=self._requeue)
             run.events.call("after_run", run)
         run.interrupt.raise_heard()

@@ -216,3 +216,21 @@ def test_no_run_is_an_error(stratagem: Command, tmp_path: Path):
         done = stratagem(*words, str(tmp_path))
         assert done.status != 0
         assert "No run found in" in done.err
+
+
+def test_a_work_directory_with_only_tests_contains_no_run(stratagem: Command, tmp_path: Path) -> None:
+    """The folders of tests and validations, which have no record of a session, are not a run that was killed."""
+    for session, mode in (("20260101_000000", "test"), ("20260101_000001", "val")):
+        folder = write_run(tmp_path / "tested", [{"accuracy": 0.5, "mode": mode}], session=session)
+        (folder / RECORD).unlink()
+    assert find_runs(tmp_path) == []
+    write_run(tmp_path / "trained", losses(1.0))
+    done = stratagem("runs", "ls", tmp_path, "--metrics", "--json")
+    assert [each["run"] for each in json.loads(done.out)] == ["trained"]
+
+
+def test_a_training_of_an_earlier_version_is_a_run(tmp_path: Path) -> None:
+    """Its folder has no record either, but values of the training, which had no mode."""
+    folder = write_run(tmp_path / "old", [{"loss": 1.0, "step": 1}, {"accuracy": 0.5, "mode": "val"}])
+    (folder / RECORD).unlink()
+    assert find_runs(tmp_path) == [tmp_path / "old"]

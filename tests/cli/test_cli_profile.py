@@ -29,3 +29,12 @@ def test_a_training_that_is_too_short_for_a_profile_is_an_error(stratagem: Calla
     found = stratagem("profile", config, "--skip", "50")
     assert found.status == 2
     assert "The training ended before 61 optimizer steps. Reduce --steps or --skip" in found.err
+
+
+@pytest.mark.slow
+def test_an_interrupted_profile_leaves_no_trace(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
+    """After Ctrl-C in the third iteration, there is neither a checkpoint nor a log."""
+    hooks = "custom_hooks=[{'type': 'PressCtrlC', 'after': 3}]"
+    found = stratagem("profile", config, "--work-dir", tmp_path / "profile", "--set", hooks)
+    assert found.status != 0
+    assert not (tmp_path / "profile").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stratagem.dist import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.distributed.rendezvous.launch import describe_incomplete_launch_env
+from stratagem.distributed.rendezvous.launch import describe_incomplete_launch_env, describe_launcher
 from stratagem.errors import LaunchError
 
 TORCHRUN = {
@@ -58,6 +58,27 @@ def test_the_launcher_is_inferred_from_its_variables(environ: dict[str, str], la
 def test_incomplete_variables_are_not_a_launch(environ: dict[str, str]) -> None:
     """A WORLD_SIZE set by a container platform, or a shell in a SLURM allocation, is not a distributed launch."""
     assert infer_launcher(environ) == "none"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environ", "text"),
+    [
+        ("none", {}, "without a launcher"),
+        (
+            "pytorch",
+            {"STRATAGEM_NPROC": "2", "TORCHELASTIC_RUN_ID": "1"},
+            "started by stratagem (--nproc or stratagem.launch)",
+        ),
+        ("pytorch", {"TORCHELASTIC_RUN_ID": "1"}, "started by torchrun"),
+        ("pytorch", {}, "started with RANK and WORLD_SIZE"),
+        ("slurm", {}, "started by srun"),
+        ("mpi", {}, "started by mpirun"),
+        ("ray", {"STRATAGEM_NPROC": "2"}, "started by Ray"),
+    ],
+)
+def test_the_log_names_what_started_the_ranks(launcher: str, environ: dict[str, str], text: str) -> None:
+    """The launcher "pytorch" is torchrun, this package, or a program that sets the variables itself."""
+    assert describe_launcher(launcher, environ) == text
 
 
 def test_torchrun_inside_srun_is_torchrun() -> None:

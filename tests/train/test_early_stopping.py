@@ -35,6 +35,8 @@ def epochs_trained(make_runner: MakeRunner, values: list[float], **options: Any)
     [
         # The second and third values improve on 1.0 by less than 0.2.
         ([1.0, 0.85, 0.84, 0.83, 0.82], {"patience": 2, "min_delta": 0.2}, 3),
+        # By default, any improvement counts.
+        ([1.0, 0.999, 0.998, 0.998, 0.998, 0.1], {"patience": 2}, 5),
         ([1.0, 0.7, 0.69, 0.4, 0.39, 0.38, 0.1], {"patience": 2, "min_delta": 0.2}, 6),
         ([1.0, 2.0, 1.5, 2.5], {"patience": 1, "rule": "greater", "min_delta": 0.5}, 3),
         ([1.0, 0.9, 0.8], {"patience": 1, "min_delta": 0.0}, 3),

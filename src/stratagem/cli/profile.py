@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from stratagem.cli.launch.processes import launch_ranks
@@ -62,9 +64,11 @@ def profile(options: RunOptions, settings: ProfileSettings, *, as_json: bool) ->
         "stop_after": True,
     }
     _simplify(config, quiet=as_json)
+    is_new = not Path(config["work_dir"]).exists()
     hooks = [*(config.get("custom_hooks") or ()), hook_config]
     config.merge_from_dict({"custom_hooks": hooks}, source="stratagem profile")
     runner = Runner.from_cfg(config)
+    runner.run.saves_if_interrupted = False
     try:
         (hook,) = [each for each in runner.run.events.hooks if isinstance(each, ProfilerHook) and each.stops_after]
         runner.train()
@@ -82,6 +86,9 @@ def profile(options: RunOptions, settings: ProfileSettings, *, as_json: bool) ->
                 echo(line)
     finally:
         runner.close()
+        if runner.interrupted is not None and runner.strategy.rank == 0:
+            # An interrupted profile leaves no trace.
+            shutil.rmtree(runner.strategy.work_dir if is_new else runner.strategy.log_dir, ignore_errors=True)
 
 
 def _simplify(config: Config, *, quiet: bool) -> None:
@@ -92,5 +99,5 @@ def _simplify(config: Config, *, quiet: bool) -> None:
         changes["param_scheduler"] = None  # It requires an evaluation.
     hooks = config.get("default_hooks")
     changes["default_hooks"] = {**(hooks if isinstance(hooks, Mapping) else {}), "checkpoint": None}
-    changes |= {"resume": False, "report": False, "log_level": "ERROR" if quiet else "WARNING"}
+    changes |= {"resume": False, "report": False, "requeue": False, "log_level": "ERROR" if quiet else "WARNING"}
     config.merge_from_dict(changes, source="stratagem profile")

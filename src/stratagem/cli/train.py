@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE
+from stratagem.cli.launch.child_status import RESTARTS_VARIABLE
 from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.output import echo
@@ -28,6 +28,7 @@ from stratagem.train.run.hard_exit import exit_after
 from stratagem.train.run.signals import signals
 from stratagem.train.tools.dry_run import dry_run as try_all_parts
 from stratagem.utils import mask_text
+from stratagem.utils.launch_variables import NPROC_VARIABLE
 
 __all__ = ["train"]
 

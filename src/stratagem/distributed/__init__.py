@@ -37,6 +37,7 @@ from stratagem.distributed.rendezvous.launch import (
     Launch,
     check_launcher,
     describe_incomplete_launch_env,
+    describe_launcher,
     infer_launcher,
     read_launch,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "close_dist",
     "collect_results",
     "describe_incomplete_launch_env",
+    "describe_launcher",
     "gather",
     "gather_object",
     "get_backend",

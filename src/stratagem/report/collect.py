@@ -178,12 +178,25 @@ def session_folders(work_dir: Path) -> list[Path]:
     """Return the folders of the sessions in a work directory, oldest first.
 
     The folders of tests and predictions have neither a record nor times. Before the first session with a record, such folders
-    may also be trainings of earlier versions.
+    may also be trainings of earlier versions, whose values include those of the training.
     """
     found = sorted(filter(is_session, _subfolders(work_dir)))
     trained = [any((folder / name).is_file() for name in (RECORD, TIMES)) for folder in found]
     first = trained.index(True) if True in trained else len(found)
-    return [folder for index, folder in enumerate(found) if index < first or trained[index]]
+    return [
+        folder
+        for index, folder in enumerate(found)
+        if trained[index] or (index < first and not _only_evaluated(folder))
+    ]
+
+
+def _only_evaluated(folder: Path) -> bool:
+    """Return whether all logged values of a folder are those of validations and tests."""
+    try:
+        with (folder / _SCALARS).open(encoding="utf-8") as lines:
+            return all(json.loads(line).get("mode", "train") in ("val", "test") for line in lines)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["NPROC_VARIABLE", "RESTARTS_VARIABLE", "STATUS_KEY", "claim_error_report", "restart_notice"]
+from stratagem.utils.launch_variables import NPROC_VARIABLE
 
-# Set for the ranks of `--nproc`: the number of ranks, and the maximum number of restarts.
-NPROC_VARIABLE = "STRATAGEM_NPROC"
+__all__ = ["RESTARTS_VARIABLE", "STATUS_KEY", "claim_error_report", "restart_notice"]
+
+# Set for the ranks of `--nproc`: the maximum number of restarts.
 RESTARTS_VARIABLE = "STRATAGEM_MAX_RESTARTS"
 # The key of the exit status in a rank's error file.
 STATUS_KEY = "stratagem_status"

@@ -16,11 +16,11 @@ from typing import Any
 
 import typer
 
-from stratagem.cli.launch.child_status import NPROC_VARIABLE
 from stratagem.cli.launch.ray_actor import ActorLocation, RankActor
 from stratagem.distributed import RAY_JOB_VARIABLE
 from stratagem.errors import LaunchError
 from stratagem.utils import import_module
+from stratagem.utils.launch_variables import NPROC_VARIABLE
 
 __all__ = ["launch_on_ray", "rank_environments"]
 

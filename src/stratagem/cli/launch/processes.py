@@ -18,12 +18,13 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
+from stratagem.cli.launch.child_status import RESTARTS_VARIABLE, STATUS_KEY
 from stratagem.cli.launch.on_ray import launch_on_ray
 from stratagem.cli.launch.stopped_ranks import continue_stopped_ranks
 from stratagem.cli.output import echo
 from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
+from stratagem.utils.launch_variables import NPROC_VARIABLE
 
 __all__ = ["RankExitError", "launch_locally", "launch_ranks", "run_ranks"]
 

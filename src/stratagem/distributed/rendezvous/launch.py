@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from stratagem.distributed.rendezvous.hostlist import expand_hostlist
 from stratagem.distributed.rendezvous.interfaces import is_loopback
 from stratagem.errors import LaunchError
+from stratagem.utils.launch_variables import NPROC_VARIABLE
 from stratagem.utils.names import did_you_mean
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Launch",
     "check_launcher",
     "describe_incomplete_launch_env",
+    "describe_launcher",
     "infer_launcher",
     "read_launch",
 ]
@@ -75,6 +77,18 @@ def infer_launcher(environ: Mapping[str, str] = os.environ) -> str:
         if all(name in environ for name in required):
             return launcher
     return "none"
+
+
+def describe_launcher(launcher: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return what started this process, as text for the log."""
+    if launcher == "none":
+        return "without a launcher"
+    if launcher == "pytorch":
+        if NPROC_VARIABLE in environ:
+            return "started by stratagem (--nproc or stratagem.launch)"
+        # torchrun sets this variable in addition to those that programs may set themselves.
+        return "started by torchrun" if "TORCHELASTIC_RUN_ID" in environ else "started with RANK and WORLD_SIZE"
+    return {"slurm": "started by srun", "mpi": "started by mpirun", "ray": "started by Ray"}[launcher]
 
 
 def check_launcher(launcher: str) -> None:

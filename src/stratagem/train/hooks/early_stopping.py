@@ -26,7 +26,8 @@ class EarlyStoppingHook(Hook):
     Args:
         monitor: the name of the metric in the validation results; ``"<set>/<metric>"`` if the validation sets are named.
         rule: whether ``"greater"`` or ``"less"`` values are better; by default inferred from the name.
-        min_delta: how much better than the best value a new value must be to count as an improvement.
+        min_delta: how much better than the best value a new value must be to count as an improvement. By default, any
+            improvement counts; the default of MMEngine is 0.1, which is 10 percentage points of an accuracy.
         strict: raise an error if the validation does not return the metric; by default a warning is logged.
         check_finite: stop immediately if the value is NaN or Inf.
         patience: the number of validations in a row without an improvement after which training stops.
@@ -44,7 +45,7 @@ class EarlyStoppingHook(Hook):
         self,
         monitor: str,
         rule: str | None = None,
-        min_delta: float = 0.1,
+        min_delta: float = 0.0,
         strict: bool = False,
         check_finite: bool = True,
         patience: int = 5,

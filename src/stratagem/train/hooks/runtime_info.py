@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import final
 
+from stratagem.distributed import describe_launcher
 from stratagem.storage import write_record
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -33,8 +34,9 @@ class RuntimeInfoHook(Hook):
         sizes = {parameter: run.strategy.global_numel(parameter) for parameter in run.model.parameters()}
         trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         run.logger.info(
-            "%s: %d process(es) on %s, launcher %s, seed %d",
-            type(run.strategy).__name__, run.world_size, run.world.device, run.world.launcher, run.strategy.seed,
+            "%s: %d process(es) on %s, %s, seed %d",
+            type(run.strategy).__name__, run.world_size, run.world.device, describe_launcher(run.world.launcher),
+            run.strategy.seed,
         )  # fmt: skip
         run.logger.info(
             "Model %s: %s parameters, %s of them trainable",

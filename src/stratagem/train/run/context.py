@@ -99,6 +99,7 @@ class Run:
         history: the sessions of the run, the current one last; saved in every checkpoint.
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
         save_frozen: whether checkpoints contain frozen parameters; the hook that saves them sets it.
+        saves_if_interrupted: whether a checkpoint is saved if a signal stops the training.
         work_dir_locks: the directories that the run has locked.
         checkpoint_writer: saves the checkpoints of the run.
         clock: divides the wall time of the session into phases.
@@ -131,6 +132,7 @@ class Run:
         self.saved_autocast: str | None = None
         self.history = RunHistory()
         self.save_frozen = True
+        self.saves_if_interrupted = True
         self.id = secrets.token_hex(8)
         self.work_dir_locks = WorkDirLocks(strategy.logger)
         self.checkpoint_writer = CheckpointWriter(strategy, self.clock)
