@@ -330,7 +330,8 @@ class MultiStepParamScheduler(_ParamScheduler):
         super().__init__(optimizer, param_name, begin, end, last_step, by_epoch, verbose)
 
     def _get_value(self) -> list[float]:
-        return [value * self.gamma ** self.milestones[self.last_step] for value in self._values()]
+        # Checkpoints contain the milestones as a dict.
+        return [value * self.gamma ** self.milestones.get(self.last_step, 0) for value in self._values()]
 
 
 @PARAM_SCHEDULERS.register_module()
