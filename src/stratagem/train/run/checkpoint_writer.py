@@ -38,15 +38,23 @@ class CheckpointWriter:
         self._clock = clock
         self._saver: BackgroundSaver | None = None
 
-    def save(self, path: str | os.PathLike[str], then: Callable[[RankGroup], None] | None, **arguments: Any) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        then: Callable[[RankGroup], None] | None,
+        *,
+        update_pointer: bool = True,
+        **arguments: Any,
+    ) -> None:
         """Save a checkpoint, update the pointer ``<work_dir>/last_checkpoint``, and call ``then``. Collective.
 
         Args:
             path: the path of the checkpoint, or a URL, in which case the pointer is not updated.
             then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
+            update_pointer: whether to update the pointer.
             arguments: passed to the strategy's ``save_checkpoint``.
         """
-        published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
+        published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then, update_pointer)
         if self._saver is None:
             self._strategy.save_checkpoint(path, **arguments)
             published(RankGroup.of())
@@ -107,19 +115,27 @@ class CheckpointWriter:
                 self._saver.close()
                 self._saver = None
 
-    def _published(self, path: str | Path, then: Callable[[RankGroup], None] | None, rank_group: RankGroup) -> None:
+    def _published(
+        self,
+        path: str | Path,
+        then: Callable[[RankGroup], None] | None,
+        update_pointer: bool,
+        rank_group: RankGroup,
+    ) -> None:
         if isinstance(path, Path):
             self.last = path
-            rank_group.run_on_rank0(lambda: self._announce(path))
+            rank_group.run_on_rank0(lambda: self._announce(path, update_pointer))
         elif rank_group.is_rank0:
             # The pointer only refers to local checkpoints.
             self._strategy.logger.info("Saved checkpoint %s", mask_text(path))
         if then is not None:
             then(rank_group)
 
-    def _announce(self, path: Path) -> None:
+    def _announce(self, path: Path, update_pointer: bool) -> None:
         logger, folder = self._strategy.logger, Path(self._strategy.work_dir)
         logger.info("Saved checkpoint %s", path)
+        if not update_pointer:
+            return
         try:
             update_last_checkpoint(path, folder)
         except OSError as error:

@@ -281,6 +281,7 @@ class Run:
         save_param_scheduler: bool = True,
         save_frozen: bool | None = None,
         retention_tag: RetentionTag = _NEVER_REMOVED,
+        update_pointer: bool = True,
         then: Callable[[RankGroup], None] | None = None,
     ) -> None:
         """Save the state of the run as a checkpoint, and update the pointer ``<work_dir>/last_checkpoint``.
@@ -296,6 +297,7 @@ class Run:
             save_frozen: whether to save parameters that have been frozen since the model was built; by default as in
                 :attr:`save_frozen`.
             retention_tag: determines when the checkpoint is removed; by default, it is never removed.
+            update_pointer: whether to update the pointer, to which other programs resume.
             then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
 
         Raises:
@@ -310,6 +312,7 @@ class Run:
                 # Strategies of other packages may not have this argument.
                 **({} if (self.save_frozen if save_frozen is None else save_frozen) else {"save_frozen": False}),
                 retention_tag=retention_tag,
+                update_pointer=update_pointer,
                 then=then,
             )
 
@@ -319,6 +322,7 @@ class Run:
         position: Position,
         *,
         retention_tag: RetentionTag,
+        update_pointer: bool,
         then: Callable[[RankGroup], None] | None,
         **arguments: bool,
     ) -> None:
@@ -351,6 +355,7 @@ class Run:
         self.checkpoint_writer.save(
             path,
             durable,
+            update_pointer=update_pointer,
             **arguments,
             extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,

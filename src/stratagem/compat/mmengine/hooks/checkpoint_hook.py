@@ -21,7 +21,7 @@ from stratagem.compat.mmengine.logging import print_log
 from stratagem.compat.mmengine.registry import HOOKS
 from stratagem.compat.mmengine.utils import is_list_of, is_seq_of
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.storage import atomic_file
+from stratagem.storage import write_atomic
 from stratagem.utils import did_you_mean, import_module
 
 __all__ = ["CheckpointHook"]
@@ -243,8 +243,7 @@ class CheckpointHook(Hook):
             **self.args,
         )
         if is_main_process():
-            with atomic_file(Path(runner.work_dir, "last_checkpoint")) as temporary:
-                temporary.write_text(path)
+            write_atomic(Path(runner.work_dir, "last_checkpoint"), path)
         self._remove_steps(outdated)
         runner.message_hub.pop_info(_OUTDATED)
 

@@ -222,13 +222,13 @@ class Runner(HookCalls, RunnerComponents):
 
     @property
     def max_epochs(self) -> int:
-        """The number of epochs of the run; 0 before the training loop is built."""
-        return self._train_loop.max_epochs if isinstance(self._train_loop, BaseLoop) else 0
+        """The number of epochs of the run; 0 if it has no training. Builds the training loop."""
+        return self.train_loop.max_epochs if isinstance(self.train_loop, BaseLoop) else 0
 
     @property
     def max_iters(self) -> int:
-        """The number of iterations of the run; 0 before the training loop is built."""
-        return self._train_loop.max_iters if isinstance(self._train_loop, BaseLoop) else 0
+        """The number of iterations of the run; 0 if it has no training. Builds the training loop."""
+        return self.train_loop.max_iters if isinstance(self.train_loop, BaseLoop) else 0
 
     @property
     def epoch(self) -> int:
@@ -595,7 +595,12 @@ class Runner(HookCalls, RunnerComponents):
         if save_param_scheduler and self.param_schedulers is None:
             self.logger.warning("save_param_scheduler=True has no effect, because the run has no parameter schedulers.")
         self._session.save(
-            path, {**position, **(meta or {})}, save_optimizer=save_optimizer, save_param_scheduler=save_param_scheduler
+            path,
+            {**position, **(meta or {})},
+            save_optimizer=save_optimizer,
+            save_param_scheduler=save_param_scheduler,
+            # CheckpointHook does so, except for the best checkpoints, with which a run cannot resume.
+            update_pointer=False,
         )
 
     def checkpoint_meta(self) -> dict[str, Any]:

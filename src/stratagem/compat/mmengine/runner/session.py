@@ -252,6 +252,7 @@ class RunSession:
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
         retention_tag: RetentionTag = _NEVER_REMOVED,
+        update_pointer: bool = True,
     ) -> None:
         """Save a checkpoint in MMEngine's layout atomically. Collective.
 
@@ -261,6 +262,7 @@ class RunSession:
             save_optimizer: whether to save the optimizer.
             save_param_scheduler: whether to save the parameter schedulers.
             retention_tag: determines when the engine removes the checkpoint.
+            update_pointer: whether to update ``last_checkpoint``.
         """
         self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
         position = position_of(self._train_loader())
@@ -275,6 +277,7 @@ class RunSession:
             save_optimizer=save_optimizer,
             save_param_scheduler=False,
             retention_tag=retention_tag,
+            update_pointer=update_pointer,
         )
 
     def complete(self, checkpoint: StateTree) -> None:
