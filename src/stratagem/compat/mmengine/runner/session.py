@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -290,9 +291,13 @@ class RunSession:
         if self._saves_schedulers and schedulers is not None:
             checkpoint["param_schedulers"] = _states(schedulers)
         hub = runner.message_hub.state_dict()
-        checkpoint["message_hub"] = {**hub, "log_scalars": {}, "resumed_keys": dict(hub["resumed_keys"])}
+        # The histories, objects in MMEngine's layout, are stored as tensors under the key of this package.
+        keys = dict(hub["resumed_keys"])
+        facts = {name: kept for name, kept in keys.items() if name in hub["runtime_info"]}
+        checkpoint["message_hub"] = {**hub, "log_scalars": {}, "resumed_keys": facts}
         position = position_of(self._train_loader())
         checkpoint[_OWN] = {
+            "resumed_keys": keys,
             "log_scalars": {name: _plain_history(each) for name, each in hub["log_scalars"].items()},
             "loader": None if position is None else list(position.next),
         }
@@ -337,9 +342,12 @@ class RunSession:
         runner.train_loop._epoch, runner.train_loop._iter = self.run.epoch, self.run.iter
         hub = rest.get("message_hub")
         if isinstance(hub, Mapping):
-            histories = {} if own is None else own["log_scalars"]
-            scalars = {name: HistoryBuffer(**_history_arguments(each)) for name, each in histories.items()}
-            runner.message_hub.load_state_dict({**hub, "log_scalars": {**hub.get("log_scalars", {}), **scalars}})
+            if own is not None:
+                histories = {
+                    name: HistoryBuffer(**_history_arguments(each)) for name, each in own["log_scalars"].items()
+                }
+                hub = {**hub, "log_scalars": histories, "resumed_keys": own["resumed_keys"]}
+            runner.message_hub.load_state_dict(dict(hub))
         if resume_param_scheduler and runner.param_schedulers is not None and "param_schedulers" in rest:
             _load_states(runner.param_schedulers, rest["param_schedulers"], runner.logger)
         self._move_loader(own)
@@ -446,16 +454,14 @@ def _load_states(schedulers: Any, states: Any, logger: logging.Logger) -> None:
 
 
 def _plain_history(history: HistoryBuffer) -> dict[str, Any]:
-    values, counts = history.data
+    # As tensors, which torch.load(weights_only=True) accepts.
+    values, counts = map(torch.from_numpy, history.data)
     return {"log_history": values, "count_history": counts, "max_length": history.max_length}
 
 
 def _history_arguments(plain: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "log_history": plain["log_history"],
-        "count_history": plain["count_history"],
-        "max_length": plain["max_length"],
-    }
+    values, counts = (plain[name].cpu().numpy() for name in ("log_history", "count_history"))
+    return {"log_history": values, "count_history": counts, "max_length": plain["max_length"]}
 
 
 def _storable(value: Any, where: str, logger: logging.Logger) -> Any:
