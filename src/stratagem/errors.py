@@ -15,6 +15,7 @@ __all__ = [
     "ConfigTypeError",
     "ConfigKeyError",
     "ConfigFileError",
+    "ConfigFileNotFoundError",
     "ConfigParsingError",
     "StateError",
     "NotPreparedError",
@@ -63,6 +64,10 @@ class ConfigKeyError(ConfigError, KeyError):
 
 class ConfigFileError(ConfigError, OSError):
     """A configuration file is missing, cannot be read or has an unknown suffix."""
+
+
+class ConfigFileNotFoundError(ConfigFileError, FileNotFoundError):
+    """A configuration file does not exist."""
 
 
 class ConfigParsingError(ConfigError, RuntimeError):

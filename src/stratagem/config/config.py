@@ -12,9 +12,9 @@ from stratagem.config.history import Change, History
 from stratagem.config.keys import KeyPath, parse_path
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
-from stratagem.config.reading.custom_imports import add_sibling_folders_to_path, import_custom_modules
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
-from stratagem.config.reading.files import Layers, Reader, merge_layers
+from stratagem.config.reading.files import Layers, Reader
+from stratagem.config.reading.loading import Loaded, default_root, merge_and_import
 from stratagem.config.reading.source import Origin, Source
 from stratagem.config.redact import redacted
 from stratagem.config.text import python_text, text_of
@@ -61,7 +61,6 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         lazy_import: bool | None = None,
         root: str | Path | None = None,
         keep_placeholders: Collection[str] = (),
-        as_mmengine: bool = False,
     ) -> Config:
         """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
@@ -87,8 +86,6 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
                 file, otherwise to the folder of the file.
             keep_placeholders: The kinds of placeholders that are not replaced: ``"file"`` for ``{{ fileDirname }}`` and similar
                 ones, ``"variable"`` for environment variables.
-            as_mmengine: Whether to keep what only MMEngine keeps: ``_delete_`` in a dict that replaces nothing, and the functions
-                of a pure-Python configuration.
 
         Raises:
             ConfigFileError: if a file cannot be read or has an unknown suffix.
@@ -98,10 +95,10 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
             ConfigValueError: if a data file has a base that is not allowed.
         """
         path = Path(filename).expanduser()
-        top = Path(root) if root else _default_root(path)
-        reader = Reader(top, lazy_import, use_environment_variables, kept=keep_placeholders, as_mmengine=as_mmengine)
-        layers = reader.read_file(path)
-        return cls._load(layers, str(path), import_modules=import_custom_modules, as_mmengine=as_mmengine)
+        top = Path(root) if root else default_root(path)
+        reader = Reader(top, lazy_import, use_environment_variables, kept=keep_placeholders)
+        loaded = merge_and_import(reader, reader.read_file(path), import_modules=import_custom_modules)
+        return cls._of(loaded, str(path))
 
     @classmethod
     def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
@@ -116,7 +113,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """
         path = Path(filename).expanduser()
         reader = Reader(Path(root) if root else path.parent, environment=False, programs=False)
-        return cls._load(reader.read_file(path), str(path), import_modules=False)
+        return cls._of(merge_and_import(reader, reader.read_file(path), import_modules=False), str(path))
 
     @classmethod
     def fromstring(cls, text: str, suffix: str) -> Config:
@@ -126,15 +123,13 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
             ConfigFileError: if the suffix is not one that :meth:`fromfile` reads.
             ConfigParsingError: if the text is invalid; the error includes the line.
         """
-        return cls._load(Reader(Path()).read_text(text, suffix, "<string>"), None, import_modules=True)
+        reader = Reader(Path())
+        return cls._of(merge_and_import(reader, reader.read_text(text, suffix, "<string>"), import_modules=True), None)
 
     @classmethod
-    def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool, as_mmengine: bool = False) -> Config:
+    def _of(cls, loaded: Loaded, filename: str | None) -> Config:
         config = cls.__new__(cls)
-        config._set_sections(merge_layers(layers, as_mmengine=as_mmengine), layers, filename)
-        add_sibling_folders_to_path(layers)
-        if import_modules:
-            import_custom_modules(layers, config._data.get("custom_imports"))
+        config._set_sections(loaded.values, loaded.layers, filename)
         return config
 
     def _set_sections(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
@@ -170,12 +165,12 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
     @property
     def text(self) -> str:
         """The contents of the files that were read, bases first."""
-        return "\n".join(f"{layer.name}\n{layer.text}" for layer in self._history.layers if layer.text)
+        return Loaded(self._history.layers, {}).text
 
     @property
     def env_variables(self) -> dict[str, str]:
         """The environment variables that placeholders read, with their values at that time."""
-        return {name: value for layer in self._history.layers for name, value in layer.environment.items()}
+        return Loaded(self._history.layers, {}).environment
 
     @property
     def pretty_text(self) -> str:
@@ -339,11 +334,6 @@ def _is_unchanged(value: Any, given: Any) -> bool:
             and all(_is_unchanged(item, was) for item, was in zip(value, given, strict=True))
         )
     return value is given or (isinstance(value, str | int | float) and type(value) is type(given) and value == given)
-
-
-def _default_root(path: Path) -> Path:
-    here = Path.cwd()
-    return here if path.resolve().is_relative_to(here) else path.parent
 
 
 def _rebuild(data: ConfigDict, history: History, filename: str | None) -> Config:

@@ -140,7 +140,7 @@ class _Porter:
         names = []
         for each in backends.elts:
             kind = _type_of(each)
-            if kind not in _TRACKERS:
+            if kind is None or kind not in _TRACKERS:
                 self._note(each, f"{self._source(each)} has no counterpart among the trackers.")
                 continue
             names.append(_TRACKERS[kind])

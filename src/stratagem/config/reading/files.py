@@ -22,6 +22,7 @@ from stratagem.config.reading.python_files import read_python
 from stratagem.config.reading.source import Origin, Source
 from stratagem.errors import (
     ConfigFileError,
+    ConfigFileNotFoundError,
     ConfigKeyError,
     ConfigParsingError,
     ConfigTypeError,
@@ -50,7 +51,8 @@ class Reader:
         environment: Whether placeholders may read environment variables.
         programs: Whether Python files may be read, which executes them.
         kept: The kinds of placeholders that are not replaced.
-        as_mmengine: Whether to keep what only MMEngine keeps; see ``Config.fromfile``.
+        as_mmengine: Whether to keep what only MMEngine keeps: ``_delete_`` in a dict that replaces nothing, and the functions of
+            a pure-Python configuration.
         chain: The files that led to the current file through their bases, outermost first.
         seen: The layers of the files that have been read, so that a file with two dependents is read once.
     """
@@ -84,7 +86,8 @@ class Reader:
             raise ConfigParsingError(f"{path} is not UTF-8 text.") from error
         except OSError as error:
             led = f" It is a base of {self.chain[-1]}." if self.chain else ""
-            raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}.{led}") from error
+            kind = ConfigFileNotFoundError if isinstance(error, FileNotFoundError) else ConfigFileError
+            raise kind(f"{path} cannot be read: {error.strerror or error}.{led}") from error
         self.seen[path] = self.read_text(text, path.suffix, str(path))
         return self.seen[path]
 

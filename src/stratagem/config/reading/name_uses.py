@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import CodeType
@@ -49,7 +50,9 @@ _LOAD_NAME: Final = dis.opmap["LOAD_NAME"]
 # Its argument is twice the index of the name, plus a flag.
 _LOAD_GLOBAL: Final = dis.opmap["LOAD_GLOBAL"]
 _JUMPS_BACK: Final = frozenset(dis.opmap[name] for name in ("JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"))
-_RELEVANT: Final = frozenset({_EXTENDED_ARG, _LOAD_NAME, _LOAD_GLOBAL}) | _STORES | _JUMPS_BACK
+_RELEVANT: Final = re.compile(
+    b"[" + re.escape(bytes({_LOAD_NAME, _LOAD_GLOBAL, *_STORES, *_JUMPS_BACK})) + b"]", re.DOTALL
+)
 _LATER: Final = 1 << 60
 
 
@@ -107,16 +110,16 @@ class _Trace:
 
 def _operations(raw: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield the position, operation and argument of each instruction that concerns names or loops."""
-    extended = 0
-    arguments = raw[1::2]
-    for position, operation in enumerate(raw[0::2]):
-        if operation in _RELEVANT:
-            argument = extended | arguments[position]
-            if operation == _EXTENDED_ARG:
-                extended = argument << 8
-                continue
-            yield position, operation, argument
-        extended = 0
+    operations, arguments = raw[0::2], raw[1::2]
+    # A regular expression finds the few relevant instructions faster than a loop over all of them.
+    for found in _RELEVANT.finditer(operations):
+        position = found.start()
+        argument = arguments[position]
+        before = position - 1
+        while before >= 0 and operations[before] == _EXTENDED_ARG:
+            argument |= arguments[before] << 8 * (position - before)
+            before -= 1
+        yield position, operations[position], argument
 
 
 def _names_in_functions(code: CodeType) -> Iterator[str]:

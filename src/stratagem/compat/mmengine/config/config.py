@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 from stratagem.compat.mmengine.config.config_dict import ConfigDict
 from stratagem.compat.mmengine.config.dict_action import DictAction
-from stratagem.config import Config as EngineConfig
+from stratagem.compat.mmengine.fileio import dump
 from stratagem.config import read_base
 from stratagem.config.history import History
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import as_plain
+from stratagem.config.reading.files import Reader
+from stratagem.config.reading.loading import Loaded, default_root, merge_and_import
 from stratagem.config.reading.source import Source
 from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
@@ -75,7 +78,8 @@ class Config:
     ) -> None:
         for key in RESERVED_KEYS:
             if key in data:
-                raise ConfigKeyError(f"{key!r} is the name of an attribute of Config. Rename the key.")
+                where = History(layers).position((key,))
+                raise ConfigKeyError(f"{where}: {key} is reserved for config file attributes. Rename the key.")
         fields = {
             "_cfg_dict": data,
             "_filename": filename,
@@ -110,14 +114,11 @@ class Config:
         Raises:
             ConfigError: a subclass that depends on the problem; see :meth:`stratagem.config.Config.fromfile`.
         """
+        path = Path(filename).expanduser()
         replaced = {"file": use_predefined_variables, "variable": use_environment_variables}
-        loaded = EngineConfig.fromfile(
-            filename,
-            import_custom_modules=import_custom_modules,
-            lazy_import=lazy_import,
-            as_mmengine=True,
-            keep_placeholders=[kind for kind, replace in replaced.items() if not replace],
-        )
+        kept = [kind for kind, replace in replaced.items() if not replace]
+        reader = Reader(default_root(path), lazy_import, kept=kept, as_mmengine=True)
+        loaded = merge_and_import(reader, reader.read_file(path), import_modules=import_custom_modules)
         return Config._of(loaded, str(filename), format_python_code)
 
     @staticmethod
@@ -127,14 +128,15 @@ class Config:
         Raises:
             ConfigError: a subclass that depends on the problem; see :meth:`stratagem.config.Config.fromstring`.
         """
-        return Config._of(EngineConfig.fromstring(cfg_str, file_format), None, format_python_code=True)
+        reader = Reader(Path(), as_mmengine=True)
+        layers = reader.read_text(cfg_str, file_format, "<string>")
+        return Config._of(merge_and_import(reader, layers, import_modules=True), None, format_python_code=True)
 
     @staticmethod
-    def _of(loaded: EngineConfig, filename: str | None, format_python_code: bool) -> Config:
+    def _of(loaded: Loaded, filename: str | None, format_python_code: bool) -> Config:
         cfg = Config.__new__(Config)
-        layers = loaded.file_layers
-        data = ConfigDict.with_positions(dict(loaded._data.raw_items()), History(layers))
-        cfg._set(data, filename, loaded.text, loaded.env_variables, format_python_code, set(), layers)
+        data = ConfigDict.with_positions(loaded.values, History(loaded.layers))
+        cfg._set(data, filename, loaded.text, loaded.environment, format_python_code, set(), loaded.layers)
         return cfg
 
     @staticmethod
@@ -195,23 +197,27 @@ class Config:
         object.__setattr__(self, "_cfg_dict", ConfigDict.with_positions(values, History(layers)))
         object.__setattr__(self, "_layers", layers)
 
-    def dump(self, file: str | Path | None = None) -> str | None:
-        """Write the merged values to a file in the language of its suffix, or return the text if there is no file.
+    def dump(self, file: str | Path | None = None) -> Any:
+        """Write the merged values to a file in the format of its suffix, or return the text if there is no file.
 
-        Secrets are masked, and values that the language cannot represent are marked.
+        Secrets are masked. Python text marks values that it cannot represent, and tuples become lists in JSON and YAML.
         """
-        suffix = Path(file if file is not None else self._filename or "config.py").suffix
-        text = text_of(redacted(self.to_dict()), suffix, mark_unsupported=True)
+        target = str(file if file is not None else self._filename or "config.py")
+        if not target.endswith(".py"):
+            values = redacted(self.to_dict())
+            values = values if target.endswith((".pkl", ".pickle")) else _with_lists(values)
+            return dump(values, file=None if file is None else str(file), file_format=target.rpartition(".")[2])
         if file is None:
-            return text
-        Path(file).write_text(text, encoding="utf-8")
+            return self.pretty_text
+        Path(file).write_text(self.pretty_text, encoding="utf-8")
         return None
 
     @staticmethod
     def diff(cfg1: str | Config, cfg2: str | Config) -> str:
         """Return a unified diff of two configurations, each given as a ``Config`` or the path of a file."""
         first, second = (Config.fromfile(each) if isinstance(each, str) else each for each in (cfg1, cfg2))
-        return EngineConfig.diff(*(EngineConfig(each.to_dict(), each.filename) for each in (first, second)))
+        lines = difflib.unified_diff(first.pretty_text.split("\n"), second.pretty_text.split("\n"))
+        return "".join(f"{line}\n" for line in (*lines, ""))
 
     def to_dict(self, keep_imported: bool = False) -> dict[str, Any]:
         """Return the values as plain dicts, lists and tuples, with imported objects as dotted names.
@@ -292,3 +298,10 @@ def _add_options(parser: ArgumentParser, values: Any, prefix: str = "") -> None:
             _add_options(parser, value, f"{prefix}{key}.")
         elif isinstance(value, Sequence) and len(value):
             parser.add_argument(name, type=type(value[0]), nargs="+")
+
+
+def _with_lists(value: Any) -> Any:
+    """Return a copy of nested values with lists instead of tuples."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value

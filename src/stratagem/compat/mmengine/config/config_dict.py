@@ -34,15 +34,22 @@ class ConfigDict(EngineConfigDict):
         return to_engine(value) if isinstance(value, LazyObject | LazyAttr) else value
 
     def __getitem__(self, key: str) -> Any:
-        if self.lazy and isinstance(value := dict.get(self, key), EngineLazyObject):
-            return from_engine(value)
-        return super().__getitem__(key)
+        value = dict.get(self, key)
+        return self._read(value) if isinstance(value, EngineLazyObject) else super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of ``key``, or ``default`` if it is missing."""
-        if self.lazy and key in self:
-            return self[key]
-        return super().get(key, default)
+        value = dict.get(self, key, default)
+        return self._read(value) if isinstance(value, EngineLazyObject) else super().get(key, default)
+
+    def _read(self, value: EngineLazyObject) -> Any:
+        """Import a lazy object, or return it with MMEngine's class.
+
+        Raises:
+            ImportError: if it cannot be imported; the error has the file and line of the import statement.
+        """
+        lazy = from_engine(value)
+        return lazy if self.lazy else lazy.build()
 
     def pop(self, key: str, default: Any = None) -> Any:
         """Remove ``key`` and return its value, or ``default`` if it is missing."""

@@ -59,6 +59,12 @@ class LazyObject:
         except AttributeError as error:
             raise ImportError(f"{self.module} has no {self._imported!r}, which {self.location} imports.") from error
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyObject | LazyAttr) and to_engine(self) == to_engine(other)
+
+    def __hash__(self) -> int:
+        return hash(to_engine(self))
+
     def __call__(self, *args: object, **kwargs: object) -> Never:
         _refuse_call(f"{self.module}.{self}")
 
@@ -110,6 +116,12 @@ class LazyAttr:
             return getattr(self.source.build(), self.name)
         except AttributeError as error:
             raise ImportError(f"{self.module} has no {self.name!r}, which {self.location} uses.") from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyObject | LazyAttr) and to_engine(self) == to_engine(other)
+
+    def __hash__(self) -> int:
+        return hash(to_engine(self))
 
     def __call__(self, *args: object, **kwargs: object) -> Never:
         _refuse_call(f"{self.module}.{self}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stratagem.config.reading.data_languages import language_of
-from stratagem.errors import ConfigFileError, ConfigParsingError, ConfigValueError
+from stratagem.errors import ConfigFileNotFoundError, ConfigParsingError, ConfigValueError
 
 __all__ = ["MODULE2PACKAGE", "ConfigParsingError"]
 
@@ -81,7 +81,7 @@ def _get_external_cfg_path(package_path: str, cfg_file: str) -> str:
 
     Raises:
         ConfigValueError: if the index does not have it.
-        ConfigFileError: if the file does not exist.
+        ConfigFileNotFoundError: if the file does not exist.
     """
     return _existing(Path(package_path) / _get_cfg_metainfo(package_path, cfg_file)["Config"])
 
@@ -90,14 +90,14 @@ def _get_external_cfg_base_path(package_path: str, cfg_name: str) -> str:
     """Return the path of a configuration in a package.
 
     Raises:
-        ConfigFileError: if the file does not exist.
+        ConfigFileNotFoundError: if the file does not exist.
     """
     return _existing(Path(package_path) / ".mim" / "configs" / cfg_name)
 
 
 def _existing(path: Path) -> str:
     if not path.is_file():
-        raise ConfigFileError(f"{path} does not exist.")
+        raise ConfigFileNotFoundError(f"{path} does not exist.")
     return str(path)
 
 
