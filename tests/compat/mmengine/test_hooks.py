@@ -112,13 +112,31 @@ def test_only_overridden_stages_are_triggered() -> None:
 def test_early_stopping_stops_after_patience_validations() -> None:
     """With ``patience=2``, the second validation without an improvement by ``min_delta`` stops the training."""
     loop = SimpleNamespace(stop_training=False)
-    runner = SimpleNamespace(train_loop=loop, logger=MMLogger.get_instance("early-stopping"))
+    runner = SimpleNamespace(
+        train_loop=loop, logger=MMLogger.get_instance("stopping"), message_hub=MessageHub.get_instance("stopping")
+    )
     hook = EarlyStoppingHook("accuracy", min_delta=0.1, patience=2)
     stopped = []
     for value in (0.5, 0.55, 0.59):
         hook.after_val_epoch(runner, {"accuracy": value})
         stopped.append(loop.stop_training)
     assert stopped == [False, False, True]
+
+
+def test_early_stopping_continues_to_count_after_a_resume() -> None:
+    """A hook of a new process takes the count from the message hub, which checkpoints contain."""
+    loop = SimpleNamespace(stop_training=False)
+    runner = SimpleNamespace(
+        train_loop=loop, logger=MMLogger.get_instance("resumed"), message_hub=MessageHub.get_instance("resumed")
+    )
+    for value in (0.5, 0.55):
+        hook = EarlyStoppingHook("accuracy", patience=2)
+        hook.before_train(runner)
+        hook.after_val_epoch(runner, {"accuracy": value})
+    resumed = EarlyStoppingHook("accuracy", patience=2)
+    resumed.before_train(runner)
+    resumed.after_val_epoch(runner, {"accuracy": 0.52})
+    assert loop.stop_training
 
 
 def test_the_npu_profiler_states_what_to_use_instead() -> None:

@@ -23,6 +23,8 @@ class MissingMetricError(StratagemError, RuntimeError):
 class EarlyStoppingHook(Hook):
     """Stop training if a metric has not improved by more than ``min_delta`` in ``patience`` validations in a row.
 
+    The best value and the number of validations since then are in the message hub, so a run that resumes continues to count.
+
     Args:
         monitor: the name of the metric in the results of the validation.
         rule: whether ``"greater"`` or ``"less"`` values are better; by default inferred from the name.
@@ -70,12 +72,23 @@ class EarlyStoppingHook(Hook):
             "has none. Add it, and end the loop when it is true.",
         )
 
+    def before_train(self, runner: Any) -> None:
+        state = runner.message_hub.get_info(self._state_name)
+        if isinstance(state, dict):
+            self.best_score, self.wait_count = state["best_score"], state["wait_count"]
+
+    @property
+    def _state_name(self) -> str:
+        return f"early_stopping_{self.monitor}"
+
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         metrics = metrics or {}
         if self.monitor not in metrics:
             self._warn_missing(metrics)
             return
         stop, message = self._check_stop_condition(metrics[self.monitor])
+        state = {"best_score": float(self.best_score), "wait_count": self.wait_count}
+        runner.message_hub.update_info(self._state_name, state)
         if stop:
             runner.train_loop.stop_training = True
             runner.logger.info(message)

@@ -93,6 +93,8 @@ class ProfilerHook(Hook):
         self._closed = False
 
     def before_run(self, runner: Any) -> None:
+        if self._closed:
+            return  # A test after the training.
         most = runner.max_epochs if self.by_epoch else runner.max_iters
         if most < self.profile_times:
             raise ConfigValueError(f"profile_times={self.profile_times}, but the run has only {most}. Reduce it.")
@@ -142,6 +144,11 @@ class ProfilerHook(Hook):
             return
         self.profiler.step()
         if not self.by_epoch and runner.iter == self.profile_times - 1:
+            self._export_chrome_trace(runner)
+
+    def after_run(self, runner: Any) -> None:
+        # A test, or a training that ended early. torch crashes at exit if its profiler is active.
+        if self.profiler is not None and not self._closed:
             self._export_chrome_trace(runner)
 
     def _export_chrome_trace(self, runner: Any) -> None:
