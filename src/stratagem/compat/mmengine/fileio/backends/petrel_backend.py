@@ -22,7 +22,7 @@ class PetrelBackend(BaseStorageBackend):
     A prefix ``cluster:`` before the address is removed, and ``petrel://`` means ``s3://``.
 
     Args:
-        path_mapping: beginnings of paths, and what they are replaced by.
+        path_mapping: parts of local paths, and the addresses that replace the first of them that a path has.
         enable_mc: MMEngine's client caches files on memcached servers if this is true; fsspec has no such cache, so that both
             values do the same.
         conf_path: the configuration file of MMEngine's client; must be None, because fsspec is configured by the environment.
@@ -189,8 +189,9 @@ class PetrelBackend(BaseStorageBackend):
 
     def _address(self, filepath: str | Path) -> str:
         address = str(filepath).replace("\\", "/")
-        for start, replacement in self.path_mapping.items():
-            address = address.replace(start, replacement, 1)
+        if "://" not in address:
+            found = next((part for part in self.path_mapping if part in address), "")
+            address = address.replace(found, self.path_mapping[found], 1) if found else address
         scheme, separator, rest = address.partition("://")
         scheme = scheme.rpartition(":")[2] if separator else scheme
         return f"{'s3' if scheme == 'petrel' else scheme}{separator}{rest}"
