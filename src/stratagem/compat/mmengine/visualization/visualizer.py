@@ -120,7 +120,7 @@ class Visualizer(ManagerMixin, DrawingCanvas):
             win_name: the title of the window.
             wait_time: how long to wait for a key, in seconds; 0 for no limit.
             continue_key: the key.
-            backend: ``"matplotlib"`` or ``"cv2"``, which needs OpenCV.
+            backend: ``"matplotlib"``; or ``"cv2"``, which needs OpenCV and, as in MMEngine, expects BGR images.
 
         Returns:
             the figure in a notebook; otherwise None.
@@ -152,8 +152,7 @@ class Visualizer(ManagerMixin, DrawingCanvas):
         window = str(id(self))
         cv2.namedWindow(winname=window)
         cv2.setWindowTitle(window, title)
-        # Images are RGB here, and BGR in OpenCV.
-        cv2.imshow(window, np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image)
+        cv2.imshow(window, image)
         cv2.waitKey(math.ceil(wait_time * 1000))
 
     def _init_manager(self, win_name: str) -> None:
