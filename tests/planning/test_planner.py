@@ -61,6 +61,28 @@ def test_sizes_of_a_linear_layer_are_those_computed_by_hand() -> None:
     assert sum(single.at_peak.values()) == single.peak
 
 
+def test_bytes_of_a_save_and_of_resuming_are_those_computed_by_hand() -> None:
+    """A checkpoint has 80 + 168 bytes. Rank 0 copies what it has of it, and reads that and half of all bytes to resume."""
+    model = SupervisedModel(nn.Linear(4, 4), nn.MSELoss())
+    batch = (torch.zeros(3, 4), torch.zeros(3, 4))
+    plan = stratagem.plan(
+        model, optim_wrapper={"optimizer": {"type": "AdamW"}}, batch=batch, strategies=["ddp", "fsdp"], worlds=[2]
+    )
+    assert [step.checkpoint_bytes for step in plan.steps] == [248, 248]
+    assert [step.memory.host["asynchronous save"] for step in plan.steps] == [248, 40 + 88]
+    assert [step.resume_bytes for step in plan.steps] == [248 + 124, 128 + 124]
+
+
+def test_a_configuration_without_a_strategy_is_planned_like_a_run_without_one() -> None:
+    """One rank is a single device, and several are DDP."""
+    model = {"type": "SupervisedModel", "network": {"type": "Linear", "in_features": 4, "out_features": 4}}
+    config = Config(
+        {"model": {**model, "loss": {"type": "MSELoss"}}, "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1}}}
+    )
+    plan = plan_config(config, worlds=(1, 2), batch="float32[3,4],float32[3,4]")
+    assert [(step.strategy, step.world) for step in plan.steps] == [("SingleDeviceStrategy", 1), ("DDPStrategy", 2)]
+
+
 _TWO_RANKS = [
     ("language", {"type": "DDPStrategy"}),
     ("images", {"type": "DDPStrategy", "gradient_as_bucket_view": True}),

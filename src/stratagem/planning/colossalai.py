@@ -216,8 +216,11 @@ class LowLevelZero(_PluginStep):
         for _ in self.job.groups:
             self._reduce_norm()
         self._run_optimizer()
-        self.ledger.set("gradients", 0)
+        if self.job.itemsize < 4 and not self.job.offloads:
+            self.ledger.add("gradients", -4 * partition)
         self._gather_updated()
+        # The reduced gradients are freed after the update.
+        self.ledger.set("gradients", 0)
 
     def _reduce_norm(self) -> None:
         if not self.job.is_hybrid or self.job.dp_size > 1:
@@ -241,8 +244,10 @@ class LowLevelZero(_PluginStep):
 
     def _gather(self, parts: Sequence[int], *, buffered: bool) -> None:
         nbytes = sum(parts) * self.job.dp_size * self.job.itemsize
+        # The ranges of this rank are copied to a message, and the result to the parameters.
+        copied = nbytes + nbytes // self.job.dp_size
         if buffered:
-            self.ledger.add("communication", nbytes)
+            self.ledger.add("communication", copied)
         self.ledger.send("all_gather", nbytes, self.job.dp_size, stride=self.job.tp_size)
         if buffered:
-            self.ledger.add("communication", -nbytes)
+            self.ledger.add("communication", -copied)

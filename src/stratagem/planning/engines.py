@@ -216,5 +216,5 @@ def state_bytes(optimizer: Any, updated: Sequence[Sequence[Tensor]]) -> tuple[in
     trace = StepTrace(known)
     with trace, UpdateReads():
         optimizer.step()
-    totals = trace.running_totals()
+    totals = trace.history().running_totals()
     return storage_bytes(state), max(totals) - totals[0]

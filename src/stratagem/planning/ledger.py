@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import final
 
 from stratagem.planning.result import Collective
+from stratagem.planning.storage_history import Change
 from stratagem.planning.timeline import GradientReady, Sent, Timeline, Visit
-from stratagem.planning.trace import Change
 
 __all__ = ["EngineStep", "Ledger", "replay"]
 

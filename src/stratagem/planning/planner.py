@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from stratagem.config import Config
 from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.optim import OptimSpec
-from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES, named_tensors
+from stratagem.parallel.deferred_init.materialize import named_tensors
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
 from stratagem.planning.colossalai_plan import plan_colossalai
 from stratagem.planning.deepspeed_plan import plan_deepspeed
 from stratagem.planning.engines import EngineRequest, Timelines
-from stratagem.planning.failures import describe_failure
-from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, ModelFacts, Plan, StepPlan
-from stratagem.planning.search import largest_of_profiles
-from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
-from stratagem.planning.trace import storage_bytes
+from stratagem.planning.repeated_blocks import BlockFinder
+from stratagem.planning.result import MemoryPlan, ModelFacts, Plan, StepPlan
+from stratagem.planning.simulate import Job
+from stratagem.planning.simulated import PlanRequest, plan_simulated
 from stratagem.registry import HOOKS, switch_scope
 from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
-from stratagem.tensors.dtensor import to_local
 from stratagem.train.hooks.averaging import EMAHook
 
 __all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "meta_copy", "model_factory", "plan", "plan_config"]
@@ -55,26 +51,7 @@ DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
 )
 # The largest number of ranks that the layers of a model are sharded across by default.
 _MOST_TENSOR_PARALLEL: Final = 8
-
-
-# The kinds of tensors that ``cpu_offload`` keeps in the memory of the host.
-_ON_HOST: Final = ("parameters", "gradients", "optimizer state")
-_OFFLOAD_NOTE: Final = (
-    "The time of a step does not include the update on the CPU and the copies between CPU and device."
-)
 _ENGINES: Final = {"DeepSpeedStrategy": plan_deepspeed, "ColossalAIStrategy": plan_colossalai}
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    job: Job
-    batch: BatchSpec | None
-    ranks_per_node: int
-    memory_limits: tuple[int | None, ...]
-    timelines: Timelines
-    average: EMAHook | None = None
-    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -111,13 +88,7 @@ def plan(
         )
     spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
     job = Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper)
-    request = _Request(
-        job=job,
-        batch=spec,
-        timelines=Timelines(job, spec),
-        ranks_per_node=gpus_per_node,
-        memory_limits=_limits(memory),
-    )
+    request = _request(job, spec, strategies, gpus_per_node, memory, None)
     return _plan(request, strategies, worlds)
 
 
@@ -160,14 +131,7 @@ def plan_config(
             optim_wrapper=config["optim_wrapper"],
             randomness=config.get("randomness"),
         )
-        request = _Request(
-            job=job,
-            batch=spec,
-            timelines=Timelines(job, spec),
-            ranks_per_node=gpus_per_node,
-            memory_limits=_limits(memory),
-            average=_averaging_hook(config),
-        )
+        request = _request(job, spec, strategies, gpus_per_node, memory, _averaging_hook(config))
         if not strategies and config.get("strategy") is not None:
             strategies = [config["strategy"]]
         return _plan(request, strategies, worlds)
@@ -217,7 +181,7 @@ def _averaging_hook(config: Config) -> EMAHook | None:
     return None
 
 
-def _plan(request: _Request, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Plan:
+def _plan(request: PlanRequest, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Plan:
     for world in worlds:
         if isinstance(world, bool) or not isinstance(world, int) or world < 1:
             raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
@@ -259,7 +223,7 @@ def _strategies_for(world: int, ranks_per_node: int, *, has_plan: bool) -> list[
     return found
 
 
-def _facts(request: _Request) -> ModelFacts:
+def _facts(request: PlanRequest) -> ModelFacts:
     model = request.job.make_model()
     parameters = list(model.parameters())
     return ModelFacts(
@@ -273,7 +237,7 @@ def _facts(request: _Request) -> ModelFacts:
     )
 
 
-def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world: int) -> list[StepPlan]:
+def _plan_step(request: PlanRequest, strategy: Mapping[str, Any], name: str, world: int) -> list[StepPlan]:
     """Return a plan for each memory limit."""
     start = time.process_time()
     options = {key: value for key, value in strategy.items() if key != "type"}
@@ -291,10 +255,7 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
     try:
         if name in _ENGINES:
             return _plan_engine(request, base, start)
-        planned, failed = _try_plan(request, {**strategy, "type": name}, base)
-        if failed is not None:
-            # The failed step may have left gathered parameters, so the static sizes are those of a new simulation.
-            planned, _ = _try_plan(replace(request, batch=None), {**strategy, "type": name}, base, failed)
+        planned = plan_simulated(request, {**strategy, "type": name}, base)
     except StratagemError as error:
         planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
     except Exception as error:  # noqa: BLE001 -- of the optimizer or the model, as at the start of a training
@@ -304,161 +265,37 @@ def _plan_step(request: _Request, strategy: Mapping[str, Any], name: str, world:
     return [replace(each, seconds=time.process_time() - start) for each in planned]
 
 
-def _plan_engine(request: _Request, base: StepPlan, start: float) -> list[StepPlan]:
+def _plan_engine(request: PlanRequest, base: StepPlan, start: float) -> list[StepPlan]:
     own = EngineRequest(
         job=request.job, timelines=request.timelines, limits=request.memory_limits, average=request.average
     )
     return [replace(each, seconds=time.process_time() - start) for each in _ENGINES[base.strategy](own, base)]
 
 
-def _try_plan(
-    request: _Request,
-    strategy: Mapping[str, Any],
-    base: StepPlan,
-    failure: str | None = "Without a batch, no step was simulated.",
-) -> tuple[list[StepPlan], str | None]:
-    """Return the plans of a strategy, or why its step could not be simulated.
-
-    Args:
-        request: what is planned; without a batch, no step is simulated.
-        strategy: the configuration of the strategy.
-        base: the plan without sizes.
-        failure: why there is no batch.
-    """
-    with simulating(request.job, strategy, base.world, ranks_per_node=request.ranks_per_node) as sim:
-        if request.batch is None:
-            return _finished(request, sim, replace(base, failure=failure), None), None
-        try:
-            record = sim.step(request.batch.batch)
-        except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
-            return [], describe_failure(error, type(sim.model).__name__)
-        return _finished(request, sim, base, record), None
-
-
-def _finished(request: _Request, sim: Simulation, base: StepPlan, record: StepRecord | None) -> list[StepPlan]:
-    """Return the plan with the sizes of a simulation, for each memory limit."""
-    gradients = sim.gradients_only() if record is None else record.gradients
-    averages = [] if request.average is None else list(request.average.build_average(sim.model).averages.values())
-    ema = storage_bytes(averages)
-    offload = bool(base.options.get("cpu_offload"))
-    # The search changes the size of the batch, so it comes after everything that reads the recorded step.
-    memory = _memory(request, sim, record, gradients=gradients, ema=ema, offload=offload)
-    # Rank 0 writes all that it has; of tensors that several ranks have, the others write nothing.
-    own = sim.own_checkpoint_bytes() + sum(to_local(each).nbytes for each in averages)
-    memory = replace(memory, host={"asynchronous save": own, **memory.host})
-    checkpoint = sim.checkpoint_bytes() + sum(each.nbytes for each in averages)
-    largest = _largest_micro_batches(request, sim, record, ema=ema, offload=offload)
-    planned = replace(
-        base,
-        dp_size=sim.strategy.dp_size,
-        accumulation=sim.accumulation,
-        memory=memory,
-        collectives=() if record is None else _collectives(record, request.ranks_per_node),
-        flops=None if record is None else record.flops,
-        compute_dtype="float32" if record is None else record.trace.main_dtype,
-        checkpoint_bytes=checkpoint,
-        resume_bytes=own + math.ceil(checkpoint / base.world),
-        notes=(*request.notes, *_notes(sim), *((_OFFLOAD_NOTE,) if offload else ())),
+def _request(
+    job: Job,
+    batch: BatchSpec | None,
+    strategies: Sequence[StrategySpec] | None,
+    ranks_per_node: int,
+    memory: int | Sequence[int] | None,
+    average: EMAHook | None,
+) -> PlanRequest:
+    timelines = Timelines(job, batch)
+    # The engines of the default comparison compute in bfloat16.
+    dtype = torch.bfloat16 if strategies is DEFAULT_STRATEGIES else None
+    return PlanRequest(
+        job=job,
+        batch=batch,
+        timelines=timelines,
+        blocks=BlockFinder(job, timelines, dtype),
+        ranks_per_node=ranks_per_node,
+        memory_limits=_limits(memory),
+        average=average,
     )
-    return [
-        replace(planned, memory_limit=limit, largest_micro_batch=None if limit is None else largest.get(limit))
-        for limit in request.memory_limits
-    ]
-
-
-def _notes(sim: Simulation) -> list[str]:
-    """Return what qualifies the figures of a simulation."""
-    if not sim.reads_values:
-        return []
-    names = {type(wrapper.optimizer).__name__ for wrapper in sim.strategy.optim_wrapper.each().values()}
-    return [f"{', '.join(sorted(names))} reads values of tensors in its update. Sizes that depend on them may differ."]
 
 
 def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:
     return (memory,) if memory is None or isinstance(memory, int) else tuple(memory) or (None,)
-
-
-def _is_sharded(sim: Simulation) -> bool:
-    return sim.strategy.collective_forward
-
-
-def _memory(
-    request: _Request, sim: Simulation, record: StepRecord | None, *, gradients: int, ema: int, offload: bool
-) -> MemoryPlan:
-    static = {
-        "parameters": storage_bytes(sim.parameters()),
-        "gradients": gradients,
-        "optimizer state": storage_bytes(sim.optimizer_state()),
-    }
-    host: dict[str, int] = {}
-    at_peak = None if record is None else _at_peak(record, ema=ema, offload=offload)
-    if offload:
-        host.update(static)
-        static = dict.fromkeys(static, 0)
-    transient = {}
-    if record is not None:
-        most = record.trace.largest_by_kind()
-        kinds = ("gathered parameters", "communication", "temporary")
-        transient = {kind: most[kind] for kind in kinds if most.get(kind)}
-        transient["largest tensor"] = record.trace.largest
-    if _is_sharded(sim):
-        transient["loading"] = min(CHUNK_BYTES, max((each.nbytes for each in sim.parameters()), default=0))
-    return MemoryPlan(
-        parameters=static["parameters"],
-        gradients=static["gradients"],
-        optimizer_state=static["optimizer state"],
-        ema=ema,
-        buffers=storage_bytes(sim.buffers()),
-        batch=0 if request.batch is None else storage_bytes(_tensors(request.batch.batch)),
-        activations=None if record is None else record.trace.activations,
-        peak=None if at_peak is None else sum(at_peak.values()),
-        at_peak=at_peak or {},
-        peak_phase=None if record is None else record.peak.phase,
-        transient=transient,
-        host=host,
-    )
-
-
-def _at_peak(record: StepRecord, *, ema: int, offload: bool) -> dict[str, int]:
-    """Return the sizes on the device at the peak of a step."""
-    on_host = _ON_HOST if offload else ()
-    sizes = {kind: size for kind, size in record.peak.by_kind.items() if kind not in on_host}
-    return {**sizes, "averaged weights": ema} if ema else sizes
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
-
-
-def _collectives(record: StepRecord, ranks_per_node: int) -> tuple[Collective, ...]:
-    groups: dict[tuple[str, int, int, str], list[int]] = {}
-    for call in record.calls:
-        near = sum(rank // ranks_per_node == call.ranks[0] // ranks_per_node for rank in call.ranks)
-        groups.setdefault((call.kind, len(call.ranks), near, call.phase), []).append(call.nbytes)
-    return tuple(
-        Collective(kind=kind, count=len(sizes), bytes=sum(sizes), group_size=size, ranks_per_node=near, phase=phase)
-        for (kind, size, near, phase), sizes in groups.items()
-    )
-
-
-def _largest_micro_batches(
-    request: _Request, sim: Simulation, record: StepRecord | None, *, ema: int, offload: bool
-) -> dict[int, int]:
-    """Return the largest micro-batch for each memory limit; nothing without a batch whose samples are known."""
-    batch = request.batch
-    limits = [limit for limit in request.memory_limits if limit is not None]
-    if batch is None or batch.size is None or record is None or not limits:
-        return {}
-    on_host = _ON_HOST if offload else ()
-    known = {batch.size: record.trace.running_totals(on_host)}
-
-    def totals(size: int) -> Sequence[int]:
-        if size not in known:
-            known[size] = sim.step(batch.resized(size)).trace.running_totals(on_host)
-        return known[size]
-
-    found = largest_of_profiles(totals, [limit - ema - CONTEXT_BYTES for limit in limits], batch.size)
-    return dict(zip(limits, found, strict=True))
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
-from stratagem.planning.trace import CollectiveCall, Peak, StepTrace, storage_bytes
+from stratagem.planning.storage_history import StorageHistory
+from stratagem.planning.trace import CollectiveCall, StepTrace, storage_bytes
 from stratagem.planning.update_reads import UpdateReads
 from stratagem.strategies import BaseStrategy, composed
 from stratagem.strategies.choice import choose_strategy, strategy_class
@@ -60,13 +61,25 @@ class Job:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One simulated step."""
+    """One simulated step.
 
-    trace: StepTrace
-    peak: Peak
+    Attributes:
+        history: the sizes of all storages.
+        gradients: the bytes of the gradients that the optimizer reads.
+        calls: the collectives.
+        flops: the number of floating-point operations.
+        activations: the bytes of what the forward pass leaves to the backward pass.
+        largest: the bytes of the largest storage that the step creates.
+        main_dtype: the dtype of the operands of most operations.
+    """
+
+    history: StorageHistory
     gradients: int
     calls: tuple[CollectiveCall, ...]
     flops: int
+    activations: int
+    largest: int
+    main_dtype: str
 
 
 @final
@@ -164,7 +177,15 @@ class Simulation:
         }
         trace = StepTrace(known)
         gradients, (calls, flops) = self._train(batch, trace)
-        return StepRecord(trace=trace, peak=trace.peak(), gradients=gradients, calls=calls, flops=flops)
+        return StepRecord(
+            history=trace.history(),
+            gradients=gradients,
+            calls=calls,
+            flops=flops,
+            activations=trace.activations,
+            largest=trace.largest,
+            main_dtype=trace.main_dtype,
+        )
 
     def micro_batch(self, batch: Any, hooked: Callable[[StepTrace], None]) -> tuple[StepTrace, int, int]:
         """Run one micro-batch of an accumulation window, without an update.

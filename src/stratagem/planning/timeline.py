@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from stratagem.planning.fake_world import replaced
 from stratagem.planning.sharded_layers import shard_linear_layers
 from stratagem.planning.simulate import Job, simulating
-from stratagem.planning.trace import Change, StepTrace, storage_bytes
+from stratagem.planning.storage_history import Change
+from stratagem.planning.trace import StepTrace, storage_bytes
 from stratagem.utils.torch_private import storage_key
 
 __all__ = ["GradientReady", "Sent", "Timeline", "Visit", "cast_to", "record_timeline"]

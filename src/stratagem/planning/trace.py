@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stratagem.planning.storage_history import Change, StorageHistory
 from stratagem.tensors.dtensor import to_local
 from stratagem.tensors.flops import flops_of_call, operand_dtype
 from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
 
-__all__ = ["Change", "CollectiveCall", "Peak", "StepTrace", "storage_bytes", "storages_of"]
+__all__ = ["CollectiveCall", "StepTrace", "storage_bytes", "storages_of"]
 
 _KINDS: Final = {
     "allreduce_": "all_reduce",
@@ -63,32 +64,6 @@ class CollectiveCall:
     kind: str
     nbytes: int
     ranks: tuple[int, ...]
-    phase: str
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The largest sum of all storages at any time, the sizes at that time by kind, and the part of the step."""
-
-    nbytes: int
-    by_kind: Mapping[str, int]
-    phase: str
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Storages are allocated or freed.
-
-    Attributes:
-        kind: the kind of storage, such as ``"activations"``.
-        nbytes: the bytes that are allocated; negative if they are freed.
-        phase: the part of the step.
-    """
-
-    kind: str
-    nbytes: int
     phase: str
 
 
@@ -305,22 +280,15 @@ class StepTrace(TorchDispatchMode):
         counted = self.flops_by_dtype.most_common(1)
         return counted[0][0] if counted else "float32"
 
-    def peak(self) -> Peak:
-        """Return the peak of the step."""
-        total = best = sum(self._before.values())
-        end = 0
-        for index, event in enumerate(self._events, start=1):
-            total += event.change
-            if total > best:
-                best, end = total, index
-        live = Counter(self._before)
-        for event in self._events[:end]:
-            live[event.number] += event.change
-        by_kind: Counter[str] = Counter()
-        for number, size in live.items():
-            by_kind[self._kinds.get(number, "temporary")] += size
-        phase = self._events[end - 1].phase if end else "forward"
-        return Peak(best, {kind: size for kind, size in by_kind.items() if size}, phase)
+    def history(self) -> StorageHistory:
+        """Return the sizes of all storages during the step."""
+        before: Counter[str] = Counter()
+        for number, size in self._before.items():
+            before[self._kinds.get(number, "temporary")] += size
+        return StorageHistory(before, tuple(map(self._change_of, self._events)))
+
+    def _change_of(self, event: _Event) -> Change:
+        return Change(self._kinds.get(event.number, "temporary"), event.change, event.phase)
 
     def timeline(self) -> Iterator[Any]:
         """Yield the changes of storages and the marks in order."""
@@ -330,40 +298,17 @@ class StepTrace(TorchDispatchMode):
             while mark is not None and mark[0] <= index:
                 yield mark[1]
                 mark = next(marks, None)
-            yield Change(self._kinds.get(event.number, "temporary"), event.change, event.phase)
+            yield self._change_of(event)
         if mark is not None:
             yield mark[1]
         for _, what in marks:
             yield what
-
-    def running_totals(self, without: Iterable[str] = ()) -> list[int]:
-        """Return the sum of all storages after each change, without those of some kinds."""
-        excluded = {number for number, kind in self._kinds.items() if kind in set(without)}
-        total = sum(size for number, size in self._before.items() if number not in excluded)
-        totals = [total]
-        for event in self._events:
-            if event.number not in excluded:
-                total += event.change
-            totals.append(total)
-        return totals
 
     def take_counts(self) -> tuple[list[CollectiveCall], int]:
         """Return the collectives and floating-point operations since the last call of this method."""
         taken = self.calls, self.flops
         self.calls, self.flops = [], 0
         return taken
-
-    def largest_by_kind(self) -> dict[str, int]:
-        """Return the largest sum of the storages of each kind; these maxima need not coincide."""
-        total: Counter[str] = Counter()
-        for number, size in self._before.items():
-            total[self._kinds.get(number, "temporary")] += size
-        most = Counter(total)
-        for event in self._events:
-            kind = self._kinds.get(event.number, "temporary")
-            total[kind] += event.change
-            most[kind] = max(most[kind], total[kind])
-        return dict(most)
 
 
 def _local(tensor: Tensor) -> Tensor:

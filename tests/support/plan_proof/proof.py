@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -46,19 +46,21 @@ def main() -> int:
     cases = [each for each in CASES if each.environment == options.environment and re.search(options.only, each.name)]
     found: list[Comparison] = []
     failures: list[str] = []
+    part: list[str] = []
     for world in map(int, options.worlds.split(",")):
-        _compare_all(EXAMPLES if options.examples else MODELS, cases, world, found, failures)
-        # Later worlds may fail.
-        part = _part(options.environment, found, failures, time.monotonic() - begin)
-        if options.write is not None:
-            _write(options.write, part)
+        for _ in _compare_all(EXAMPLES if options.examples else MODELS, cases, world, found, failures):
+            # Later comparisons may take long or fail.
+            part = _part(options.environment, found, failures, time.monotonic() - begin)
+            if options.write is not None:
+                _write(options.write, part)
     print("\n".join(part))  # noqa: T201 -- command output
     return 1 if failures or any(each.different for each in found) else 0
 
 
 def _compare_all(
     models: Sequence[str], cases: Sequence[Case], world: int, found: list[Comparison], failures: list[str]
-) -> None:
+) -> Iterator[None]:
+    """Add comparisons or failures, and yield after each."""
     ranks = Ranks(world)
     try:
         for case in cases:
@@ -75,6 +77,7 @@ def _compare_all(
                     _say(f"{title}: {error}")
                 else:
                     _say(f"{title}: {'; '.join(found[-1].different) or 'equal'}")
+                yield
     finally:
         ranks.close()
 

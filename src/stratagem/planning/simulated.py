@@ -1,0 +1,303 @@
+"""Plan strategies whose code runs with fake tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES
+from stratagem.planning.batch import BatchSpec
+from stratagem.planning.engines import Timelines
+from stratagem.planning.failures import describe_failure
+from stratagem.planning.repeated_blocks import (
+    BlockFinder,
+    RepeatedBlocks,
+    agree,
+    extended,
+    extended_history,
+    names_blocks,
+)
+from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, StepPlan
+from stratagem.planning.search import largest_of_profiles
+from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
+from stratagem.planning.snapshot import Snapshot, snapshot
+from stratagem.planning.storage_history import StorageHistory
+from stratagem.planning.trace import storage_bytes
+from stratagem.train.hooks.averaging import EMAHook
+
+__all__ = ["PlanRequest", "plan_simulated"]
+
+# The kinds of tensors that ``cpu_offload`` keeps in the memory of the host.
+_ON_HOST: Final = ("parameters", "gradients", "optimizer state")
+_OFFLOAD_NOTE: Final = (
+    "The time of a step does not include the update on the CPU and the copies between CPU and device."
+)
+# The numbers of blocks from which a model with many equal blocks is planned; the last one checks what follows from the others.
+_FEW_BLOCKS: Final = (2, 3, 4)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What is planned.
+
+    Attributes:
+        job: the model and the optimizer.
+        batch: the batch of a rank; None if it is unknown.
+        ranks_per_node: the number of ranks on a node.
+        memory_limits: the memory of each device.
+        timelines: the micro-batches of the model, for engines.
+        blocks: finds the equal blocks of the model.
+        average: the hook that averages the weights, if any.
+    """
+
+    job: Job
+    batch: BatchSpec | None
+    ranks_per_node: int
+    memory_limits: tuple[int | None, ...]
+    timelines: Timelines
+    blocks: BlockFinder
+    average: EMAHook | None = None
+
+
+def plan_simulated(request: PlanRequest, strategy: Mapping[str, Any], base: StepPlan) -> list[StepPlan]:
+    """Return the plans of a strategy for each memory limit.
+
+    Args:
+        request: what is planned.
+        strategy: the configuration of the strategy.
+        base: the plan without sizes.
+
+    Raises:
+        StratagemError: (a subclass) if the strategy refuses this model or this number of ranks.
+    """
+    planned = _plan_from_few_blocks(request, strategy, base)
+    if planned is not None:
+        return planned
+    planned, failed = _try_plan(request, strategy, base)
+    if failed is not None:
+        # The failed step may have left gathered parameters, so the static sizes are those of a new simulation.
+        planned, _ = _try_plan(replace(request, batch=None), strategy, base, failed)
+    return planned
+
+
+def _try_plan(
+    request: PlanRequest,
+    strategy: Mapping[str, Any],
+    base: StepPlan,
+    failure: str | None = "Without a batch, no step was simulated.",
+) -> tuple[list[StepPlan], str | None]:
+    """Return the plans of a strategy, or why its step could not be simulated.
+
+    Args:
+        request: what is planned; without a batch, no step is simulated.
+        strategy: the configuration of the strategy.
+        base: the plan without sizes.
+        failure: why there is no batch.
+    """
+    with simulating(request.job, strategy, base.world, ranks_per_node=request.ranks_per_node) as sim:
+        batch = request.batch
+        if batch is None:
+            sizes = snapshot(sim, None, request.average)
+            return _finished(request, sizes, replace(base, failure=failure), None), None
+        try:
+            record = sim.step(batch.batch)
+        except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
+            return [], describe_failure(error, type(sim.model).__name__)
+
+        def history(size: int) -> StorageHistory:
+            return sim.step(batch.resized(size)).history
+
+        # The search changes the size of the batch, so it comes after everything that reads the recorded step.
+        return _finished(request, snapshot(sim, record, request.average), base, history), None
+
+
+def _plan_from_few_blocks(request: PlanRequest, strategy: Mapping[str, Any], base: StepPlan) -> list[StepPlan] | None:
+    """Return the plans of a model with many equal blocks; None if they do not follow from models with a few of them."""
+    blocks = None if names_blocks(base.options) else request.blocks.find()
+    if blocks is None or request.batch is None:
+        return None
+    try:
+        return _Few(request, request.batch, strategy, base, blocks).plan()
+    except Exception:  # noqa: BLE001 -- simulating the whole model reports what is wrong
+        return None
+
+
+@final
+class _Few:
+    """Simulations of a model with a few blocks."""
+
+    def __init__(
+        self,
+        request: PlanRequest,
+        batch: BatchSpec,
+        strategy: Mapping[str, Any],
+        base: StepPlan,
+        blocks: RepeatedBlocks,
+    ) -> None:
+        self._request = request
+        self._batch = batch
+        self._strategy = strategy
+        self._base = base
+        self._blocks = blocks
+        self._known: dict[tuple[int, int], StorageHistory] = {}
+
+    def plan(self) -> list[StepPlan] | None:
+        """Return the plans for each memory limit; None if the sizes do not follow from a few blocks."""
+        request = self._request
+        found = []
+        searched = self._searched()
+        for keep in _FEW_BLOCKS:
+            with self._simulating(keep) as sim:
+                record = sim.step(self._batch.batch)
+                found.append(snapshot(sim, record, request.average))
+                self._note(sim, keep, searched if keep < _FEW_BLOCKS[-1] else ())
+        short, long, check = found
+        predicted = extended(short, long, 1)
+        if predicted is None or not agree(predicted, check):
+            return None
+        whole = extended(short, long, self._blocks.count - _FEW_BLOCKS[1])
+        return None if whole is None else _finished(request, whole, self._base, self._history)
+
+    def _searched(self) -> tuple[int, ...]:
+        """Return the sizes of batches that the search for the largest micro-batch needs first."""
+        size = self._batch.size
+        if size is None or not any(self._request.memory_limits):
+            return ()
+        first = max(2, size)
+        return tuple(each for each in (first, 2 * first) if each != size)
+
+    def _simulating(self, keep: int) -> Any:
+        job = self._blocks.shortened(self._request.job, keep)
+        return simulating(job, self._strategy, self._base.world, ranks_per_node=self._request.ranks_per_node)
+
+    def _note(self, sim: Simulation, keep: int, sizes: Sequence[int]) -> None:
+        for size in sizes:
+            self._known[keep, size] = sim.step(self._batch.resized(size)).history
+
+    def _history(self, size: int) -> StorageHistory:
+        few = _FEW_BLOCKS[:2]
+        for keep in few:
+            if (keep, size) not in self._known:
+                with self._simulating(keep) as sim:
+                    self._note(sim, keep, [size])
+        short, long = (self._known[keep, size] for keep in few)
+        whole = extended_history(short, long, self._blocks.count - few[1])
+        if whole is None:
+            raise ValueError("the storages of a larger batch do not follow from a few blocks")
+        return whole
+
+
+def _finished(
+    request: PlanRequest, sizes: Snapshot, base: StepPlan, history: Callable[[int], StorageHistory] | None
+) -> list[StepPlan]:
+    """Return the plan with the sizes of a simulation, for each memory limit.
+
+    Args:
+        request: what is planned.
+        sizes: the sizes.
+        base: the plan without sizes.
+        history: returns the storages of a step with another size of the batch.
+    """
+    record = sizes.step
+    offload = bool(base.options.get("cpu_offload"))
+    memory = _memory(request, sizes, offload=offload)
+    # Rank 0 writes all that it has; of tensors that several ranks have, the others write nothing.
+    memory = replace(memory, host={"asynchronous save": sizes.own_checkpoint, **memory.host})
+    largest = _largest_micro_batches(request, sizes, history, offload=offload)
+    planned = replace(
+        base,
+        dp_size=sizes.dp_size,
+        accumulation=sizes.accumulation,
+        memory=memory,
+        collectives=() if record is None else _collectives(record, request.ranks_per_node),
+        flops=None if record is None else record.flops,
+        compute_dtype="float32" if record is None else record.main_dtype,
+        checkpoint_bytes=sizes.checkpoint,
+        resume_bytes=sizes.own_checkpoint + math.ceil(sizes.checkpoint / base.world),
+        notes=(*sizes.notes, *((_OFFLOAD_NOTE,) if offload else ())),
+    )
+    return [
+        replace(planned, memory_limit=limit, largest_micro_batch=None if limit is None else largest.get(limit))
+        for limit in request.memory_limits
+    ]
+
+
+def _memory(request: PlanRequest, sizes: Snapshot, *, offload: bool) -> MemoryPlan:
+    record = sizes.step
+    static = {
+        "parameters": sizes.parameters,
+        "gradients": sizes.gradients,
+        "optimizer state": sizes.optimizer_state,
+    }
+    host: dict[str, int] = {}
+    peak = None if record is None else record.history.peak()
+    at_peak: dict[str, int] = {}
+    if peak is not None:
+        at_peak = {kind: size for kind, size in peak.by_kind.items() if not (offload and kind in _ON_HOST)}
+        at_peak |= {"averaged weights": sizes.averages} if sizes.averages else {}
+    if offload:
+        host.update(static)
+        static = dict.fromkeys(static, 0)
+    transient = {}
+    if record is not None:
+        most = record.history.largest_by_kind()
+        kinds = ("gathered parameters", "communication", "temporary")
+        transient = {kind: most[kind] for kind in kinds if most.get(kind)}
+        transient["largest tensor"] = record.largest
+    if sizes.is_sharded:
+        transient["loading"] = min(CHUNK_BYTES, sizes.largest_parameter)
+    return MemoryPlan(
+        parameters=static["parameters"],
+        gradients=static["gradients"],
+        optimizer_state=static["optimizer state"],
+        ema=sizes.averages,
+        buffers=sizes.buffers,
+        batch=0 if request.batch is None else storage_bytes(_tensors(request.batch.batch)),
+        activations=None if record is None else record.activations,
+        peak=None if peak is None else sum(at_peak.values()),
+        at_peak=at_peak,
+        peak_phase=None if peak is None else peak.phase,
+        transient=transient,
+        host=host,
+    )
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+
+
+def _collectives(record: StepRecord, ranks_per_node: int) -> tuple[Collective, ...]:
+    groups: dict[tuple[str, int, int, str], list[int]] = {}
+    for call in record.calls:
+        near = sum(rank // ranks_per_node == call.ranks[0] // ranks_per_node for rank in call.ranks)
+        groups.setdefault((call.kind, len(call.ranks), near, call.phase), []).append(call.nbytes)
+    return tuple(
+        Collective(kind=kind, count=len(sizes), bytes=sum(sizes), group_size=size, ranks_per_node=near, phase=phase)
+        for (kind, size, near, phase), sizes in groups.items()
+    )
+
+
+def _largest_micro_batches(
+    request: PlanRequest, sizes: Snapshot, history: Callable[[int], StorageHistory] | None, *, offload: bool
+) -> dict[int, int]:
+    """Return the largest micro-batch for each memory limit; nothing without a batch whose samples are known."""
+    batch = request.batch
+    limits = [limit for limit in request.memory_limits if limit is not None]
+    if batch is None or batch.size is None or history is None or sizes.step is None or not limits:
+        return {}
+    on_host = _ON_HOST if offload else ()
+    known = {batch.size: sizes.step.history.running_totals(on_host)}
+
+    def totals(size: int) -> Sequence[int]:
+        if size not in known:
+            known[size] = history(size).running_totals(on_host)
+        return known[size]
+
+    found = largest_of_profiles(totals, [limit - sizes.averages - CONTEXT_BYTES for limit in limits], batch.size)
+    return dict(zip(limits, found, strict=True))
