@@ -142,8 +142,17 @@ def extended(short: Snapshot, long: Snapshot, times: int) -> Snapshot | None:
         step = _extended_step(short.step, long.step, times)
         if step is None:
             return None
-    sizes = ("parameters", "gradients", "optimizer_state", "averages", "buffers", "own_checkpoint", "checkpoint")
-    return replace(long, **{name: grown(name) for name in sizes}, step=step)
+    return replace(
+        long,
+        parameters=grown("parameters"),
+        gradients=grown("gradients"),
+        optimizer_state=grown("optimizer_state"),
+        averages=grown("averages"),
+        buffers=grown("buffers"),
+        own_checkpoint=grown("own_checkpoint"),
+        checkpoint=grown("checkpoint"),
+        step=step,
+    )
 
 
 def _extended_step(short: StepRecord, long: StepRecord, times: int) -> StepRecord | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import final
 
@@ -48,10 +47,6 @@ class Snapshot:
     accumulation: int
     notes: tuple[str, ...]
     step: StepRecord | None
-
-    def calls(self) -> Counter[object]:
-        """Return how often the step runs each collective."""
-        return Counter(() if self.step is None else self.step.calls)
 
 
 def snapshot(sim: Simulation, record: StepRecord | None, average: EMAHook | None) -> Snapshot:

@@ -1,0 +1,65 @@
+"""Details of the plans of engines, which need not be installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stratagem
+from stratagem import SupervisedModel
+from stratagem.planning.planner import meta_copy
+from stratagem.planning.result import StepPlan
+from stratagem.planning.simulate import Job
+from stratagem.planning.timeline import record_timeline
+from tests.support.planned_models import MODELS
+
+ADAMW = {"optimizer": {"type": "AdamW"}}
+
+
+def planned(strategy: dict[str, Any]) -> StepPlan:
+    """Return the plan of a CNN whose batch normalization has two buffers with 8 float32 values, and a counter in int64."""
+    make_model, make_batch = MODELS["images"]
+    [step] = stratagem.plan(
+        make_model(), optim_wrapper=ADAMW, batch=make_batch(), strategies=[strategy], worlds=[2]
+    ).steps
+    assert (step.refusal, step.failure) == (None, None)
+    return step
+
+
+class Reading(nn.Module):
+    """Reads the weight of an embedding without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Embedding(3, 4)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.position.weight)
+
+
+def test_a_module_that_reads_a_parameter_of_another_one_needs_it() -> None:
+    """ZeRO stage 3 gathers the weight of the embedding for the module that reads it."""
+    model = meta_copy(SupervisedModel(Reading(), nn.MSELoss()))
+    batch = (torch.empty(3, 4, device="meta"), torch.empty(3, 4, device="meta"))
+    timeline = record_timeline(Job(make_model=lambda: meta_copy(model), optim_wrapper=ADAMW), batch, None)
+    names = [name for name, _ in model.named_modules()]
+    needed = {name: timeline.modules[number] for number, name in enumerate(names)}
+    assert (needed[""], needed["network"], needed["network.position"]) == ((), (0,), (0,))
+    assert needed["network.linear"] == (1, 2)
+
+
+def test_deepspeed_keeps_buffers_in_float32() -> None:
+    """In bfloat16, the buffers of DeepSpeed still have 2 x 8 x 4 + 8 bytes, and those of ColossalAI 2 x 8 x 2 + 8."""
+    deepspeed = planned({"type": "deepspeed", "zero_optimization": {"stage": 1}, "bf16": True})
+    colossalai = planned({"type": "colossalai", "plugin": {"type": "lowlevel-zero"}, "mixed_precision": "bf16"})
+    assert (deepspeed.memory.buffers, colossalai.memory.buffers) == (72, 40)
+
+
+def test_colossalai_broadcasts_buffers_before_a_step() -> None:
+    """DistributedDataParallel sends one message for each dtype."""
+    step = planned({"type": "colossalai", "plugin": "torch-ddp"})
+    [broadcast] = [each for each in step.collectives if each.kind == "broadcast"]
+    assert (broadcast.count, broadcast.bytes, broadcast.phase) == (2, 72, "forward")
