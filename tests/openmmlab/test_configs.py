@@ -17,7 +17,7 @@ from stratagem.compat.mmengine.config.acceptance import require_accepted
 from stratagem.errors import ConfigKeyError
 from tests.openmmlab.config_corpus import digests, digests_on_mmengine, fork_files, installed_files
 
-pytestmark = [pytest.mark.openmmlab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.openmmlab, pytest.mark.timeout(1800)]
 
 # Usual typos of usual keys.
 TYPOS = (
