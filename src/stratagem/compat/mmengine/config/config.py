@@ -172,8 +172,8 @@ class Config:
 
     @property
     def pretty_text(self) -> str:
-        """The merged values as Python. Secrets are masked and values that Python cannot write are marked."""
-        return text_of(redacted(self.to_dict()), ".py", mark_unsupported=True)
+        """The merged values as Python, with sorted keys. Secrets are masked and values that Python cannot write are marked."""
+        return text_of(_sorted(redacted(self.to_dict())), ".py", mark_unsupported=True)
 
     def where(self, key: str) -> str:
         """Return the file and line that set a top-level key, as a prefix of a message; empty if the program did."""
@@ -305,3 +305,10 @@ def _with_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_lists(item) for key, item in value.items()}
     return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _sorted(value: Any) -> Any:
+    """Return a copy of nested values with sorted keys."""
+    if isinstance(value, Mapping):
+        return {key: _sorted(item) for key, item in sorted(value.items(), key=lambda item: str(item[0]))}
+    return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value

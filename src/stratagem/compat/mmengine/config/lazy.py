@@ -50,14 +50,14 @@ class LazyObject:
             try:
                 importlib.import_module(name)
             except Exception as error:
-                raise type(error)(f"{name}, which {self.location} imports, cannot be imported: {error}") from error
+                raise type(error)(f"Failed to import {name}{_at(self.location)}: {error}") from error
         module = importlib.import_module(self.module)
         if self._imported is None:
             return module
         try:
             return getattr(module, self._imported)
         except AttributeError as error:
-            raise ImportError(f"{self.module} has no {self._imported!r}, which {self.location} imports.") from error
+            raise ImportError(_missing(self.module, self._imported, self.location)) from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LazyObject | LazyAttr) and to_engine(self) == to_engine(other)
@@ -115,7 +115,7 @@ class LazyAttr:
         try:
             return getattr(self.source.build(), self.name)
         except AttributeError as error:
-            raise ImportError(f"{self.module} has no {self.name!r}, which {self.location} uses.") from error
+            raise ImportError(_missing(self.module, self.name, self.location)) from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LazyObject | LazyAttr) and to_engine(self) == to_engine(other)
@@ -141,6 +141,14 @@ class LazyAttr:
         return self.name
 
     __repr__ = __str__
+
+
+def _at(location: str | None) -> str:
+    return f" ({location})" if location else ""
+
+
+def _missing(module: str, name: str, location: str | None) -> str:
+    return f"Failed to import {module}.{name}{_at(location)}: {module} has no attribute {name!r}."
 
 
 def _refuse_call(name: str) -> Never:
