@@ -48,6 +48,7 @@ FOLDERS = (
     "test_utils",
     "test_visualizer",
 )
+STARTUP = Path(__file__).with_name("startup")
 EXCEPTIONS = Path(__file__).with_name("upstream_exceptions.toml")
 SECONDS_PER_TEST = 60
 _ON_MMENGINE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -88,7 +89,7 @@ def run_folder(folder: str, tests: Path, scratch: Path, program: str, path: Sequ
         "junit_family=xunit1",
     ]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(STARTUP), *map(str, path), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
