@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,18 @@ def _describe(value: Any) -> Description:
     if not inspect.isclass(value):
         return dict(parameters=_parameters(value) if callable(value) else None)
     unsupported = (value.__doc__ or "").startswith("Not supported: use")
-    return dict(parameters=_parameters(value), methods=dict(_methods(value)), unsupported=unsupported)
+    return dict(parameters=_parameters(value), methods=dict(_methods(value)), names=dir(value), unsupported=unsupported)
 
 
 def _parameters(value: Any) -> list[str] | None:
     try:
-        return [f"{'*' * (p.kind == p.VAR_POSITIONAL)}{p.name}" for p in inspect.signature(value).parameters.values()]
+        return [_stars(each) + each.name for each in inspect.signature(value).parameters.values()]
     except (TypeError, ValueError):
         return None
+
+
+def _stars(parameter: inspect.Parameter) -> str:
+    return {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
 
 
 def _methods(cls: type) -> Iterator[tuple[str, list[str] | None]]:
@@ -154,7 +159,7 @@ def compare(mmengine: dict[str, Description], layer: dict[str, Description]) -> 
         for method, parameters in (theirs.get("methods") or {}).items():
             if method in (ours.get("methods") or {}):
                 pairs[f"{name}.{method}"] = (parameters, ours["methods"][method])
-            else:
+            elif method not in (ours.get("names") or []):
                 missing_methods.append(f"{name}.{method}")
         for key, (expected, actual) in pairs.items():
             if expected is not None and not _accepts(expected, actual):
@@ -170,13 +175,25 @@ def compare(mmengine: dict[str, Description], layer: dict[str, Description]) -> 
 
 
 def _accepts(expected: list[str], actual: list[str] | None) -> bool:
-    """Return whether MMEngine's parameters come first and have the same names; additional ones may follow."""
-    return actual is not None and actual[: len(expected)] == expected
+    """Return whether calls with MMEngine's parameters are accepted: by position and by keyword."""
+    if actual is None:
+        return False
+    named = [name for name in expected if not name.startswith("*")]
+    takes_any = any(name.startswith("**") for name in actual)
+    return all(
+        actual[index : index + 1] == [name] or (takes_any and (name not in actual or name in actual[index:]))
+        for index, name in enumerate(named)
+    )
 
 
 def read_differences() -> dict[str, str]:
-    """Return the reason of each difference on purpose, by ``module:name`` or ``module:name.method``."""
+    """Return the reason of each difference on purpose, by a pattern of ``module:name`` or ``module:name.method``."""
     return tomllib.loads(DIFFERENCES.read_text()) if DIFFERENCES.exists() else {}
+
+
+def unexplained(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names that no pattern matches."""
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in known)]
 
 
 def compare_engines() -> Comparison:
@@ -200,8 +217,8 @@ def _ask(first: str, imported: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Print the differences."""
     comparison, known = compare_engines(), read_differences()
-    methods = [name for name in comparison.missing_methods if name not in known]
-    others = {name: text for name, text in comparison.other_parameters.items() if name not in known}
+    methods = unexplained(comparison.missing_methods, known)
+    others = {name: comparison.other_parameters[name] for name in unexplained(comparison.other_parameters, known)}
     found = {
         f"of {comparison.names} public names are missing": comparison.missing,
         f"of {comparison.names} public names are unsupported": comparison.unsupported,
