@@ -244,8 +244,9 @@ class CheckpointHook(Hook):
         )
         if is_main_process():
             write_atomic(Path(runner.work_dir, "last_checkpoint"), path)
-        self._remove_steps(outdated)
-        runner.message_hub.pop_info(_OUTDATED)
+        if outdated:
+            self._remove_steps(outdated)
+            runner.message_hub.update_info(_OUTDATED, [])
 
     def _keep(self, step: int, hub: Any) -> list[int]:
         """Add a checkpoint to those that are kept; return which ones are too many then."""
