@@ -289,7 +289,7 @@ class BaseDataset(Dataset[Any]):
         return joined
 
     def _unpickled(self, idx: int) -> Any:
-        return pickle.loads(self._bytes_of(idx))  # noqa: S301 -- this object has written it
+        return pickle.loads(self._bytes_of(idx).data)  # noqa: S301 -- this object has written it
 
     def _bytes_of(self, idx: int) -> NDArray[np.uint8]:
         ends = self.data_address

@@ -78,7 +78,7 @@ class ConcatDataset(_Wrapper, _ConcatDataset[Any]):
         lazy_init: bool = False,
         ignore_keys: str | list[str] | None = None,
     ) -> None:
-        self.datasets = [_built(dataset) for dataset in datasets]
+        self.datasets: list[Any] = [_built(dataset) for dataset in datasets]
         if ignore_keys is not None and not isinstance(ignore_keys, str | list):
             raise ConfigTypeError(f"ignore_keys must be a key or a list of keys, got {ignore_keys!r}.")
         self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) else list(ignore_keys or ())

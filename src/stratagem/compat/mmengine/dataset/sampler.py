@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from stratagem.compat.mmengine.dist import get_dist_info, sync_random_seed
 from stratagem.compat.mmengine.registry import DATA_SAMPLERS
+from stratagem.errors import ConfigValueError
 
 __all__ = ["DefaultSampler", "InfiniteSampler"]
 
@@ -88,6 +89,16 @@ class InfiniteSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield the indices of this rank, after those that were already used."""
         yield from self.indices
+
+    def skip(self, num_samples: int) -> None:
+        """Start from the beginning, after the first ``num_samples`` indices of this rank.
+
+        Raises:
+            ConfigValueError: if ``num_samples`` is negative.
+        """
+        if num_samples < 0:
+            raise ConfigValueError(f"num_samples must not be negative, got {num_samples}.")
+        self.indices = itertools.islice(self._indices_of_rank(), num_samples, None)
 
     def __len__(self) -> int:
         return self.size

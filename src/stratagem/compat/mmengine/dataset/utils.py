@@ -40,19 +40,19 @@ def worker_init_fn(
         warnings.simplefilter("ignore")
 
 
-@FUNCTIONS.register_module()
+@FUNCTIONS.register_module()  # type: ignore[untyped-decorator]
 def pseudo_collate(data_batch: Sequence[Any]) -> Any:
     """Combine samples to a batch with their structure, in which values are lists. Tensors are not stacked."""
     return _collate(data_batch, lambda values: values, (str, bytes))
 
 
-@FUNCTIONS.register_module()
+@FUNCTIONS.register_module()  # type: ignore[untyped-decorator]
 def default_collate(data_batch: Sequence[Any]) -> Any:
     """Combine samples to a batch with their structure, in which tensors and numbers are stacked."""
     return _collate(data_batch, torch_default_collate, (BaseDataElement, str, bytes))
 
 
-def _collate(batch: Sequence[Any], combine: Callable[[Sequence[Any]], Any], whole: tuple[type, ...]) -> Any:
+def _collate(batch: Sequence[Any], combine: Callable[[Any], Any], whole: tuple[type, ...]) -> Any:
     """Combine samples recursively; ``combine`` combines values without structure, and ``whole`` are not combined."""
     first: Any = batch[0]
     if isinstance(first, whole):

@@ -87,9 +87,9 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
             )
             initialize(self, [cfg for cfg in configured if cfg not in pretrained])
         for child in self.children():
-            module = child
+            module: Any = child
             if is_model_wrapper(module) and not hasattr(module, "init_weights"):
-                module = module.module  # type: ignore[assignment]
+                module = module.module
             if hasattr(module, "init_weights") and not getattr(module, "is_init", False):
                 module.init_weights()
                 update_init_info(module, init_info=f"Initialized by init_weights of {type(module).__name__}")

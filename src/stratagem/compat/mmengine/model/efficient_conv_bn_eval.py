@@ -63,7 +63,7 @@ def turn_on_efficient_conv_bn_eval_for_single_model(model: nn.Module) -> None:
     """Combine convolutions and BatchNorm layers of a module that ``torch.fx`` can trace, by replacing its ``forward``."""
     traced = fx.symbolic_trace(model)
     efficient_conv_bn_eval_graph_transform(traced)
-    model.forward = traced.forward  # type: ignore[method-assign]
+    model.forward = traced.forward
 
 
 def turn_on_efficient_conv_bn_eval(model: nn.Module, modules: str | Sequence[str]) -> None:

@@ -112,5 +112,6 @@ def _mean(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.mean()
     if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
-        return sum(item.mean() for item in value)  # type: ignore[return-value]
+        total: Tensor = sum(item.mean() for item in value)
+        return total
     raise ConfigTypeError(f"{name} must be a tensor or a list of tensors, got {value!r}.")

@@ -77,6 +77,9 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
         non_blocking: whether copies may run asynchronously.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         mean: Sequence[float] | None = None,
@@ -88,6 +91,9 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
         non_blocking: bool | None = False,
     ) -> None:
         super().__init__(non_blocking)
+        for option, value in (("bgr_to_rgb", bgr_to_rgb), ("rgb_to_bgr", rgb_to_bgr)):
+            if not isinstance(value, bool):
+                raise ConfigTypeError(f"{option} must be a bool, got {value!r}.")
         require(not (bgr_to_rgb and rgb_to_bgr), "bgr_to_rgb and rgb_to_bgr are both True; set one of them.")
         require((mean is None) == (std is None), f"Set both mean and std, or neither; got mean={mean}, std={std}.")
         self._enable_normalize = mean is not None

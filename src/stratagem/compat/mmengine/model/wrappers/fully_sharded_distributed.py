@@ -92,7 +92,8 @@ class MMFullyShardedDataParallel(FullyShardedDataParallel):
 
     def val_step(self, data: Any) -> Any:
         """Return the predictions for one batch. Collective."""
-        return call_forward(self, self.module.data_preprocessor(data, False), "predict")
+        model: Any = self.module
+        return call_forward(self, model.data_preprocessor(data, False), "predict")
 
     def test_step(self, data: Any) -> Any:
         """Return the predictions for one batch. Collective."""

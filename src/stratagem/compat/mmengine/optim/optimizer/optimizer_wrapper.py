@@ -154,7 +154,7 @@ class OptimWrapper(AccumulatingOptimWrapper, BaseOptimWrapper):
         """Return the loss divided by the number of micro-batches in its accumulation window."""
         counts = self.accumulative_counts
         # The window at the end of the run may be shorter.
-        if 0 <= self.max_counts - self._remainder_counts <= self.inner_count and counts > 1:
+        if counts > 1 and 0 <= self.max_counts <= self.inner_count + self._remainder_counts:
             counts = self._remainder_counts
         require(
             counts > 0,

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
 
 from stratagem.compat.mmengine.dist import is_main_process
 from stratagem.compat.mmengine.registry import OPTIMIZERS
-
-with warnings.catch_warnings():
-    # torch compiles other optimizers with torch.jit.script here, which it deprecates.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.distributed.optim import ZeroRedundancyOptimizer as _ZeroRedundancyOptimizer
+from stratagem.utils.imports import import_object
 
 __all__ = ["ZeroRedundancyOptimizer"]
 
 
 @OPTIMIZERS.register_module()
-class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
-    """torch's ``ZeroRedundancyOptimizer`` around one of torch's optimizers.
+class ZeroRedundancyOptimizer:
+    """Build torch's ``ZeroRedundancyOptimizer`` around one of torch's optimizers.
+
+    The result is an instance of torch's class, whose ``state_dict`` returns the state of all ranks on the first rank and an
+    empty one on the others, and is collective.
 
     Args:
         params: the parameters or groups.
@@ -28,10 +28,20 @@ class ZeroRedundancyOptimizer(_ZeroRedundancyOptimizer):
         kwargs: the arguments of both.
     """
 
-    def __init__(self, params: Any, optimizer_type: str, **kwargs: Any) -> None:
-        super().__init__(list(params), getattr(torch.optim, optimizer_type), **kwargs)
+    def __new__(cls, params: Any, optimizer_type: str, **kwargs: Any) -> Any:
+        """Return the optimizer."""
+        return _implementation()(list(params), getattr(torch.optim, optimizer_type), **kwargs)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of all ranks on the first rank, and an empty one on the others. Collective."""
+
+@cache
+def _implementation() -> Any:
+    """Return the class of the optimizer. torch compiles code when it imports the base class, so this happens on first use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        base: Any = import_object("torch.distributed.optim:ZeroRedundancyOptimizer")
+
+    def state_dict(self: Any) -> dict[str, Any]:
         self.consolidate_state_dict()
-        return super().state_dict() if is_main_process() else {}
+        return dict(base.state_dict(self)) if is_main_process() else {}
+
+    return type("ZeroRedundancyOptimizer", (base,), {"state_dict": state_dict})

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 INF: Final = 10**9
+# The attribute of an optimizer or a wrapper with its number of updates when its last schedule was built.
+_UPDATES: Final = "_updates_before_schedule"
+_ORDER: Final = "See https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate."
 
 OptimizerType = BaseOptimWrapper | Optimizer
 
@@ -87,6 +90,8 @@ class _ParamScheduler(ParamScheduler):
         self._global_step = -1
         if isinstance(optimizer, Optimizer):
             _count_steps(optimizer)
+        # Not an attribute of the schedule, whose attributes are its state.
+        vars(optimizer)[_UPDATES] = _updates_of(optimizer)
         self.step()
 
     def _set_range(
@@ -194,21 +199,16 @@ class _ParamScheduler(ParamScheduler):
             self.print_value(self.verbose, number, value)
 
     def _warn_of_order(self) -> None:
-        if isinstance(self.optimizer, BaseOptimWrapper):
-            started = self.optimizer.inner_count > 0 or self.optimizer.num_steps_attempted > 0
-        elif not hasattr(self.optimizer.step, "_with_counter"):
+        if isinstance(self.optimizer, Optimizer) and not hasattr(self.optimizer.step, "_with_counter"):
             warnings.warn(
                 "optimizer.step was replaced after the parameter scheduler was built, so the order of optimizer.step() and "
-                "scheduler.step() cannot be checked.",
+                f"scheduler.step() cannot be checked. {_ORDER}",
                 stacklevel=3,
             )
-            return
-        else:
-            started = self.optimizer._global_step >= 0  # type: ignore[attr-defined]
-        if not started:
+        elif _updates_of(self.optimizer) == vars(self.optimizer)[_UPDATES]:
             warnings.warn(
                 "scheduler.step() was called before optimizer.step(), so the first value of the schedule is skipped. Call "
-                "optimizer.step() first.",
+                f"optimizer.step() first. {_ORDER}",
                 stacklevel=3,
             )
 
@@ -236,6 +236,13 @@ class _ParamScheduler(ParamScheduler):
             elif value is not None and value != INF:
                 kwargs[key] = int(value * epoch_length)
         return cls(*args, **{**kwargs, "by_epoch": False})
+
+
+def _updates_of(optimizer: OptimizerType) -> int:
+    """Return a number that increases with each update, or each micro-batch."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer._global_step  # type: ignore[attr-defined,no-any-return]
+    return optimizer.inner_count + optimizer.num_steps_attempted
 
 
 def _count_steps(optimizer: Optimizer) -> None:
