@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stratagem import ModelWithLoss, Runner
-from stratagem.checkpoint import CheckpointLoader
+from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.checkpoint.convert.hugging_face import export_hugging_face
 from stratagem.checkpoint.convert.plain import export_state_dict
 from stratagem.cli.main import main
@@ -209,6 +209,59 @@ def test_an_adapter_without_trained_base_weights_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"trainable parameters are not part of the adapter .*embeddings"):
         export_hugging_face(checkpoint, tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+def test_adapters_of_add_adapter_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: bool) -> None:
+    """A transformers model with add_adapter and without a PeftModel has its adapter apart, or in its weights."""
+    # transformers requires a release of peft that does not exist yet; the last one has all that this test uses.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+
+    def adapted() -> nn.Module:
+        model = transformers_bert.network()
+        torch.manual_seed(1)
+        model.add_adapter(LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False))
+        return model
+
+    model = ModelWithLoss(adapted())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    expected = logits(model.network)
+    save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "checkpoint")
+    written = export_hugging_face(
+        tmp_path / "checkpoint", tmp_path / "out", ModelWithLoss(adapted()), merge_adapters=merge
+    )
+    assert written.is_adapter != merge
+    if merge:
+        found = type(model.network).from_pretrained(tmp_path / "out")
+        assert not any("lora" in name for name, _ in found.named_parameters())
+        # Merging rounds.
+        torch.testing.assert_close(logits(found), expected, rtol=1e-5, atol=1e-6)
+    else:
+        base = transformers_bert.network()
+        base.load_adapter(str(tmp_path / "out"))
+        assert torch.equal(logits(base), expected)
+
+
+def test_lora_layers_by_hand_are_refused_with_an_alternative(tmp_path: Path) -> None:
+    """from_pretrained cannot build layers of the user; the state dict can be written."""
+
+    class Lora(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model = ModelWithLoss(llama())
+    model.network.lm_head = nn.Sequential(Lora(nn.Linear(32, 32)), model.network.lm_head)
+    save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="your own LoRA layers, put the original layers .* --to state_dict"):
+        export_hugging_face(tmp_path / "checkpoint", tmp_path / "out", model)
+    assert export_state_dict(tmp_path / "checkpoint", tmp_path / "own.pth").module == "network"
 
 
 def test_a_folder_that_opens_with_other_weights_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 from torch import Tensor, nn
 
@@ -84,26 +84,28 @@ def export_hugging_face(
     averaged = load_exported_weights(trained, source, raw=raw)
     network.eval()
     exported: Any = network
-    is_peft = _is_peft(network)
+    has_adapter = _is_peft(network) or _has_added_adapter(network)
     if merge_adapters:
-        if not is_peft:
+        if not has_adapter:
             raise CheckpointError(
                 f"merge_adapters: {type(network).__name__} is not a PeftModel and has no adapters to merge. Omit the option."
             )
-        exported = exported.merge_and_unload()
-    elif is_peft:
+        exported = exported.merge_and_unload() if _is_peft(network) else _merged(network)
+    elif has_adapter:
         _require_adapter_is_whole(network)
     try:
         with atomic_directory(path) as temporary:
             _save(exported, temporary)
             if tokenizer is not None:
                 _save_tokenizer(tokenizer, temporary)
-            if merge_adapters or not is_peft:
+            if merge_adapters or not has_adapter:
                 _verify(exported, temporary)
             files = sorted(file.name for file in temporary.iterdir())
     except OSError as error:
         raise save_error(path, error) from error
-    return HuggingFaceFolder(type(exported).__name__, name, is_peft and not merge_adapters, averaged, files, left_out)
+    return HuggingFaceFolder(
+        type(exported).__name__, name, has_adapter and not merge_adapters, averaged, files, left_out
+    )
 
 
 def _is_instance(module: nn.Module, where: str, name: str) -> bool:
@@ -114,6 +116,23 @@ def _is_instance(module: nn.Module, where: str, name: str) -> bool:
 
 def _is_peft(module: nn.Module) -> bool:
     return _is_instance(module, "peft.peft_model", "PeftModel")
+
+
+def _has_added_adapter(module: nn.Module) -> bool:
+    """Return whether a transformers model has adapters that its method ``add_adapter`` added, without a ``PeftModel``."""
+    return _can_export(module) and bool(getattr(module, "_hf_peft_config_loaded", False))
+
+
+def _merged(network: Any) -> nn.Module:
+    """Add the adapters of ``add_adapter`` to the weights of their layers, and remove them, in place."""
+    layer_type = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, layer_type):
+            layer.merge()
+            network.set_submodule(name, layer.get_base_layer())
+    network._hf_peft_config_loaded = False
+    del network.peft_config
+    return cast("nn.Module", network)
 
 
 def _can_export(module: nn.Module) -> bool:
@@ -171,13 +190,17 @@ def _outside(model: nn.Module, network: nn.Module, *, required: bool, name: str)
     return lost + [canonical(key) for key, each in model.named_buffers() if id(each) not in inside]
 
 
-def _require_adapter_is_whole(network: nn.Module) -> None:
+def _require_adapter_is_whole(network: Any) -> None:
     """Require that the adapter contains everything that was trained.
 
     Raises:
         CheckpointError: if trainable parameters are not in the adapter.
     """
-    saved = sys.modules["peft"].get_peft_model_state_dict(network)
+    saved = (
+        sys.modules["peft"].get_peft_model_state_dict(network)
+        if _is_peft(network)
+        else network.get_adapter_state_dict()
+    )
     kept = {value.data_ptr() for value in saved.values() if isinstance(value, Tensor)}
     lost = [name for name, each in network.named_parameters() if each.requires_grad and each.data_ptr() not in kept]
     if lost:
@@ -227,7 +250,9 @@ def _verify(network: nn.Module, folder: Path) -> None:
     if wrong or len(found) != len(own):
         raise CheckpointError(
             f"{name}.from_pretrained does not restore all weights that {name}.save_pretrained wrote, so nothing was written. "
-            f"Different: {_listed(wrong or sorted(found.keys() - own.keys()))}."
+            f"Different: {_listed(wrong or sorted(found.keys() - own.keys()))}. If you have replaced layers of the model, "
+            "as with your own LoRA layers, put the original layers with the merged weights back before the export in Python, or "
+            "write the weights as they are with --to state_dict."
         )
 
 
