@@ -5,33 +5,33 @@
 #   stratagem sample examples/gpt/config.py work_dirs/gpt --prompt "In the beginning"
 custom_imports = dict(imports=["gpt", "king_james"])
 
-_length = 128
-model = dict(type="Gpt", tokens=67, length=_length, width=256, blocks=6, heads=4)
+length = 128
+model = dict(type="Gpt", tokens=67, length=length, width=256, blocks=6, heads=4)
 tokenizer = dict(type="Characters")
 
 train_dataloader = dict(
     batch_size=16,
-    dataset=dict(type="KingJames", length=_length, held_out=False),
+    dataset=dict(type="KingJames", length=length, held_out=False),
     collate_fn=dict(type="pad_sequences"),
 )
 train_cfg = dict(max_iters=600, val_interval=300)
 
 val_dataloader = dict(
     batch_size=64,
-    dataset=dict(type="KingJames", length=_length, held_out=True),
+    dataset=dict(type="KingJames", length=length, held_out=True),
     collate_fn=dict(type="pad_sequences"),
 )
 val_cfg = dict()
 val_evaluator = dict(type="TokenLoss")
 
 # Apply weight decay only to the weight matrices of the blocks.
-_no_decay = dict(decay_mult=0.0)
+no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys={"token_embedding": _no_decay, "position_embedding": _no_decay, "lm_head": _no_decay},
+        custom_keys={"token_embedding": no_decay, "position_embedding": no_decay, "lm_head": no_decay},
     ),
     clip_grad=dict(max_norm=1.0),
 )
