@@ -22,6 +22,10 @@ from stratagem.errors import ConfigValueError
 __all__ = ["complexity_stats_str", "complexity_stats_table", "get_model_complexity_info"]
 
 
+# The tools of OpenMMLab's packages import it under this name.
+_format_size = format_size
+
+
 def get_model_complexity_info(
     model: nn.Module,
     input_shape: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None,
