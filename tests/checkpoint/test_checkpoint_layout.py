@@ -21,6 +21,7 @@ SPECS = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(SPECS)
 def test_the_library_reads_the_planned_layout(specs: dict[str, TensorSpec]) -> None:
     """The safetensors library reads back the bytes written at the planned offsets, for every dtype and shape."""

@@ -189,6 +189,7 @@ def test_a_container_that_contains_itself_is_rejected(tmp_path: Path) -> None:
         SingleFileFormat().load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lists", "tuples", "objects"])
 def test_deep_nesting_is_rejected(tmp_path: Path, kind: str) -> None:
     """Twenty thousand nested containers do not overflow the stack."""

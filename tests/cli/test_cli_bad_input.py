@@ -162,6 +162,7 @@ def trained(stratagem: Command, config: str, tmp_path: Path) -> Path:
     return tmp_path / "run" / "epoch_1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
 def test_a_damaged_checkpoint(stratagem: Command, config: str, trained: Path, command: str):
     """A damaged checkpoint exits with 1, because the user did not cause it, and the damaged file is named."""
@@ -173,6 +174,7 @@ def test_a_damaged_checkpoint(stratagem: Command, config: str, trained: Path, co
     assert files(trained.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--resume", "test"])
 def test_the_checkpoint_of_a_different_model(stratagem: Command, config: str, trained: Path, command: str):
     """The error for the checkpoint of a different model contains the first mismatched keys and both shapes."""

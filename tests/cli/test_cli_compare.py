@@ -88,6 +88,7 @@ def test_the_best_of_equal_values_is_the_first(tmp_path: Path):
     assert (found["val/other"].last, found["val/other"].best) == (1.0, None)
 
 
+@pytest.mark.slow
 def test_compare_prints_results_and_configurations_side_by_side(
     stratagem: Command, two_runs: tuple[str, str], tmp_path: Path
 ):

@@ -22,6 +22,7 @@ def test_a_sweep_plots_the_loss_and_suggests_rates(stratagem: Command, config: s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_does_not_modify_an_existing_run(stratagem: Command, config: str, tmp_path: Path):
     """An existing run folder is not modified, whether it is set by work_dir or in the strategy section."""
     assert stratagem("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1").status == 0

@@ -95,6 +95,7 @@ def test_the_measured_values_of_a_search_are_objects(value: Callable[..., Any], 
     assert [trial["batch_size"] for trial in sizes["trials"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_metrics_and_intact_checkpoints_of_a_run(value: Callable[..., Any], stratagem: Command, config: str):
     """`test --json` has the metrics, and `ckpt verify --json` the result for each checkpoint."""
     assert stratagem("train", config, "--work-dir", "run").status == 0

@@ -43,6 +43,7 @@ def test_a_table_as_json_has_one_object_per_row(capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out) == [{"name": "[a]", "result": "1"}]
 
 
+@pytest.mark.slow
 def test_a_killed_session_that_was_taken_over_is_not_still_running(stratagem: Command, config: str, tmp_path: Path):
     """A later session in the same work directory shows that the earlier one has ended."""
     run = ("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1")

@@ -342,6 +342,7 @@ class EverySampleTwice(DefaultSampler):  # type: ignore[misc]  # final
 # Explanations of differences.
 
 
+@pytest.mark.slow
 def test_batch_normalization_is_not_comparable(tmp_path: Path):
     """Batch normalization explains a difference with accumulation, because it uses the statistics of micro-batches."""
     config = toy()

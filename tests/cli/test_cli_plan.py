@@ -12,6 +12,7 @@ import pytest
 from stratagem.cli.plan.command import _resized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -38,6 +38,7 @@ def test_the_second_session_records_the_first(session_folders: list[Path]) -> No
     assert (outcome.how, outcome.epoch, outcome.iter) == ("complete", 2, 10)
 
 
+@pytest.mark.slow
 def test_ls_lists_the_sessions(stratagem: Command, session_folders: list[Path]) -> None:
     """`runs ls` prints the checkpoint that each session resumed from, and how it ended."""
     listed = stratagem("runs", "ls", "run")
@@ -48,6 +49,7 @@ def test_ls_lists_the_sessions(stratagem: Command, session_folders: list[Path]) 
     assert f"epoch_1 of {session_folders[0].parent.name}/{session_folders[0].name}" in lines[2]
 
 
+@pytest.mark.slow
 def test_a_killed_session_is_listed(stratagem: Command, session_folders: list[Path]) -> None:
     """A session without an outcome was killed or is still running."""
     file = session_folders[1] / RECORD
@@ -55,6 +57,7 @@ def test_a_killed_session_is_listed(stratagem: Command, session_folders: list[Pa
     assert "killed or still running" in stratagem("runs", "ls", "run").out
 
 
+@pytest.mark.slow
 def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, session_folders: list[Path]) -> None:
     """`runs show` prints every session that led to a checkpoint, with the changes."""
     shown = stratagem("runs", "show", "run/epoch_2")
@@ -73,6 +76,7 @@ def test_a_missing_history_is_an_error(stratagem: Command, tmp_path: Path) -> No
     assert "No run found in" in stratagem("runs", "ls", tmp_path).err
 
 
+@pytest.mark.slow
 def test_show_prints_the_goodput_up_to_the_session(stratagem: Command, session_folders: list[Path]) -> None:
     """`runs show` ends with the goodput of the first session only, or of both, for a session and for a checkpoint."""
     assert "in 1 session;" in stratagem("runs", "show", str(session_folders[0])).out.splitlines()[-1]
@@ -82,6 +86,7 @@ def test_show_prints_the_goodput_up_to_the_session(stratagem: Command, session_f
         assert "in 2 sessions;" in last
 
 
+@pytest.mark.slow
 def test_report_writes_the_run_and_prints_its_path(stratagem: Command, session_folders: list[Path]) -> None:
     """The command writes a page with both sessions, and refuses a folder without a run."""
     written = stratagem("report", "run", "-o", "page.html")

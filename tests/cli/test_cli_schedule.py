@@ -81,6 +81,7 @@ def test_an_invalid_configuration(stratagem: Command, config: str, override: str
         assert text in done.err
 
 
+@pytest.mark.slow
 def test_a_plot_is_written_on_request(stratagem: Command, config: str, tmp_path: Path):
     """`--out` writes a PNG and nothing else."""
     pytest.importorskip("matplotlib")

@@ -68,6 +68,7 @@ def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config:
     assert kept.train_cfg.to_dict() == {"max_iters": 2}
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_matches_an_uninterrupted_one(stratagem: Command, config: str, tmp_path: Path):
     """Ctrl-C within an epoch exits with 130 and saves; the resumed run has the same final weights."""
     assert stratagem("train", config, "--work-dir", "whole").status == 0
@@ -89,6 +90,7 @@ def test_resume_without_a_checkpoint_starts_from_scratch(stratagem: Command, con
     assert "Starting from scratch" in done.out + done.err
 
 
+@pytest.mark.slow
 def test_resume_accepts_a_path(stratagem: Command, config: str, tmp_path: Path):
     """--resume accepts the path of a checkpoint from any run."""
     stratagem("train", config, "--work-dir", "first", "--set", "train_cfg.max_epochs=1")
@@ -97,6 +99,7 @@ def test_resume_accepts_a_path(stratagem: Command, config: str, tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "second").glob("epoch_*")) == ["epoch_2"]
 
 
+@pytest.mark.slow
 def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str, tmp_path: Path):
     """`test` prints the metrics measured in training and does not modify the saved configuration."""
     trained = stratagem("train", config, "--work-dir", "run")
@@ -108,6 +111,7 @@ def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str
     assert (tmp_path / "run" / "toy_config.py").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_predictions_are_printed_or_written(stratagem: Command, config: str, tmp_path: Path):
     """``predict`` prints a JSON object for each of 8 samples, or writes a file; a wrong suffix is an error before loading."""
     assert stratagem("train", config, "--work-dir", "run").status == 0

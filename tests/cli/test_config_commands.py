@@ -98,6 +98,7 @@ def test_the_working_directory_is_only_searched_for_programs(
     assert ("" in sys.path) is searched
 
 
+@pytest.mark.slow
 def test_check_lists_invalid_arguments_of_a_data_file(stratagem: Callable, tmp_path: Path) -> None:  # type: ignore[type-arg]
     """Each invalid argument of a data file is listed with its line before anything is built."""
     (tmp_path / "run.yaml").write_text(

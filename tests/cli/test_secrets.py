@@ -202,6 +202,7 @@ def test_no_secret_is_saved_or_printed(
     assert "tokenizer='bert-base-cased'" in (tmp_path / "run" / "run.py").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reports_no_changed_secrets(secret_run: Callable[..., str], tmp_path: Path) -> None:
     """Masked secrets are not reported as changes when a run resumes."""
     secret_run("train", "source/run.py", *OVERRIDES, "--set", "train_cfg.max_epochs=1")
@@ -211,6 +212,7 @@ def test_a_resumed_run_reports_no_changed_secrets(secret_run: Callable[..., str]
     assert changes == ["train_cfg.max_epochs: 1 -> 2"]
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_contains_placeholders(secret_run: Callable[..., str], tmp_path: Path) -> None:
     """The saved configuration contains placeholders and loads with the same values."""
     secret_run("train", "source/run.py", "--work-dir", "run")
@@ -227,6 +229,7 @@ def test_a_saved_configuration_contains_placeholders(secret_run: Callable[..., s
     assert changed == ["-work_dir = 'run'"]
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_can_resume_its_run(secret_run: Callable[..., str]) -> None:
     """A run can resume from the saved configuration if the secrets that it uses are set again."""
     secret_run("train", "source/run.py", "--work-dir", "run", "--set", "train_cfg.max_epochs=1")
