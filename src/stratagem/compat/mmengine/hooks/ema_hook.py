@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import NotSupportedError, require
 from stratagem.compat.mmengine.hooks.hook import DATA_BATCH, Hook
 from stratagem.compat.mmengine.logging import print_log
 from stratagem.compat.mmengine.model import is_model_wrapper
@@ -65,6 +66,11 @@ class EMAHook(Hook):
     def before_run(self, runner: Any) -> None:
         model = runner.model
         self.src_model = model.module if is_model_wrapper(model) else model
+        if any(isinstance(module, FSDPModule) for module in self.src_model.modules()):
+            raise NotSupportedError(
+                "EMAHook cannot copy a model that FSDP has sharded. Train with DDPStrategy (remove `strategy` from the config), "
+                "or remove EMAHook."
+            )
         self.ema_model = MODELS.build(self.ema_cfg, default_args={"model": self.src_model})
 
     def before_train(self, runner: Any) -> None:
