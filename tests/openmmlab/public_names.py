@@ -178,12 +178,13 @@ def _accepts(expected: list[str], actual: list[str] | None) -> bool:
     """Return whether calls with MMEngine's parameters are accepted: by position and by keyword."""
     if actual is None:
         return False
-    named = [name for name in expected if not name.startswith("*")]
     takes_any = any(name.startswith("**") for name in actual)
+    first_star = next((index for index, name in enumerate(expected) if name.startswith("*")), len(expected))
+    by_position = enumerate(expected[:first_star])
+    by_keyword = [name for name in expected[first_star:] if not name.startswith("*")]
     return all(
-        actual[index : index + 1] == [name] or (takes_any and (name not in actual or name in actual[index:]))
-        for index, name in enumerate(named)
-    )
+        actual[index : index + 1] == [name] or (takes_any and name not in actual[:index]) for index, name in by_position
+    ) and all(name in actual or takes_any for name in by_keyword)
 
 
 def read_differences() -> dict[str, str]:

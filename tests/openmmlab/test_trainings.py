@@ -86,8 +86,12 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize(
     ("training", "metric"),
-    [(RESNET, "accuracy/top1"), (DEIT, "accuracy/top1"), (SIMSIAM, None), (FCN, "mIoU")],
-    ids=["resnet", "deit", "simsiam", "fcn"],
+    [
+        pytest.param(RESNET, "accuracy/top1", id="resnet"),
+        pytest.param(DEIT, "accuracy/top1", id="deit"),
+        pytest.param(SIMSIAM, None, id="simsiam", marks=pytest.mark.slow),
+        pytest.param(FCN, "mIoU", id="fcn", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_equal_those_of_mmengine(runs: Runs, training: Training, metric: str | None) -> None:
     """The losses of the first 20 iterations equal MMEngine's to 1e-6, and so do the scores of the validations."""
@@ -116,7 +120,7 @@ def test_the_best_checkpoint_has_its_score_in_a_test(runs: Runs) -> None:
     assert float(score) == pytest.approx(max(scores(work_dir, "accuracy/top1")), abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [(), FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("options", [pytest.param((), id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)])
 def test_a_killed_training_resumes_exactly_on_two_ranks(runs: Runs, options: tuple[str, ...]) -> None:
     """With DDP and with FSDP on two ranks, a killed and resumed training has the losses of one that is not killed."""
     expected = runs.finished(DEIT, "stratagem", (*FREQUENT, *options), ranks=2)
@@ -125,6 +129,7 @@ def test_a_killed_training_resumes_exactly_on_two_ranks(runs: Runs, options: tup
     assert_same_weights(expected, actual)
 
 
+@pytest.mark.slow
 def test_fsdp_has_the_losses_of_ddp(runs: Runs) -> None:
     """Sharding the model does not change the losses beyond rounding."""
     ddp = runs.finished(DEIT, "stratagem", FREQUENT, ranks=2)
@@ -151,6 +156,7 @@ def test_checkpoints_of_mmengine_resume_here(runs: Runs) -> None:
     assert losses(actual) == pytest.approx(losses(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoints_resume_in_mmengine(runs: Runs) -> None:
     """MMEngine resumes a checkpoint that was saved here like its own of the same training."""
     expected = resumed(runs, "mmengine", runs.finished(RESNET, "mmengine"), ())
