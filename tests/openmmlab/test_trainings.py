@@ -53,7 +53,7 @@ class Runs:
 
     def killed_and_resumed(self, training: Training, options: Sequence[str], ranks: int = 1) -> tuple[Path, int]:
         """Kill a training after a random iteration and resume it; return the working directory and the iteration."""
-        work_dir, iteration = self.new_work_dir(), random.randrange(6, 30)
+        work_dir, iteration = self.new_work_dir(), random.randrange(6, 20)
         data = self.data(training)
         trainings.train_and_kill(training, "stratagem", data, work_dir, options, iteration=iteration, ranks=ranks)
         trainings.train(training, "stratagem", data, work_dir, options, ranks=ranks, resume=True)
