@@ -131,8 +131,9 @@ def extended(short: Snapshot, long: Snapshot, times: int) -> Snapshot | None:
     """
 
     def grown(name: str) -> int:
+        before: int = getattr(short, name)
         value: int = getattr(long, name)
-        return value + times * (value - getattr(short, name))
+        return value + times * (value - before)
 
     same = ("largest_parameter", "is_sharded", "dp_size", "accumulation", "notes")
     if any(getattr(short, name) != getattr(long, name) for name in same):
