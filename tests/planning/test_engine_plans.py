@@ -63,3 +63,12 @@ def test_colossalai_broadcasts_buffers_before_a_step() -> None:
     step = planned({"type": "colossalai", "plugin": "torch-ddp"})
     [broadcast] = [each for each in step.collectives if each.kind == "broadcast"]
     assert (broadcast.count, broadcast.bytes, broadcast.phase) == (2, 72, "forward")
+
+
+def test_labels_are_short() -> None:
+    """Labels contain names and dtypes without keys, and the options of a section without the section."""
+    deepspeed = planned({"type": "deepspeed", "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
+    plugin = {"type": "lowlevel-zero", "stage": 2}
+    colossalai = planned({"type": "colossalai", "plugin": plugin, "mixed_precision": "bf16"})
+    assert deepspeed.label == "DeepSpeed stage=2 bf16"
+    assert colossalai.label == "ColossalAI lowlevel-zero stage=2 bf16"

@@ -51,6 +51,8 @@ DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
 )
 # The largest number of ranks that the layers of a model are sharded across by default.
 _MOST_TENSOR_PARALLEL: Final = 8
+# Options whose values are clear without the key.
+_SELF_EXPLANATORY: Final = frozenset({"type", "plugin", "mixed_precision"})
 _ENGINES: Final = {"DeepSpeedStrategy": plan_deepspeed, "ColossalAIStrategy": plan_colossalai}
 
 
@@ -300,4 +302,15 @@ def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
     short = name.removesuffix("Strategy").removesuffix("Device")
-    return " ".join([short, *(key if value is True else f"{key}={value}" for key, value in options.items())])
+    return " ".join([short, *_words(options)])
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield short forms of options: names and dtypes without their key, and the options of sections without the section."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from [key] if value == {"enabled": True} else _words(value)
+        elif value is True:
+            yield key
+        else:
+            yield str(value) if key in _SELF_EXPLANATORY and isinstance(value, str) else f"{key}={value}"

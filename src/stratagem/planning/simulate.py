@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -306,6 +307,9 @@ def simulating(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         warnings.filterwarnings("ignore", "Set timeout is now only supported")  # of a simulated process group
         stack.callback(restore_generator_state, generators)
+        # With two meshes, it warns of each gather that is split in two.
+        redistribution = logging.getLogger("torch.distributed.tensor._redistribute")
+        stack.enter_context(replaced(redistribution, "disabled", True))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stratagem-plan-"))
         if distributed:
             stack.enter_context(fake_world(world, ranks_per_node))

@@ -35,7 +35,7 @@ _MIB: Final = 2**20
 
 MEMORY_HEADINGS: Final = ("strategy", "fits", "free", "total", "params", "grads", "optim", "acts", "comm", "other")
 SPEED_HEADINGS: Final = ("strategy", "batch", "largest batch", "sent", "step", "samples/s")
-COLLECTIVE_HEADINGS: Final = ("collective", "group", "count", "size", "sent by a rank", "sent by a node", "time")
+COLLECTIVE_HEADINGS: Final = ("collective", "group", "count", "size", "rank sends", "node sends", "time")
 
 
 @final

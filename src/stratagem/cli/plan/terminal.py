@@ -31,6 +31,8 @@ from stratagem.planning.timing import Estimate
 
 __all__ = ["print_report"]
 
+# The width of the longest name of a collective.
+_TEXT_WIDTH = 14
 _FIT_STYLES = {"yes": "green", "no": "red"}
 
 
@@ -60,11 +62,18 @@ def _print_strategies(section: Section, unit: Unit) -> None:
     echo(table_note(unit))
 
 
-def _print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table. If the terminal is narrow, only the first column is wrapped, so that numbers stay whole."""
+def _print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> None:
+    """Print a table. If the terminal is narrow, only the first columns, with ``texts``, are wrapped: numbers stay whole."""
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(headings):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+        is_text = number < texts
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold",
+            min_width=_TEXT_WIDTH if is_text else None,
+        )
     for row in rows:
         table.add_row(
             *(
@@ -98,4 +107,4 @@ def _print_details(each: Estimate) -> None:
         echo(f"  {name:<{width}}  {value}")
     if not each.collectives:
         return
-    _print_rows(COLLECTIVE_HEADINGS, collective_rows(each))
+    _print_rows(COLLECTIVE_HEADINGS, collective_rows(each), texts=2)
