@@ -11,7 +11,7 @@ from typing import Final, final
 from stratagem.config.mmcv_keys import MMCV_KEYS
 from stratagem.config.reading.lines import line_of, line_that_reads
 from stratagem.config.reading.source import Origin, Source
-from stratagem.utils import did_you_mean
+from stratagem.utils import did_you_mean, nearest_names
 from stratagem.utils.names import is_within_edits
 
 __all__ = ["ORDINARY_NAMES", "Severity", "UnknownName", "examine_name", "is_foreign_scope"]
@@ -89,7 +89,9 @@ def examine_name(
     if near:
         return UnknownName(Severity.ERROR, f"unknown key {name!r}. {_suggest(near)}")
     if not readers:
-        return UnknownName(Severity.WARNING if foreign else Severity.ERROR, _unread(name, sections, advice))
+        if foreign:
+            return UnknownName(Severity.WARNING, _unread(name, sections, advice, lists_all=False))
+        return UnknownName(Severity.ERROR, _unread(name, sections, advice))
     return UnknownName(Severity.WARNING, _without_effect(name, last, readers))
 
 
@@ -105,10 +107,12 @@ def _reads_value_of(layer: Source, setter: Source, name: str) -> bool:
     return (setter.name == layer.name or setter.name in layer.based_on) and layer.uses.inherits(name)
 
 
-def _unread(name: str, sections: Collection[str], advice: str) -> str:
+def _unread(name: str, sections: Collection[str], advice: str, *, lists_all: bool = True) -> str:
     if name in MMCV_KEYS:
         return f"unknown key {name!r}, which belongs to MMCV 1. Write {MMCV_KEYS[name]}."
-    return f"unknown key {name!r}. {did_you_mean(name, sections)} No other value in the files uses it.{advice and ' ' + advice}"
+    suggestion = did_you_mean(name, sections) if lists_all or nearest_names(name, sections) else ""
+    sentences = (f"unknown key {name!r}.", suggestion, "No other value in the files uses it.", advice)
+    return " ".join(filter(None, sentences))
 
 
 def _suggest(near: Sequence[str]) -> str:
@@ -116,7 +120,7 @@ def _suggest(near: Sequence[str]) -> str:
 
 
 def _too_near(name: str, near: Sequence[str], layers: Sequence[Source]) -> str:
-    where = _positions([layer for layer in layers if _reads(layer, name)], name)
+    where = _positions([layer for layer in layers if _reads(layer, name)], name) or "another file"
     return (
         f"unknown key {name!r}. {_suggest(near)} If it is a variable, which {where} uses, choose a "
         "name that is not so similar to that of a section."
