@@ -124,7 +124,7 @@ def build_dataloader(dataloader: Any, *, seed: int | None, diff_rank_seed: bool)
     elif seed is not None:
         init_fn = partial(
             default_worker_init_fn,
-            num_workers=cfg.get("num_workers"),
+            num_workers=cfg.get("num_workers", 0),
             rank=get_rank(),
             seed=seed,
             disable_subprocess_warning=quiet,
@@ -170,7 +170,7 @@ def build_evaluator(evaluator: Any) -> Evaluator:
         built: Evaluator = EVALUATOR.build({"type": "Evaluator", **evaluator})
         return built
     if isinstance(evaluator, Mapping | list):
-        return Evaluator(evaluator)
+        return Evaluator(dict(evaluator) if isinstance(evaluator, Mapping) else evaluator)
     raise TypeError(f"evaluator should be an Evaluator, a dict or a list of dicts, but got {evaluator!r}")
 
 

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Loader = Callable[..., Any]
+AnyLoader = TypeVar("AnyLoader", bound=Loader)
 _REVISE_KEYS = ((r"^module\.", ""),)
 
 
@@ -152,7 +153,9 @@ class CheckpointLoader:
     _schemes: ClassVar[dict[str, Loader]] = {}
 
     @classmethod
-    def register_scheme(cls, prefixes: str | Sequence[str], loader: Loader | None = None, force: bool = False) -> Any:
+    def register_scheme(
+        cls, prefixes: str | Sequence[str], loader: Loader | None = None, force: bool = False
+    ) -> Callable[[AnyLoader], AnyLoader]:
         """Register a function for names that begin with a prefix; as a method, or as a decorator without ``loader``.
 
         Args:
@@ -163,19 +166,18 @@ class CheckpointLoader:
         Raises:
             KeyError: if a prefix is already registered.
         """
-        if loader is None:
 
-            def register(function: Loader) -> Loader:
-                cls.register_scheme(prefixes, function, force=force)
-                return function
+        def register(function: AnyLoader) -> AnyLoader:
+            for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
+                if prefix in cls._schemes and not force:
+                    raise KeyError(f"A loader for {prefix!r} is already registered. Pass force=True to replace it.")
+                cls._schemes[prefix] = function
+            cls._schemes = dict(sorted(cls._schemes.items(), reverse=True))
+            return function
 
-            return register
-        for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
-            if prefix in cls._schemes and not force:
-                raise KeyError(f"A loader for {prefix!r} is already registered. Pass force=True to replace it.")
-            cls._schemes[prefix] = loader
-        cls._schemes = dict(sorted(cls._schemes.items(), reverse=True))
-        return None
+        if loader is not None:
+            register(loader)
+        return register
 
     @classmethod
     def _get_checkpoint_loader(cls, path: str) -> Loader:

@@ -45,6 +45,8 @@ class RunnerComponents:
     _timestamp: str
     _randomness_cfg: dict[str, Any]
     _train_loop: Any
+    _val_loop: Any
+    _test_loop: Any
     _train_dataloader: Any
     _val_dataloader: Any
     _val_evaluator: Any
@@ -71,7 +73,7 @@ class RunnerComponents:
         arguments.setdefault("name", self._experiment_name)
         # `torchrun` may restart a run that has written to the file.
         arguments.setdefault("file_mode", "a")
-        return MMLogger.get_instance(**arguments)  # type: ignore[no-any-return]
+        return MMLogger.get_instance(**arguments)
 
     def build_message_hub(self, message_hub: dict[str, Any] | None = None) -> MessageHub:
         """Return the message hub of the run.
@@ -81,7 +83,7 @@ class RunnerComponents:
         """
         if message_hub is not None and not isinstance(message_hub, Mapping):
             raise TypeError(f"message_hub should be a dict or None, but got {message_hub!r}.")
-        return MessageHub.get_instance(**{"name": self._experiment_name, **(message_hub or {})})  # type: ignore[no-any-return]
+        return MessageHub.get_instance(**{"name": self._experiment_name, **(message_hub or {})})
 
     def build_visualizer(self, visualizer: Visualizer | dict[str, Any] | None = None) -> Visualizer:
         """Return a visualizer, or build it from its configuration; by default, it stores values in ``log_dir``.
@@ -179,12 +181,12 @@ class RunnerComponents:
             TypeError: if a scheduler has the wrong type.
             AssertionError: if the optimizer wrapper is not built.
         """
-        loop = self._train_loop
+        loop: Any = self._train_loop if isinstance(self._train_loop, BaseLoop) else None
         return building.build_schedulers(
             scheduler,
             self.optim_wrapper,
             epoch_length=lambda: len(self.train_dataloader),  # type: ignore[attr-defined]
-            ends=(loop.max_epochs, loop.max_iters) if isinstance(loop, BaseLoop) else None,
+            ends=None if loop is None else (loop.max_epochs, loop.max_iters),
         )
 
     def _check_scheduler_cfg(self, param_scheduler: Any) -> None:

@@ -416,10 +416,10 @@ def _parse_losses(losses: Mapping[str, HistoryBuffer], stage: str) -> dict[str, 
 
 def _update_losses(outputs: Any, losses: dict[str, HistoryBuffer]) -> tuple[Any, dict[str, HistoryBuffer]]:
     """Add the losses in the last output to ``losses``, if it contains nothing else; return the other outputs."""
-    last = outputs[-1] if len(outputs) else None
+    last: Any = outputs[-1] if len(outputs) else None
     if not (isinstance(last, BaseDataElement) and list(last.keys()) == ["loss"]):
         return outputs, losses
-    for name, value in last.loss.items():
+    for name, value in last.get("loss").items():
         history = losses.setdefault(name, HistoryBuffer())
         for each in value if isinstance(value, list | tuple) else [value]:
             history.update(each.item())

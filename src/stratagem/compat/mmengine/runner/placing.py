@@ -81,7 +81,7 @@ class WrappedModelStrategy(ComposedStrategy):
 
 def choose_placing(
     *,
-    cfg: Mapping[str, Any],
+    cfg: Any,
     strategy: Any,
     is_wrapped: bool,
     launcher: str,

@@ -93,10 +93,10 @@ class PositionedLoader(DataLoader[Any]):
             set_epoch = getattr(sampler_of(self), "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
+        # Begin and read past the batches without changing the restored state of the generators.
+        state = generator_state() if done else {}
         batches = super().__iter__()
         if done:
-            # Read past the batches without changing the restored state of the generators.
-            state = generator_state()
             next(islice(batches, done - 1, done), None)
             restore_generator_state(state)
         return self._counted(batches)
@@ -138,13 +138,13 @@ def _build_engine_loader(loader: PositionedLoader, seed: int) -> EpochLoader:
         arguments |= {"sampler": loader.sampler, "batch_size": None}
     else:
         arguments["batch_sampler"] = loader.batch_sampler
-    return build_dataloader(arguments, seed=seed, **_share_of(loader), training=True)
+    rank, size = _share_of(loader)
+    return build_dataloader(arguments, seed=seed, rank=rank, world_size=size, training=True)
 
 
-def _share_of(loader: DataLoader[Any]) -> dict[str, int]:
-    """Return the part of the data that the loader yields: that of one rank for MMEngine's samplers, and all of it for others."""
-    rank, size = declared_share(sampler_of(loader)) or declared_share(loader.batch_sampler) or (0, 1)
-    return {"rank": rank, "world_size": size}
+def _share_of(loader: DataLoader[Any]) -> tuple[int, int]:
+    """Return the rank whose data the loader yields, and the number of ranks: for MMEngine's samplers; all data is (0, 1)."""
+    return declared_share(sampler_of(loader)) or declared_share(loader.batch_sampler) or (0, 1)
 
 
 def sampler_of(loader: Any) -> Any:
@@ -171,11 +171,18 @@ class _TrackedLoader:
         """Yield the batches of the current pass, from the current position on."""
         epoch, done = self.position.begin(loader)
         if self._global_random_numbers:
-            batches: Iterator[Any] = islice(iter(loader), done, None)
+            state = generator_state() if done else {}
+            batches: Iterator[Any] = iter(loader)
+            if done:
+                next(islice(batches, done - 1, done), None)
+                restore_generator_state(state)
         else:
             if self._engine is None:
                 # The initial seed of the generator is part of its state, which a resumed run restores.
-                self._engine = build_dataloader(loader, seed=torch.initial_seed(), **_share_of(loader), training=True)
+                rank, size = _share_of(loader)
+                self._engine = build_dataloader(
+                    loader, seed=torch.initial_seed(), rank=rank, world_size=size, training=True
+                )
             batches = self._engine.batches(epoch, done)
         for batch in batches:
             self.position.batch += 1

@@ -114,7 +114,7 @@ class Runner(HookCalls, RunnerComponents):
         custom_hooks: list[Any] | None = None,
         data_preprocessor: nn.Module | dict[str, Any] | None = None,
         load_from: str | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         launcher: str = "none",
         env_cfg: Mapping[str, Any] = {"dist_cfg": {"backend": "nccl"}},
         log_processor: Any = None,
@@ -223,22 +223,22 @@ class Runner(HookCalls, RunnerComponents):
     @property
     def max_epochs(self) -> int:
         """The number of epochs of the run; 0 if it has no training. Builds the training loop."""
-        return self.train_loop.max_epochs if isinstance(self.train_loop, BaseLoop) else 0
+        return 0 if self.train_loop is None else int(self.train_loop.max_epochs)
 
     @property
     def max_iters(self) -> int:
         """The number of iterations of the run; 0 if it has no training. Builds the training loop."""
-        return self.train_loop.max_iters if isinstance(self.train_loop, BaseLoop) else 0
+        return 0 if self.train_loop is None else int(self.train_loop.max_iters)
 
     @property
     def epoch(self) -> int:
         """The number of completed epochs."""
-        return self._train_loop.epoch if isinstance(self._train_loop, BaseLoop) else 0
+        return 0 if self.train_loop_or_none is None else self.train_loop_or_none.epoch
 
     @property
     def iter(self) -> int:
         """The number of completed iterations."""
-        return self._train_loop.iter if isinstance(self._train_loop, BaseLoop) else 0
+        return 0 if self.train_loop_or_none is None else self.train_loop_or_none.iter
 
     @property
     def launcher(self) -> str:
@@ -337,7 +337,7 @@ class Runner(HookCalls, RunnerComponents):
     # Facts for the session and the loops.
 
     @property
-    def train_loop_or_none(self) -> BaseLoop | None:
+    def train_loop_or_none(self) -> Any:
         """The training loop; None if it is not built."""
         return self._train_loop if isinstance(self._train_loop, BaseLoop) else None
 

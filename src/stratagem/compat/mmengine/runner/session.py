@@ -173,6 +173,7 @@ class RunSession:
         """
         run = self.run
         with (
+            self._releasing_files(),
             run.guard.monitored(),
             report_dead_workers(),
             run.interrupt.listening(),
@@ -184,6 +185,17 @@ class RunSession:
             run.save_counter.begin_session()
             yield lambda: identify_session(run, times, resumes=self._source.resumes)
         run.interrupt.raise_heard()
+
+    @contextmanager
+    def _releasing_files(self) -> Iterator[None]:
+        """Close the log files at the end of the context; the next line opens them again."""
+        try:
+            with self.run.releasing_files():
+                yield
+        finally:
+            for handler in self.runner.logger.handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.close()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -200,7 +212,7 @@ class RunSession:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Return a context for a validation or test outside of a training."""
-        with self.run.guard.monitored(), report_dead_workers():
+        with self._releasing_files(), self.run.guard.monitored(), report_dead_workers():
             yield
 
     def after_hooks(self, stage: str) -> None:

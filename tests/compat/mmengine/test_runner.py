@@ -1,0 +1,268 @@
+"""The runner of the MMEngine layer trains, stops and resumes as the engine does, with MMEngine's interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from stratagem.compat.mmengine.evaluator import BaseMetric
+from stratagem.compat.mmengine.hooks import Hook
+from stratagem.compat.mmengine.logging import HistoryBuffer
+from stratagem.compat.mmengine.model import BaseModel
+from stratagem.compat.mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
+from stratagem.compat.mmengine.runner.checkpoint import load_from_local
+from stratagem.errors import ConfigValueError
+
+
+class Model(BaseModel):
+    """Dropout draws from the global generator in each iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.linear = nn.Dropout(0.5), nn.Linear(4, 1)
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        output = self.linear(self.drop(torch.stack(inputs)))
+        return {"loss": output.square().mean()} if mode == "loss" else list(output)
+
+
+class Noisy(Dataset):
+    """Ten samples with noise from NumPy's global generator."""
+
+    @property
+    def metainfo(self):
+        return {"classes": ("a", "b")}
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return {"inputs": torch.full((4,), index / 10 + float(np.random.rand()))}
+
+
+class Mean(BaseMetric):
+    """The mean prediction."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [float(each) for each in data_samples]
+
+    def compute_metrics(self, results):
+        return {"mean": float(np.mean(results))}
+
+
+class Record(Hook):
+    """Records the losses, and calls ``at(runner)`` in one iteration."""
+
+    priority = "LOWEST"
+
+    def __init__(self, stop=None, at=None):
+        self.losses, self.validated = {}, []
+        self.stop, self.at = stop, at
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses[runner.iter] = float(outputs["loss"].detach())
+        if runner.iter == self.stop:
+            self.at(runner)
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.validated.append(runner.iter)
+
+
+class KilledError(Exception):
+    """Ends a run without saving it."""
+
+
+def kill(runner):
+    raise KilledError
+
+
+def build(folder: Path, record: Record, *, loop=None, data=None, **changes):
+    """Return a runner that saves a checkpoint every third iteration of 3 epochs with 5 batches."""
+    torch.manual_seed(0)  # of the initial weights
+    loop = {"type": EpochBasedTrainLoop, "max_epochs": 3, "val_interval": 10} if loop is None else loop
+    loader = {
+        "dataset": Noisy(),
+        "batch_size": 2,
+        "num_workers": 0,
+        "sampler": {"type": "DefaultSampler", "shuffle": True},
+    }
+    arguments = {
+        "model": Model(),
+        "work_dir": str(folder),
+        "train_dataloader": loader if data is None else data,
+        "train_cfg": loop,
+        "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
+        "param_scheduler": {"type": "StepLR", "step_size": 4, "by_epoch": False},
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 3, "by_epoch": False}},
+        "custom_hooks": [record],
+        "randomness": {"seed": 3},
+        "experiment_name": f"{folder.name}_{record.stop}_{changes.get('resume')}",
+        **changes,
+    }
+    return Runner(**arguments)
+
+
+def losses_of_resumed(folder: Path, **arguments):
+    """Kill a run in iteration 7, which was saved in iteration 6, and return the losses of the resumed run."""
+    with pytest.raises(KilledError):
+        build(folder, Record(7, kill), **arguments).train()
+    record = Record()
+    build(folder, record, resume=True, **arguments).train()
+    return record.losses
+
+
+def losses_of_whole(folder: Path, **arguments):
+    """Return the losses of a run without interruption from iteration 6 on."""
+    record = Record()
+    build(folder, record, **arguments).train()
+    return {number: loss for number, loss in record.losses.items() if number >= 6}
+
+
+class PlainEpochs(EpochBasedTrainLoop):
+    """Iterates over the loader itself, as loops of users do."""
+
+    def run_epoch(self):
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        for idx, data_batch in enumerate(self.dataloader):
+            self.run_iter(idx, data_batch)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+
+class Skipping(IterBasedTrainLoop):
+    """Skips the batches of earlier sessions itself, as MMEngine's loop does."""
+
+    def run(self):
+        self.runner.call_hook("before_train")
+        for _ in range(self._iter):
+            next(self.dataloader_iterator)
+        while self._iter < self._max_iters:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+        self.runner.call_hook("after_train")
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {"by_epoch": True, "max_epochs": 3},
+        {"by_epoch": False, "max_iters": 14},
+        {"type": PlainEpochs, "max_epochs": 3},
+        {"type": Skipping, "max_iters": 14},
+    ],
+    ids=["epochs", "iterations", "own run_epoch", "own run"],
+)
+def test_a_killed_run_resumes_exactly(tmp_path, loop):
+    """The resumed run has the losses of a run without interruption: data, noise, dropout, momentum and schedule continue."""
+    whole = losses_of_whole(tmp_path / "whole", loop=loop)
+    assert losses_of_resumed(tmp_path / "killed", loop=loop) == whole
+
+
+def test_a_killed_run_resumes_exactly_with_a_loader_of_the_user(tmp_path):
+    """A shuffled DataLoader that the user has built continues within its epoch."""
+    whole = losses_of_whole(tmp_path / "whole", data=loader_of_user())
+    assert losses_of_resumed(tmp_path / "killed", data=loader_of_user()) == whole
+
+
+def loader_of_user():
+    return DataLoader(
+        Noisy(), batch_size=2, shuffle=True, collate_fn=lambda samples: {"inputs": [s["inputs"] for s in samples]}
+    )
+
+
+def test_a_run_with_global_random_numbers_resumes_exactly(tmp_path):
+    """With MMEngine's data order, samples draw from the global generators, whose state is part of the checkpoint."""
+    section = {"cfg": {"stratagem": {"data_order": "mmengine"}}}
+    assert losses_of_resumed(tmp_path / "killed", **section) == losses_of_whole(tmp_path / "whole", **section)
+
+
+def test_a_signal_saves_the_run_and_ends_the_program(tmp_path):
+    """After SIGTERM, the run is saved at once, and the exit code is that of the signal."""
+    with pytest.raises(SystemExit) as caught:
+        build(tmp_path, Record(4, lambda runner: os.kill(os.getpid(), signal.SIGTERM))).train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    latest = max(int(path.stem.removeprefix("iter_")) for path in tmp_path.glob("iter_*.pth"))
+    record = Record()
+    build(tmp_path, record, resume=True).train()
+    assert 5 <= latest <= 7
+    assert min(record.losses) == latest
+
+
+def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
+    """A checkpoint is saved at the end of an epoch before its validation, so the resumed run validates first."""
+    validation = {
+        "val_dataloader": {
+            "dataset": Noisy(), "batch_size": 2, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False}
+        },
+        "val_cfg": {}, "val_evaluator": [Mean(prefix="x")],
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+        "loop": {"by_epoch": True, "max_epochs": 2},
+    }  # fmt: skip
+
+    class Dying(Hook):
+        def before_val(self, runner):
+            raise KilledError
+
+    first = Record()
+    with pytest.raises(KilledError):
+        build(tmp_path, first, **{**validation, "custom_hooks": [first, Dying()]}).train()
+    record = Record()
+    build(tmp_path, record, resume=True, **validation).train()
+    assert first.validated == []
+    assert record.validated == [5, 10]
+
+
+def test_checkpoints_have_the_layout_of_mmengine_and_contain_no_code(tmp_path):
+    """torch.load(weights_only=True) returns the parts that MMEngine reads; the keys of the optimizer state are indices."""
+    build(tmp_path, Record(), loop={"by_epoch": False, "max_iters": 3}).train()
+    checkpoint = torch.load(tmp_path / "iter_3.pth", weights_only=True)
+    assert {"meta", "state_dict", "optimizer", "param_schedulers", "message_hub"} <= set(checkpoint)
+    assert {key: checkpoint["meta"][key] for key in ("epoch", "iter", "seed")} == {"epoch": 0, "iter": 3, "seed": 3}
+    assert sorted(checkpoint["optimizer"]["state"]) == [0, 1]
+    assert checkpoint["optimizer"]["param_groups"][0]["params"] == [0, 1]
+    assert checkpoint["message_hub"]["runtime_info"]["iter"] == 2
+    assert list(checkpoint["state_dict"]) == ["linear.weight", "linear.bias"]
+
+
+def test_histories_of_a_checkpoint_of_mmengine_are_restored(tmp_path):
+    """MMEngine pickles histories as objects and has no data position; both are restored from the file and the iteration."""
+    build(tmp_path / "saved", Record(), loop={"by_epoch": False, "max_iters": 6}).train()
+    checkpoint = torch.load(tmp_path / "saved/iter_6.pth", weights_only=True)
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    foreign = {key: checkpoint[key] for key in ("state_dict", "optimizer", "param_schedulers")}
+    foreign["meta"] = {"epoch": 1, "iter": 6, "seed": 3, "mmengine_version": "0.10.7"}
+    foreign["message_hub"] = {
+        "log_scalars": {"val/x": history},
+        "runtime_info": {"best_score": 0.5},
+        "resumed_keys": {"val/x": True, "best_score": True},
+    }
+    torch.save(foreign, tmp_path / "foreign.pth")
+    record = Record()
+    runner = build(tmp_path / "resumed", record, load_from=str(tmp_path / "foreign.pth"), resume=True)
+    runner.train()
+    assert runner.message_hub.get_info("best_score") == 0.5
+    assert runner.message_hub.get_scalar("val/x").data[0].tolist() == [1.0, 2.0]
+    assert sorted(record.losses) == list(range(6, 15))
+
+
+def test_a_file_with_objects_is_not_executed(tmp_path):
+    """An entry with an object is skipped, and weights that contain one are refused."""
+    torch.save({"state_dict": {"linear.bias": torch.ones(1)}, "hook": KilledError()}, tmp_path / "some.pth")
+    assert set(load_from_local(str(tmp_path / "some.pth"))) == {"state_dict"}
+    torch.save({"state_dict": {"linear.bias": KilledError()}}, tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match="No code from the file was executed"):
+        load_checkpoint(Model(), str(tmp_path / "weights.pth"))
+
+
+def test_an_unknown_data_order_is_refused(tmp_path):
+    """The section that MMEngine ignores is checked."""
+    with pytest.raises(ConfigValueError, match="data_order='torch'"):
+        build(tmp_path, Record(), cfg={"stratagem": {"data_order": "torch"}})
