@@ -80,7 +80,16 @@ def run_folder(folder: str, tests: Path, scratch: Path, program: str, path: Sequ
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(tests, scratch / "tests")
     report = scratch / "report.xml"
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={scratch / 'tests'}"]
+    options = [
+        "-q",
+        "--no-header",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        f"--rootdir={scratch / 'tests'}",
+    ]
     options += [
         f"--timeout={SECONDS_PER_TEST}",
         f"--basetemp={scratch / 'tmp'}",
