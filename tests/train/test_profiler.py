@@ -60,7 +60,22 @@ def events(path: str | Path) -> list[dict[str, Any]]:
         if event["ph"] == "X":
             assert event["dur"] >= 0
             assert isinstance(event["ts"], float | int)
+            assert "tid" in event
+    require_nested(trace["traceEvents"])
     return trace["traceEvents"]  # type: ignore[no-any-return]
+
+
+def require_nested(trace: list[dict[str, Any]]) -> None:
+    """Require that an event of a thread that begins inside another one also ends inside it; Perfetto drops others."""
+    open_until: dict[tuple[Any, Any], list[tuple[float, str]]] = {}
+    complete = [event for event in trace if event["ph"] == "X"]
+    for event in sorted(complete, key=lambda each: (each["ts"], -each["dur"])):
+        end, stack = event["ts"] + event["dur"], open_until.setdefault((event["pid"], event["tid"]), [])
+        # Times are in microseconds, and are written with three decimals.
+        while stack and stack[-1][0] <= event["ts"] + 0.002:
+            stack.pop()
+        assert not stack or end <= stack[-1][0] + 0.002, f"{event['name']} overlaps with {stack[-1][1]}"
+        stack.append((end, event["name"]))
 
 
 @pytest.mark.slow

@@ -109,7 +109,8 @@ class ProfilerHook(Hook):
             if done == self._warmup + self._active:
                 self._finish(run)
                 return
-            self._profiler.step()
+            with self._ranges.split():
+                self._profiler.step()
             if done == self._warmup:
                 self._exit.enter_context(self._ranges.observing(run.optim_wrapper.each()))
                 self._ranges.begin()

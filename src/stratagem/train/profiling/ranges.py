@@ -70,6 +70,20 @@ class StepRanges:
             while len(self._stack) >= depth:
                 self._leave()
 
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """End the events of the current parts in the trace, and begin them again after the context. Their times continue.
+
+        An event of the profiler that begins or ends in the context then does not overlap with them. Viewers require that the
+        events of a thread are nested, and drop others.
+        """
+        for _, record in reversed(self._stack):
+            record.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._stack = [(name, _begun(name)) for name, _ in self._stack]
+
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function whose calls are a part."""
 
@@ -110,9 +124,7 @@ class StepRanges:
 
     def _enter(self, name: str) -> None:
         self._account()
-        record = record_function(PREFIX + name)
-        record.__enter__()
-        self._stack.append((name, record))
+        self._stack.append((name, _begun(name)))
 
     def _leave(self) -> None:
         self._account()
@@ -124,6 +136,12 @@ class StepRanges:
             name = self._stack[-1][0]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+def _begun(name: str) -> Any:
+    record = record_function(PREFIX + name)
+    record.__enter__()
+    return record
 
 
 @final
