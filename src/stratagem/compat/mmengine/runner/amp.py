@@ -39,7 +39,7 @@ def autocast(
     if kind not in _WITH_AUTOCAST:
         if enabled:
             raise ValueError(
-                f"autocast: device_type={kind!r} is not supported, expected 'cuda' or 'cpu'. Pass enabled=False."
+                f"User specified autocast device_type={kind!r}, which is not supported; use cuda or cpu, or enabled=False."
             )
         yield
         return
