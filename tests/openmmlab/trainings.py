@@ -64,6 +64,8 @@ def command(engine: Engine, script: Path, arguments: Sequence[str], ranks: int =
 def environment(package: str) -> dict[str, str]:
     """Return the environment variables of a training: one thread, no GPU, and what the packages need at startup."""
     own = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DECLARE_MMCV_OPERATORS=str(int(package == "mmseg")))
+    # Without it, MMEngine 0.10.7 cannot read its own checkpoints with torch 2.6 and later.
+    own["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     return os.environ | own | {"PYTHONPATH": os.pathsep.join([str(HERE / "startup"), os.environ.get("PYTHONPATH", "")])}
 
 
