@@ -1,0 +1,21 @@
+"""Goodput, operations, profiles and exports of runs with ColossalAI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engines.colossalai.boosted_runs import PLUGINS
+from tests.support.exported_runs import require_exports, require_measurements, trained
+from tests.support.ranks import Ranks
+
+pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 2"])
+def test_a_run_is_measured_and_exported(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """The operations equal those counted by hand, profiles have all parts, and exports have the logits of the run."""
+    seen = two.run_within(240, trained, {"type": "ColossalAIStrategy", **PLUGINS[plugin]}, str(tmp_path), measured=True)
+    require_measurements(seen)
+    require_exports(seen, tmp_path)
