@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tomllib
 import types
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -114,7 +115,9 @@ def imported_by_packages() -> set[str]:
         assert spec.origin is not None, f"{package} is not installed"
         for file in Path(spec.origin).parent.rglob("*.py"):
             if ".mim" not in file.parts:
-                names |= set(_imports(ast.parse(file.read_text())))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Some files have invalid escape sequences.
+                    names |= set(_imports(ast.parse(file.read_text())))
     return names
 
 

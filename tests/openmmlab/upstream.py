@@ -4,9 +4,10 @@ The tests come from the source distribution of the maintained fork ``onedl-mmeng
 tests that pass on MMEngine in this environment count. Each of them must pass on Stratagem or be an entry of
 ``upstream_exceptions.toml`` with the reason; the exit code is 1 otherwise, or if an entry passes::
 
-    python tests/openmmlab/upstream.py WORK_DIR [--folders test_hooks test_runner]
+    python tests/openmmlab/upstream.py WORK_DIR [--folders test_hooks test_runner] [--write docs/migrate/mmengine.md]
 
-``WORK_DIR`` keeps the downloaded tests and the results on MMEngine, which are computed once.
+``WORK_DIR`` keeps the downloaded tests, the results on MMEngine, which are computed once, and the last results on Stratagem.
+``--write`` replaces the table of a page by the results of all folders in it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RELEASE = "onedl-mmengine==0.10.12"
 FOLDERS = (
     "test_analysis",
     "test_config",
+    "test_data",
     "test_dataset",
     "test_device",
     "test_dist",
@@ -50,6 +52,7 @@ FOLDERS = (
 )
 STARTUP = Path(__file__).with_name("startup")
 EXCEPTIONS = Path(__file__).with_name("upstream_exceptions.toml")
+BEGIN, END = "<!-- upstream tests: begin -->", "<!-- upstream tests: end -->"
 SECONDS_PER_TEST = 60
 _ON_MMENGINE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 _ON_STRATAGEM = f"import stratagem.compat.mmengine; {_ON_MMENGINE}"
@@ -167,13 +170,27 @@ def read_exceptions(file: Path = EXCEPTIONS) -> dict[str, str]:
 def check_folder(folder: str, work_dir: Path) -> FolderResult:
     """Run the tests of a folder on both engines; on MMEngine only if there is no result yet."""
     tests, reference = download(work_dir)
-    stored = work_dir / "on_mmengine" / f"{folder}.json"
-    if not stored.exists():
+    if not _stored(work_dir, "mmengine", folder).exists():
         outcomes = run_folder(folder, tests, work_dir / "runs" / "mmengine" / folder, _ON_MMENGINE, [reference])
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(outcomes, indent=1))
-    stratagem = run_folder(folder, tests, work_dir / "runs" / "stratagem" / folder, _ON_STRATAGEM, [])
-    return compare(folder, json.loads(stored.read_text()), stratagem, read_exceptions())
+        _store(outcomes, _stored(work_dir, "mmengine", folder))
+    outcomes = run_folder(folder, tests, work_dir / "runs" / "stratagem" / folder, _ON_STRATAGEM, [])
+    _store(outcomes, _stored(work_dir, "stratagem", folder))
+    return stored_result(folder, work_dir)
+
+
+def _stored(work_dir: Path, engine: str, folder: str) -> Path:
+    return work_dir / f"on_{engine}" / f"{folder}.json"
+
+
+def _store(outcomes: Outcomes, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(outcomes, indent=1))
+
+
+def stored_result(folder: str, work_dir: Path) -> FolderResult:
+    """Return the last result of a folder."""
+    mmengine, stratagem = (json.loads(_stored(work_dir, e, folder).read_text()) for e in ("mmengine", "stratagem"))
+    return compare(folder, mmengine, stratagem, read_exceptions())
 
 
 def table(results: Sequence[FolderResult]) -> str:
@@ -184,19 +201,31 @@ def table(results: Sequence[FolderResult]) -> str:
     return "\n".join(rows + ["| " + " | ".join(map(str, row)) + " |" for row in (*cells, total)])
 
 
+def write_table(page: Path, results: Sequence[FolderResult]) -> None:
+    """Replace the table between the two comments in a page."""
+    text = page.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    page.write_text(f"{before}\n{table(results)}\n{after}")
+
+
 def main() -> int:
     """Run the folders and print the table and the unexplained failures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--folders", nargs="+", default=FOLDERS, choices=FOLDERS)
+    parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
-    results = [check_folder(folder, arguments.work_dir.absolute()) for folder in arguments.folders]
+    work_dir = arguments.work_dir.absolute()
+    results = [check_folder(folder, work_dir) for folder in arguments.folders]
     for result in results:
         for test, error in result.unexplained.items():
             print(f"{test}: {error[:200]}")
         for test in result.stale:
             print(f"{test}: passes; remove it from {EXCEPTIONS.name}")
     print(table(results))
+    if arguments.write:
+        complete = [folder for folder in FOLDERS if _stored(work_dir, "stratagem", folder).exists()]
+        write_table(arguments.write, [stored_result(folder, work_dir) for folder in complete])
     return int(any(result.unexplained or result.stale for result in results))
 
 
