@@ -20,6 +20,9 @@ class NotSupportedError(StratagemError, NotImplementedError):
 def require(condition: object, message: str) -> None:
     """Raise an error if a condition does not hold.
 
+    The message is formatted in any case. Where it contains a tensor, or in a function that is called in every iteration, raise
+    the error in an ``if`` instead.
+
     Raises:
         InvalidArgumentError: with the message.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.compat.mmengine.config import Config
 from stratagem.compat.mmengine.fileio import join_path, list_from_file, load
 from stratagem.compat.mmengine.logging import print_log
@@ -180,9 +180,10 @@ class BaseDataset(Dataset[Any]):
             raw_data_info: the item. Its paths are joined with ``data_prefix``.
         """
         for key, prefix in self.data_prefix.items():
-            require(
-                key in raw_data_info, f"data_prefix has the key {key!r}, but the annotation has not: {raw_data_info}"
-            )
+            if key not in raw_data_info:
+                raise InvalidArgumentError(
+                    f"data_prefix has the key {key!r}, but the annotation has not: {raw_data_info}"
+                )
             raw_data_info[key] = join_path(prefix, raw_data_info[key])
         return raw_data_info
 

@@ -12,7 +12,7 @@ __all__ = ["DATA_BATCH", "Hook"]
 DATA_BATCH = dict[str, Any] | tuple[Any, ...] | list[Any] | None
 
 # A method that a hook overrides for all three loops, and the stages that call it.
-_SHARED_METHODS = {
+SHARED_METHODS = {
     shared: tuple(f"{when}_{mode}_{what}" for mode in ("train", "val", "test"))
     for shared, when, what in (
         ("_before_epoch", "before", "epoch"),
@@ -21,6 +21,7 @@ _SHARED_METHODS = {
         ("_after_iter", "after", "iter"),
     )
 }
+SHARED_METHOD_OF = {stage: shared for shared, stages in SHARED_METHODS.items() for stage in stages}
 
 
 class Hook:
@@ -190,7 +191,7 @@ class Hook:
     def get_triggered_stages(self) -> list[str]:
         """Return the stages at which this hook acts, in order."""
         triggered = {stage for stage in Hook.stages if is_method_overridden(stage, Hook, self)}
-        for shared, stages in _SHARED_METHODS.items():
+        for shared, stages in SHARED_METHODS.items():
             if is_method_overridden(shared, Hook, self):
                 triggered.update(stages)
         return [stage for stage in Hook.stages if stage in triggered]

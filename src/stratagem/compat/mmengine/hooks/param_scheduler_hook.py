@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import InvalidArgumentError
 from stratagem.compat.mmengine.hooks.hook import DATA_BATCH, Hook
 from stratagem.compat.mmengine.optim import _ParamScheduler
 from stratagem.compat.mmengine.registry import HOOKS
@@ -29,14 +29,16 @@ class ParamSchedulerHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: DATA_BATCH = None, outputs: dict[str, Any] | None = None
     ) -> None:
         for schedulers in _lists(runner.param_schedulers):
-            require(isinstance(schedulers, list), f"The schedulers must be a list, got {schedulers!r}.")
+            if not isinstance(schedulers, list):
+                raise InvalidArgumentError(f"The schedulers must be a list, got {schedulers!r}.")
             for scheduler in schedulers:
                 if not scheduler.by_epoch:
                     scheduler.step()
 
     def after_train_epoch(self, runner: Any) -> None:
         for schedulers in _lists(runner.param_schedulers):
-            require(isinstance(schedulers, list), f"The schedulers must be a list, got {schedulers!r}.")
+            if not isinstance(schedulers, list):
+                raise InvalidArgumentError(f"The schedulers must be a list, got {schedulers!r}.")
             for scheduler in schedulers:
                 if scheduler.by_epoch:
                     scheduler.step()

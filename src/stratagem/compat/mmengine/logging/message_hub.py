@@ -86,12 +86,13 @@ class MessageHub(ManagerMixin):
         self._set_resumed_keys(key, resumed)
         if not isinstance(count, int):
             raise InvalidArgumentError(f"The count of {key!r} must be an integer, got {count!r}.")
-        if _can_wait(value):
+        if isinstance(value, torch.Tensor) and _can_wait(value):
             self._add_pending(key, value, count)
             return
-        number = self._get_valid_value(value)
-        self._read_pending(key)
+        number = value if isinstance(value, int | float) else self._get_valid_value(value)
         if key in self._log_scalars:
+            if self._pending:
+                self._read_pending(key)
             self._log_scalars[key].update(number, count)
         else:
             self._log_scalars[key] = HistoryBuffer([number], [count])
@@ -119,11 +120,14 @@ class MessageHub(ManagerMixin):
         Raises:
             AssertionError: if ``log_dict`` is not a dict, or a dict in it has no ``value``; see also :meth:`update_scalar`.
         """
-        require(isinstance(log_dict, dict), f"log_dict must be a dict, got {log_dict!r}.")
+        # The messages contain tensors, which take long to write, and are only needed for an error.
+        if not isinstance(log_dict, dict):
+            raise InvalidArgumentError(f"log_dict must be a dict, got {log_dict!r}.")
         for key, given in log_dict.items():
             value, count = given, 1
             if isinstance(given, dict):
-                require("value" in given, f"The entry {key!r} has no key 'value': {given!r}.")
+                if "value" not in given:
+                    raise InvalidArgumentError(f"The entry {key!r} has no key 'value': {given!r}.")
                 value, count = given["value"], self._get_valid_value(given.get("count", 1))
             self.update_scalar(key, value, count, resumed)
 
@@ -142,7 +146,8 @@ class MessageHub(ManagerMixin):
         Raises:
             AssertionError: if ``info_dict`` is not a dict; see also :meth:`update_info`.
         """
-        require(isinstance(info_dict, dict), f"info_dict must be a dict, got {info_dict!r}.")
+        if not isinstance(info_dict, dict):
+            raise InvalidArgumentError(f"info_dict must be a dict, got {info_dict!r}.")
         for key, value in info_dict.items():
             self.update_info(key, value, resumed=resumed)
 
@@ -160,7 +165,8 @@ class MessageHub(ManagerMixin):
             raise ConfigKeyError(
                 f"The message hub {self.instance_name!r} has no scalar {key!r}. It has: {', '.join(self._log_scalars)}."
             )
-        self._read_pending(key)
+        if self._pending:
+            self._read_pending(key)
         return self._log_scalars[key]
 
     def get_info(self, key: str, default: Any = None) -> Any:

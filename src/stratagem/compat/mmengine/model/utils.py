@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 -- torch's convention
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.compat.mmengine.logging import print_log
 from stratagem.compat.mmengine.utils.dl_utils import mmcv_full_available
 from stratagem.errors import ConfigValueError
@@ -43,7 +43,8 @@ def stack_batch(tensor_list: Sequence[Tensor], pad_size_divisor: int = 1, pad_va
     require(isinstance(tensor_list, list), f"tensor_list must be a list of tensors, got {type(tensor_list).__name__}.")
     require(tensor_list, "tensor_list is empty.")
     dims = {tensor.ndim for tensor in tensor_list}
-    require(len(dims) == 1, f"The tensors must have the same number of dimensions, got {sorted(dims)}.")
+    if len(dims) != 1:
+        raise InvalidArgumentError(f"The tensors must have the same number of dimensions, got {sorted(dims)}.")
     sizes = [tensor.shape[1:] for tensor in tensor_list]
     padded = [math.ceil(max(each) / pad_size_divisor) * pad_size_divisor for each in zip(*sizes, strict=True)]
     return torch.stack([_pad(tensor, padded, pad_value) for tensor in tensor_list])
@@ -89,7 +90,8 @@ def merge_dict(*args: dict[Any, Any]) -> dict[Any, Any]:
     """Return a dict with the items of all arguments; later ones take precedence. ``torch.fx`` does not trace into it."""
     merged: dict[Any, Any] = {}
     for each in args:
-        require(isinstance(each, dict), f"merge_dict accepts only dicts, got {each!r}.")
+        if not isinstance(each, dict):
+            raise InvalidArgumentError(f"merge_dict accepts only dicts, got {each!r}.")
         merged.update(each)
     return merged
 

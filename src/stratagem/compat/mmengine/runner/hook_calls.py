@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stratagem.compat.mmengine.hooks import Hook
+from stratagem.compat.mmengine.hooks.hook import SHARED_METHOD_OF, SHARED_METHODS
 from stratagem.compat.mmengine.registry import HOOKS
 from stratagem.compat.mmengine.runner.priority import Priority, get_priority
 from stratagem.compat.mmengine.runner.session import RunSession
@@ -20,6 +21,9 @@ _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "param_scheduler": {"type": "ParamSchedulerHook"},
     "checkpoint": {"type": "CheckpointHook", "interval": 1},
 }
+
+# The methods of the base class, which do nothing.
+_DEFAULT_METHODS = {name: getattr(Hook, name) for name in (*Hook.stages, *SHARED_METHODS)}
 
 
 class HookCalls:
@@ -39,9 +43,15 @@ class HookCalls:
         Raises:
             TypeError: if a hook does not accept the arguments; the message contains the hook.
         """
+        default = _DEFAULT_METHODS.get(fn_name)
+        shared = SHARED_METHOD_OF.get(fn_name)
         for hook in self._hooks:
             method = getattr(hook, fn_name, None)
-            if method is None:
+            if method is None or (
+                # Most hooks act at few stages; the methods of the base class do nothing.
+                getattr(method, "__func__", None) is default
+                and (shared is None or getattr(getattr(hook, shared), "__func__", None) is _DEFAULT_METHODS[shared])
+            ):
                 continue
             try:
                 method(self, **kwargs)

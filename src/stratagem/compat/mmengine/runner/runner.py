@@ -223,22 +223,26 @@ class Runner(HookCalls, RunnerComponents):
     @property
     def max_epochs(self) -> int:
         """The number of epochs of the run; 0 if it has no training. Builds the training loop."""
-        return 0 if self.train_loop is None else int(self.train_loop.max_epochs)
+        loop = self.train_loop
+        return 0 if loop is None else int(loop.max_epochs)
 
     @property
     def max_iters(self) -> int:
         """The number of iterations of the run; 0 if it has no training. Builds the training loop."""
-        return 0 if self.train_loop is None else int(self.train_loop.max_iters)
+        loop = self.train_loop
+        return 0 if loop is None else int(loop.max_iters)
 
     @property
     def epoch(self) -> int:
         """The number of completed epochs."""
-        return 0 if self.train_loop_or_none is None else self.train_loop_or_none.epoch
+        loop = self._train_loop
+        return loop.epoch if isinstance(loop, BaseLoop) else 0
 
     @property
     def iter(self) -> int:
         """The number of completed iterations."""
-        return 0 if self.train_loop_or_none is None else self.train_loop_or_none.iter
+        loop = self._train_loop
+        return loop.iter if isinstance(loop, BaseLoop) else 0
 
     @property
     def launcher(self) -> str:

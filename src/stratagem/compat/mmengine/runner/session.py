@@ -240,10 +240,10 @@ class RunSession:
 
     def _count(self, iterations: int, *, completed_epoch: bool = False) -> None:
         runner, progress = self.runner, self.run.progress
-        progress.iter, progress.epoch = iterations, runner.epoch + completed_epoch
-        progress.max_iters, progress.max_epochs = runner.max_iters, runner.max_epochs
-        if not runner.counts_epochs:
-            progress.max_epochs = None
+        loop = runner.train_loop
+        progress.iter, progress.epoch = iterations, loop.epoch + completed_epoch
+        progress.max_iters = int(loop.max_iters)
+        progress.max_epochs = int(loop.max_epochs) if runner.counts_epochs else None
 
     def _save_and_stop(self, iterations: int) -> None:
         self._count(iterations)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.errors import ConfigKeyError, StateError
 
 __all__ = ["BaseDataElement"]
@@ -126,7 +126,7 @@ class BaseDataElement:
         return dict(self.metainfo_items())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not self._set_own(name, value):
+        if name not in _OWN or not self._set_own(name, value):
             self.set_field(value, name)
 
     def _set_own(self, name: str, value: Any) -> bool:
@@ -192,9 +192,11 @@ class BaseDataElement:
             AssertionError: if the value has another class, or ``field_type`` is unknown.
             AttributeError: if the name is a field of the other kind.
         """
-        require(field_type in ("metainfo", "data"), f"field_type must be 'metainfo' or 'data', got {field_type!r}.")
-        if dtype is not None:
-            require(isinstance(value, dtype), f"{name} must be a {dtype}, got {value!r} ({type(value).__name__}).")
+        # Runs several times per sample, so the messages, which may contain a whole tensor, are only written for an error.
+        if field_type not in ("metainfo", "data"):
+            raise InvalidArgumentError(f"field_type must be 'metainfo' or 'data', got {field_type!r}.")
+        if dtype is not None and not isinstance(value, dtype):
+            raise InvalidArgumentError(f"{name} must be a {dtype}, got {value!r} ({type(value).__name__}).")
         fields, others = self._data_fields, self._metainfo_fields
         if field_type == "metainfo":
             fields, others = others, fields

@@ -50,7 +50,8 @@ class InstanceData(BaseDataElement):
             IndexError: if there is no instance with this index.
             ValueError: if a field does not support the selection.
         """
-        require(isinstance(item, _INDICES), f"InstanceData cannot be indexed with {item!r} ({type(item).__name__}).")
+        if not isinstance(item, _INDICES):
+            raise InvalidArgumentError(f"InstanceData cannot be indexed with {item!r} ({type(item).__name__}).")
         if isinstance(item, str):
             return getattr(self, item)
         created = type(self)(metainfo=self.metainfo)
