@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import stratagem
 from stratagem import SupervisedModel
+from stratagem.planning import engines
+from stratagem.planning.batch import BatchSpec
 from stratagem.planning.planner import meta_copy
 from stratagem.planning.result import StepPlan
 from stratagem.planning.simulate import Job
-from stratagem.planning.timeline import record_timeline
+from stratagem.planning.timeline import interpolated, record_timeline
 from tests.support.planned_models import MODELS
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
@@ -72,3 +75,39 @@ def test_labels_are_short() -> None:
     colossalai = planned({"type": "colossalai", "plugin": plugin, "mixed_precision": "bf16"})
     assert deepspeed.label == "DeepSpeed stage=2 bf16"
     assert colossalai.label == "ColossalAI lowlevel-zero stage=2 bf16"
+
+
+class TestMicroBatchesOfOtherSizes:
+    """The micro-batches of other sizes follow from two that were simulated."""
+
+    def test_they_equal_simulated_ones(self) -> None:
+        """A micro-batch of 11 samples on the lines through those of 2 and 4 samples is the simulated one."""
+        make_model, make_batch = MODELS["language"]
+        job = Job(make_model=lambda: meta_copy(make_model()), optim_wrapper=ADAMW)
+        batch = BatchSpec.of(make_batch())
+        two, four, eleven = (record_timeline(job, batch.resized(size), None) for size in (2, 4, 11))
+        assert interpolated(two, four, (11 - 2) / 2) == eleven
+
+    def test_each_engine_does_not_simulate_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With three engines, the model is simulated with its batch, with two other sizes, and with one that checks them."""
+        sizes: list[int] = []
+        before = engines.record_timeline
+
+        def record(job: Any, batch: Any, dtype: Any, **kwargs: Any) -> Any:
+            sizes.append(len(batch[0]))
+            return before(job, batch, dtype, **kwargs)
+
+        monkeypatch.setattr(engines, "record_timeline", record)
+        make_model, make_batch = MODELS["images"]
+        plan = stratagem.plan(
+            make_model(),
+            optim_wrapper=ADAMW,
+            batch=tuple(each[:1] for each in make_batch()),
+            strategies=[{"type": "deepspeed", "zero_optimization": {"stage": stage}} for stage in (0, 1, 2)],
+            worlds=[2],
+            memory=8 * 2**30,
+        )
+        assert sizes[:3] == [1, 2, 4]
+        assert len(sizes) == 4
+        assert sizes[3] == plan.steps[0].largest_micro_batch
+        assert len({step.largest_micro_batch for step in plan.steps}) > 1

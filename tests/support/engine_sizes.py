@@ -16,7 +16,7 @@ from stratagem.planning.trace import StepTrace
 from stratagem.strategies.choice import choose_strategy
 from tests.support.planned_models import OPTIMIZER, counted
 
-__all__ = ["SIZES", "Updates", "bytes_of", "measured_engine", "planned_engine", "restore_linear", "storages_of"]
+__all__ = ["SIZES", "Updates", "bytes_of", "measured_engine", "planned_engine", "storages_of"]
 
 SIZES: Final = ("parameters", "gradients", "optimizer_state", "master_weights", "buffers")
 Makers = tuple[Callable[[], nn.Module], Callable[[], Any]]
@@ -93,19 +93,10 @@ def _stored(engine: Any) -> Iterator[Tensor]:
         yield buffer
 
 
-def restore_linear() -> None:
-    """Undo that stage 3 of DeepSpeed replaces this function for the rest of the process.
-
-    Its replacement computes gradients in another order, which changes how small buckets are filled.
-    """
-    nn.functional.linear = torch._C._nn.linear
-
-
 def measured_engine(makers: Makers, strategy: dict[str, Any], folder: str, accumulation: int = 1) -> dict[str, Any]:
     """Train three steps on this rank; return the sizes of the last one, its collectives and its operations."""
     make_model, make_batch = makers
     torch.manual_seed(0)
-    restore_linear()
     built = choose_strategy(
         strategy, launcher="pytorch", work_dir=folder, experiment_name=None, env_cfg=None, randomness=None,
         auto_scale_lr=None, log_level="ERROR",

@@ -229,25 +229,37 @@ class LowLevelZero(_PluginStep):
             self.ledger.send("all_reduce", _NORM_BYTES, self.job.tp_size)
 
     def _gather_updated(self) -> None:
+        # Ranges whose dtype or device differs from that of the parameters are copied, and kept until their message is sent.
+        copies = self.job.itemsize if self.job.itemsize < 4 or self.job.offloads else 0
         waiting: list[int] = []
         for parameter in (each for group in self.job.groups for each in group):
             part = self.job.padded(parameter) // self.job.dp_size
+            self.ledger.add("communication", part * copies)
             if part > self.job.bucket_elements:
-                self._gather([part], buffered=False)
+                self._send_updated(part)
+                self.ledger.add("communication", -part * copies)
                 continue
             if sum(waiting) + part > self.job.bucket_elements:
-                self._gather(waiting, buffered=True)
+                self._gather(waiting)
+                self.ledger.add("communication", -sum(waiting) * copies)
                 waiting = []
             waiting.append(part)
         if waiting:
-            self._gather(waiting, buffered=True)
+            self._gather(waiting)
+            self.ledger.add("communication", -sum(waiting) * copies)
 
-    def _gather(self, parts: Sequence[int], *, buffered: bool) -> None:
-        nbytes = sum(parts) * self.job.dp_size * self.job.itemsize
-        # The ranges of this rank are copied to a message, and the result to the parameters.
-        copied = nbytes + nbytes // self.job.dp_size
-        if buffered:
-            self.ledger.add("communication", copied)
+    def _gather(self, parts: Sequence[int]) -> None:
+        """Copy ranges of this rank to a message, and the result to the parameters."""
+        part_bytes = sum(parts) * self.job.itemsize
+        # Each parameter is put together from the ranges of all ranks, while that of the previous one still exists.
+        together = max(before + after for before, after in zip([0, *parts], parts, strict=False))
+        copied = together * self.job.dp_size * self.job.itemsize
+        message = part_bytes * (1 + self.job.dp_size)
+        self.ledger.add("communication", message)
+        self._send_updated(sum(parts))
+        self.ledger.add("communication", copied)
+        self.ledger.add("communication", -copied - message)
+
+    def _send_updated(self, numel: int) -> None:
+        nbytes = numel * self.job.dp_size * self.job.itemsize
         self.ledger.send("all_gather", nbytes, self.job.dp_size, stride=self.job.tp_size)
-        if buffered:
-            self.ledger.add("communication", -copied)

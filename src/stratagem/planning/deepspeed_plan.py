@@ -73,8 +73,11 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
     if options.offloads_optimizer:
         host.update(sizes)
         sizes = dict.fromkeys(sizes, 0)
-        # Gradients of one parameter at a time pass through this buffer.
-        buckets += largest * itemsize if options.stage in (1, 2) else 0
+        if options.stage in (1, 2):
+            # Gradients of one parameter at a time pass through a buffer on the device and one in the memory of the host, which
+            # also has the updated range before it is copied to the device.
+            buckets += largest * itemsize
+            host["copies for updates"] = (largest + partitions) * itemsize
     memory = MemoryPlan(
         parameters=at_rest + frozen * itemsize,
         gradients=sizes["gradients"],

@@ -17,7 +17,7 @@ from stratagem.planning.ledger import EngineStep, Ledger, replay
 from stratagem.planning.result import CONTEXT_BYTES, MemoryPlan, StepPlan
 from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job
-from stratagem.planning.timeline import Timeline, record_timeline
+from stratagem.planning.timeline import Timeline, interpolated, record_timeline
 from stratagem.planning.trace import StepTrace, storage_bytes
 from stratagem.planning.update_reads import UpdateReads
 from stratagem.train.hooks.averaging import EMAHook
@@ -39,9 +39,10 @@ class Timelines:
 
     job: Job
     batch: BatchSpec | None
-    _known: dict[Any, Timeline] = field(default_factory=dict)
+    _known: dict[Any, Timeline | str] = field(default_factory=dict)
     _float_buffers: list[bool] = field(default_factory=list)
-    _failures: dict[Any, str] = field(default_factory=dict)
+    # Whether micro-batches with more samples follow from two others; missing if no one has been compared.
+    _linear: dict[Any, bool] = field(default_factory=dict)
 
     def get(
         self, dtype: torch.dtype | None, *, keeps_buffers: bool, tp_size: int = 1, size: int | None = None
@@ -57,14 +58,37 @@ class Timelines:
         if self.batch is None:
             return _NO_BATCH
         keeps_buffers = keeps_buffers and dtype is not None and self._has_float_buffers()
-        key = (dtype, keeps_buffers, tp_size, self.batch.size if size is None else size)
-        if key not in self._known and key not in self._failures:
-            batch = self.batch.batch if size is None else self.batch.resized(size)
+        options = {"dtype": dtype, "keeps_buffers": keeps_buffers, "tp_size": tp_size}
+        if size is None or self.batch.size is None:
+            return self._recorded(self.batch.size, options)
+        # The two sizes from which the search for the largest micro-batch starts.
+        first = max(2, self.batch.size)
+        if size <= 2 * first:
+            return self._recorded(size, options)
+        low, high = self._recorded(first, options), self._recorded(2 * first, options)
+        if isinstance(low, str) or isinstance(high, str):
+            return self._recorded(size, options)
+        key = tuple(options.values())
+        expected = interpolated(low, high, (size - first) / first) if self._linear.get(key, True) else None
+        if expected is not None and key in self._linear:
+            return expected
+        real = self._recorded(size, options)
+        self._linear[key] = expected == real
+        return real
+
+    def _recorded(self, size: int | None, options: dict[str, Any]) -> Timeline | str:
+        """Return a simulated micro-batch."""
+        batch = self.batch
+        if batch is None:
+            return _NO_BATCH
+        key = (*options.values(), size)
+        if key not in self._known:
             try:
-                self._known[key] = record_timeline(self.job, batch, dtype, keeps_buffers=keeps_buffers, tp_size=tp_size)
+                resized = batch.batch if size == batch.size else batch.resized(size or 1)
+                self._known[key] = record_timeline(self.job, resized, **options)
             except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
-                self._failures[key] = describe_failure(error, "the model")
-        return self._failures[key] if key in self._failures else self._known[key]
+                self._known[key] = describe_failure(error, "the model")
+        return self._known[key]
 
     def _has_float_buffers(self) -> bool:
         if not self._float_buffers:

@@ -64,8 +64,8 @@ class MemoryPlan:
             "temporary", "largest tensor", "loading".
         context: the assumed memory of the driver and its libraries; see ``CONTEXT_BYTES``.
         host: sizes in CPU memory by kind: "asynchronous save" is the copy of the state that is written in the background, and
-            with ``cpu_offload``, there are parameters, gradients and optimizer state. These are not part of the other
-            attributes.
+            with ``cpu_offload``, there are parameters, gradients and optimizer state; with an optimizer that DeepSpeed offloads,
+            there are "copies for updates". These are not part of the other attributes.
     """
 
     parameters: int

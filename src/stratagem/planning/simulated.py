@@ -26,7 +26,7 @@ from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, Ste
 from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
 from stratagem.planning.snapshot import Snapshot, snapshot
-from stratagem.planning.storage_history import StorageHistory
+from stratagem.planning.storage_history import StorageHistory, interpolated_history
 from stratagem.planning.trace import storage_bytes
 from stratagem.train.hooks.averaging import EMAHook
 
@@ -146,47 +146,60 @@ class _Few:
         self._base = base
         self._blocks = blocks
         self._known: dict[tuple[int, int], StorageHistory] = {}
+        # The first of the sizes of batches from which all larger ones follow.
+        self._first = max(2, batch.size or 0)
+        self._is_linear = False
 
     def plan(self) -> list[StepPlan] | None:
         """Return the plans for each memory limit; None if the sizes do not follow from a few blocks."""
         request = self._request
         found = []
-        searched = self._searched()
+        searches = self._batch.size is not None and any(request.memory_limits)
         for keep in _FEW_BLOCKS:
             with self._simulating(keep) as sim:
                 record = sim.step(self._batch.batch)
                 found.append(snapshot(sim, record, request.average))
-                self._note(sim, keep, searched if keep < _FEW_BLOCKS[-1] else ())
+                if searches:
+                    self._known[keep, self._batch.size or 0] = record.history
+                    self._note(sim, keep, (1, 2) if keep < _FEW_BLOCKS[-1] else (3,))
         short, long, check = found
         predicted = extended(short, long, 1)
         if predicted is None or not agree(predicted, check):
             return None
+        self._is_linear = searches and self._grows_linearly()
         whole = extended(short, long, self._blocks.count - _FEW_BLOCKS[1])
         return None if whole is None else _finished(request, whole, self._base, self._history)
-
-    def _searched(self) -> tuple[int, ...]:
-        """Return the sizes of batches that the search for the largest micro-batch needs first."""
-        size = self._batch.size
-        if size is None or not any(self._request.memory_limits):
-            return ()
-        first = max(2, size)
-        return tuple(each for each in (first, 2 * first) if each != size)
 
     def _simulating(self, keep: int) -> Any:
         job = self._blocks.shortened(self._request.job, keep)
         return simulating(job, self._strategy, self._base.world, ranks_per_node=self._request.ranks_per_node)
 
-    def _note(self, sim: Simulation, keep: int, sizes: Sequence[int]) -> None:
-        for size in sizes:
-            self._known[keep, size] = sim.step(self._batch.resized(size)).history
+    def _note(self, sim: Simulation, keep: int, times: Sequence[int]) -> None:
+        """Note the storages of steps with multiples of the first size."""
+        for size in (each * self._first for each in times):
+            if (keep, size) not in self._known:
+                self._known[keep, size] = sim.step(self._batch.resized(size)).history
+
+    def _grows_linearly(self) -> bool:
+        """Return whether a step with more blocks and more samples follows from the others."""
+        last = _FEW_BLOCKS[-1]
+        size = 3 * self._first
+        short, long = (self._between(keep, size) for keep in _FEW_BLOCKS[:2])
+        expected = None if short is None or long is None else extended_history(short, long, last - _FEW_BLOCKS[1])
+        return expected == self._known[last, size]
+
+    def _between(self, keep: int, size: int) -> StorageHistory | None:
+        low, high = (self._known[keep, times * self._first] for times in (1, 2))
+        return interpolated_history(low, high, (size - self._first) / self._first)
 
     def _history(self, size: int) -> StorageHistory:
         few = _FEW_BLOCKS[:2]
-        for keep in few:
-            if (keep, size) not in self._known:
+        parts = [self._between(keep, size) if self._is_linear and size >= self._first else None for keep in few]
+        for index, keep in enumerate(few):
+            if parts[index] is None and (keep, size) not in self._known:
                 with self._simulating(keep) as sim:
-                    self._note(sim, keep, [size])
-        short, long = (self._known[keep, size] for keep in few)
+                    self._known[keep, size] = sim.step(self._batch.resized(size)).history
+        short, long = (part or self._known[keep, size] for part, keep in zip(parts, few, strict=True))
         whole = extended_history(short, long, self._blocks.count - few[1])
         if whole is None:
             raise ValueError("the storages of a larger batch do not follow from a few blocks")

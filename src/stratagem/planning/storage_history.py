@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
-__all__ = ["Change", "Peak", "StorageHistory"]
+__all__ = ["Change", "Peak", "StorageHistory", "interpolated_history"]
 
 
 @final
@@ -77,3 +77,29 @@ class StorageHistory:
             total[change.kind] += change.nbytes
             most[change.kind] = max(most[change.kind], total[change.kind])
         return dict(most)
+
+
+def interpolated_history(low: StorageHistory, high: StorageHistory, steps: float) -> StorageHistory | None:
+    """Return the step of which all sizes are on the lines through those of two others.
+
+    Args:
+        low: a step.
+        high: one with more samples.
+        steps: the number of samples in addition to those of ``low``, divided by the difference between ``high`` and ``low``.
+
+    Returns:
+        The step; None if the two differ in more than sizes.
+    """
+
+    def between(before: int, after: int) -> int:
+        return round(before + steps * (after - before))
+
+    if low.before.keys() != high.before.keys() or len(low.changes) != len(high.changes):
+        return None
+    pairs = list(zip(low.changes, high.changes, strict=True))
+    if any((one.kind, one.phase) != (other.kind, other.phase) for one, other in pairs):
+        return None
+    return StorageHistory(
+        {kind: between(size, high.before[kind]) for kind, size in low.before.items()},
+        tuple(replace(one, nbytes=between(one.nbytes, other.nbytes)) for one, other in pairs),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -18,7 +18,7 @@ from stratagem.planning.storage_history import Change
 from stratagem.planning.trace import StepTrace, storage_bytes
 from stratagem.utils.torch_private import storage_key
 
-__all__ = ["GradientReady", "Sent", "Timeline", "Visit", "cast_to", "record_timeline"]
+__all__ = ["GradientReady", "Sent", "Timeline", "Visit", "cast_to", "interpolated", "record_timeline"]
 
 # Gradients are recorded before an update, so the optimizer does not matter.
 _NO_UPDATE: Final[Mapping[str, Any]] = {"optimizer": {"type": "SGD", "lr": 0.0}, "accumulative_counts": 2}
@@ -103,6 +103,41 @@ class Timeline:
     buffers: int
     batch: int
     weight: int
+
+
+def interpolated(low: Timeline, high: Timeline, steps: float) -> Timeline | None:
+    """Return the micro-batch of which all sizes are on the lines through those of two others.
+
+    Args:
+        low: a micro-batch.
+        high: one with more samples.
+        steps: the number of samples in addition to those of ``low``, divided by the difference between ``high`` and ``low``.
+
+    Returns:
+        The micro-batch; None if the two differ in more than sizes.
+    """
+    if len(low.events) != len(high.events):
+        return None
+
+    def between(before: int, after: int) -> int:
+        return round(before + steps * (after - before))
+
+    events: list[Any] = []
+    for before, after in zip(low.events, high.events, strict=True):
+        if before == after:
+            events.append(before)
+        elif isinstance(before, Change | Sent) and before == replace(after, nbytes=before.nbytes):
+            events.append(replace(before, nbytes=between(before.nbytes, after.nbytes)))
+        else:
+            return None
+    return replace(
+        low,
+        events=tuple(events),
+        saved=between(low.saved, high.saved),
+        largest=max((each.nbytes for each in events if isinstance(each, Change)), default=0),
+        flops=between(low.flops, high.flops),
+        batch=between(low.batch, high.batch),
+    )
 
 
 def cast_to(model: nn.Module, dtype: torch.dtype | None, *, keeps_buffers: bool = False) -> nn.Module:

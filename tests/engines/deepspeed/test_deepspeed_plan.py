@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from stratagem.planning.result import StepPlan
 from tests.support.engine_sizes import SIZES, measured_engine, planned_engine
@@ -103,6 +105,18 @@ def test_plans_of_an_offloaded_optimizer_are_those_of_real_runs(two: Ranks, fold
     assert (step.memory.gradients, step.memory.optimizer_state, step.memory.master_weights) == (0, 0, 0)
     assert step.memory.host["optimizer state"] == real[0]["optimizer_state"]
     assert planned_collectives(step) == real[0]["collectives"]
+
+
+def _keeps_linear(strategy: dict[str, Any], folder: str) -> bool:
+    """Train, and return whether ``linear`` is torch's function afterwards."""
+    nn.functional.linear = torch._C._nn.linear
+    _measured("language", strategy, folder)
+    return nn.functional.linear is torch._C._nn.linear
+
+
+def test_closing_stage_3_restores_the_function_of_linear_layers(two: Ranks, folder: Path) -> None:
+    """DeepSpeed replaces nn.functional.linear for stage 3; strategies that follow in the process use torch's function."""
+    assert two.run(_keeps_linear, _strategy({"stage": 3}, {}), str(folder)) == [True, True]
 
 
 def test_the_peak_of_a_plan_includes_the_buckets(folder: Path) -> None:

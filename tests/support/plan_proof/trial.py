@@ -12,7 +12,6 @@ from stratagem import Runner
 from stratagem.planning.planner import plan_config
 from stratagem.planning.result import StepPlan
 from stratagem.utils import import_object
-from tests.support.engine_sizes import restore_linear
 from tests.support.plan_proof.jobs import Case, case_named, config_of
 from tests.support.plan_proof.witness import Measurement, WitnessHook, bytes_key
 
@@ -24,7 +23,6 @@ STATIC: Final = ("parameters", "gradients", "optimizer_state", "master_weights",
 def measured(model: str, name: str, folder: str) -> Measurement:
     """Train some steps of a case on this rank with ``Runner``; return the sizes, collectives and operations of a step."""
     case = case_named(name)
-    restore_linear()
     if case.strategy.get("fp16"):
         import_object("tests.engines.deepspeed.engine_runs:allow_float16")()
     config = config_of(model, case)
@@ -116,7 +114,7 @@ def compare(model: str, case: Case, world: int, real: Sequence[Measurement]) -> 
     static = {name: getattr(memory, name) + host.get(name.replace("_", " "), 0) for name in STATIC}
     # With FSDP, gradients do not exist at the peak; DeepSpeed keeps a buffer for them.
     always = ("parameters", "optimizer_state", *(("gradients", "master_weights") if "master weights" in host else ()))
-    on_host = sum(host.get(name.replace("_", " "), 0) for name in always)
+    on_host = sum(host.get(name.replace("_", " "), 0) for name in (*always, "copies for updates"))
     sent, seen = _sent(step), real[0]["collectives"]
     return Comparison(
         model=model,

@@ -132,11 +132,14 @@ class Allocations(TorchDispatchMode):
         if runs_backward and not self._in_backward:
             self._note_backward()
         self._in_backward = runs_backward
-        for storage in storages_of(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)).values():
+        given = storages_of(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        for storage in given.values():
             self._meet(storage, is_new=False)
         out = func(*args, **(kwargs or {}))
-        for storage in storages_of(each for each in tree_leaves(out) if isinstance(each, Tensor)).values():
-            self._meet(storage, is_new=True)
+        for key, storage in storages_of(each for each in tree_leaves(out) if isinstance(each, Tensor)).items():
+            # Gloo splits its copy of the input of a reduce-scatter; these views are not new.
+            if key not in given:
+                self._meet(storage, is_new=True)
         self._look()
         return out
 
@@ -254,8 +257,7 @@ class WitnessHook(Hook):
     def _allocations(self, run: Any, batch: Any) -> None:
         model = run.strategy.unwrap_model()
         mode = Allocations([storage for each in self._unknown if (storage := each()) is not None])
-        mode.begin([*_tensors(batch), *model.parameters(), *model.buffers(), *_state_of(run)], model)
-
+        mode.begin([*_tensors(batch), *model.parameters(), *model.buffers(), *_state_of(run), *_staging_of(run)], model)
         self._mode = mode
 
         def end() -> None:
@@ -304,3 +306,13 @@ def _tensors(value: Any) -> list[Tensor]:
 def _state_of(run: Any) -> list[Tensor]:
     states = [dict(wrapper.optimizer.state) for wrapper in run.strategy.optim_wrapper.each().values()]
     return [each for each in _tensors(states) if not isinstance(each, nn.Parameter)]
+
+
+def _staging_of(run: Any) -> list[Tensor]:
+    """Return the buffers of an optimizer that DeepSpeed offloads; a step without accumulation leaves them unused."""
+    names = ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload")
+    optimizers = [
+        getattr(getattr(wrapper, "engine", None), "optimizer", None)
+        for wrapper in run.strategy.optim_wrapper.each().values()
+    ]
+    return _tensors([getattr(each, name, None) for each in optimizers for name in names])

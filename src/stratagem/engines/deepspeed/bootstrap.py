@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from stratagem.distributed import World
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.utils import import_module
 
-__all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype"]
+__all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype", "restore_linear"]
 
 # Configuration keys -> arguments of deepspeed.checkpointing.configure().
 _CHECKPOINTING: Final = {
@@ -96,6 +97,17 @@ def make_engine(
         raise ConfigValueError(f"DeepSpeed rejected its configuration: {error}") from error
     _refuse_direct_backward(engine)
     return engine
+
+
+def restore_linear() -> None:
+    """Undo that stage 3 replaces ``nn.functional.linear`` for the rest of the process.
+
+    Its replacement computes the gradients of linear layers in another order. Engines of stage 3 that still train then use torch's
+    function, as with ``memory_efficient_linear: false``.
+    """
+    module = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if module is not None and nn.functional.linear is module.zero3_linear_wrap:
+        nn.functional.linear = module.InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 @contextmanager

@@ -147,6 +147,10 @@ class DeepSpeedStrategy(ComposedStrategy):
         )
         return placement
 
+    def close(self) -> None:
+        super().close()
+        import_object(f"{_HERE}.bootstrap:restore_linear")()
+
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
         completed = self.complete_optim_wrapper(optim_wrapper)
         refuse_by_name(completed)
