@@ -122,11 +122,17 @@ def interpolated(low: Timeline, high: Timeline, steps: float) -> Timeline | None
     def between(before: int, after: int) -> int:
         return round(before + steps * (after - before))
 
-    events: list[Any] = []
+    events: list[Change | GradientReady | Visit | Sent] = []
     for before, after in zip(low.events, high.events, strict=True):
         if before == after:
             events.append(before)
-        elif isinstance(before, Change | Sent) and before == replace(after, nbytes=before.nbytes):
+        elif isinstance(before, Change) and isinstance(after, Change):
+            if (before.kind, before.phase) != (after.kind, after.phase):
+                return None
+            events.append(replace(before, nbytes=between(before.nbytes, after.nbytes)))
+        elif isinstance(before, Sent) and isinstance(after, Sent):
+            if (before.kind, before.ranks) != (after.kind, after.ranks):
+                return None
             events.append(replace(before, nbytes=between(before.nbytes, after.nbytes)))
         else:
             return None
