@@ -1,7 +1,8 @@
 """Prove that plans equal real runs: ``make proof-plan``.
 
-Trains models with every strategy of an environment on 1, 2 and 4 ranks, plans the same, and writes a table with the date and
-the revision. The page has one part for each environment, because engines are installed separately; the others are not changed.
+Trains models with every strategy of an environment on 1, 2 and 4 ranks, plans the same, and writes a table with the revision of
+each comparison. The page has one part for each environment, because engines are installed separately; the others are not changed.
+Of its own part, comparisons that were not repeated stay.
 The exit code is 1 if a static size, a collective or the number of operations differs, or activations or the peak differ by more
 than 5 %.
 """
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -26,7 +27,8 @@ from tests.support.plan_proof.jobs import CASES, ENVIRONMENTS, EXAMPLES, MODELS,
 from tests.support.plan_proof.trial import Comparison, compare, measured
 from tests.support.ranks import RankError, Ranks
 
-_HEADINGS = ("model", "strategy", "ranks", "static", "collectives", "activations", "peak", "allocator")
+_HEADINGS = ("model", "strategy", "ranks", "static", "collectives", "activations", "peak", "allocator", "revision")
+_KEY: Final = 3  # the cells that name a comparison
 
 
 def main() -> int:
@@ -50,7 +52,8 @@ def main() -> int:
     for world in map(int, options.worlds.split(",")):
         for _ in _compare_all(EXAMPLES if options.examples else MODELS, cases, world, found, failures):
             # Later comparisons may take long or fail.
-            part = _part(options.environment, found, failures, time.monotonic() - begin)
+            before = _rows(options.write, options.environment)
+            part = _part(options.environment, before, found, failures, time.monotonic() - begin)
             if options.write is not None:
                 _write(options.write, part)
     print("\n".join(part))  # noqa: T201 -- command output
@@ -82,12 +85,29 @@ def _compare_all(
         ranks.close()
 
 
+def _parts(page: Path | None) -> dict[str, str]:
+    """Return the parts of the page by the name of their environment, with which their heading begins."""
+    text = page.read_text(encoding="utf-8") if page is not None and page.exists() else ""
+    return {each.partition(":")[0]: each for each in text.split("\n## ")[1:]}
+
+
+def _rows(page: Path | None, environment: str) -> dict[tuple[str, ...], Sequence[str]]:
+    """Return the cells of the comparisons that the page already has."""
+    part = _parts(page).get(ENVIRONMENTS[environment], "")
+    revision = re.search(r"revision (\w+)", part)
+    rows = {}
+    for line in part.splitlines():
+        cells = [each.strip() for each in line.strip("| ").split(" | ")]
+        if line.startswith("| ") and cells[0] in MODELS:
+            cells += [revision[1]] if len(cells) < len(_HEADINGS) and revision is not None else []
+            rows[tuple(cells[:_KEY])] = cells
+    return rows
+
+
 def _write(page: Path, part: Sequence[str]) -> None:
-    """Replace the part of an environment in the page, or add it; the heading begins with the name of the environment."""
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    others = {each.partition(":")[0]: each for each in text.split("\n## ")[1:]}
+    """Replace the part of an environment in the page, or add it."""
     own = "\n".join(part).removeprefix("## ")
-    parts = {**others, own.partition(":")[0]: own}
+    parts = {**_parts(page), own.partition(":")[0]: own}
     ordered = [parts[name] for name in ENVIRONMENTS.values() if name in parts]
     page.write_text("\n".join([*_INTRODUCTION, *(f"\n## {each.strip()}" for each in ordered)]) + "\n", encoding="utf-8")
 
@@ -112,29 +132,48 @@ _INTRODUCTION: Final = (
 )
 
 
-def _part(environment: str, found: Sequence[Comparison], failures: Sequence[str], seconds: float) -> list[str]:
-    different = [each for each in found if each.different]
-    activations = max((_relative(each.activations) for each in found), default=0.0)
-    peak = max((_relative(each.peak) for each in found), default=0.0)
+def _part(
+    environment: str,
+    before: Mapping[tuple[str, ...], Sequence[str]],
+    found: Sequence[Comparison],
+    failures: Sequence[str],
+    seconds: float,
+) -> list[str]:
+    revision = _revision()
+    rows = dict(before)
+    for each in found:
+        cells = [*_cells(each), revision]
+        rows[tuple(cells[:_KEY])] = cells
+    good = sum(_is_equal(cells) for cells in rows.values())
+    activations, peak = (max((_percent(cells[at]) for cells in rows.values()), default=0.0) for at in (5, 6))
     return [
-        f"## {ENVIRONMENTS[environment]}: {len(found) - len(different)} of {len(found) + len(failures)} plans equal the run",
+        f"## {ENVIRONMENTS[environment]}: {good} of {len(rows) + len(failures)} plans equal the run",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, revision {_revision()}, torch {torch.__version__}, {seconds:.0f} s.",
-        f"Activations differ by at most {100 * activations:.2f} %, and peaks by at most {100 * peak:.2f} %.",
+        f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}; {len(found)} comparisons took {seconds:.0f} s.",
+        f"Activations differ by at most {activations:.2f} %, and peaks by at most {peak:.2f} %.",
         "",
         _row(*_HEADINGS),
         _row(*["---"] * len(_HEADINGS)),
-        *(_row(*_cells(each)) for each in found),
+        *(_row(*cells) for cells in rows.values()),
         "",
         *(
-            [
-                line
-                for each in different
-                for line in (f"- {each.model}, {each.case.name}, {each.world} ranks: ", *each.different)
-            ]
+            f"- {each.model}, {each.case.name}, {each.world} ranks: {'; '.join(each.different)}"
+            for each in found
+            if each.different
         ),
         *(f"- {each}" for each in failures),
     ]
+
+
+def _is_equal(cells: Sequence[str]) -> bool:
+    """Return whether static sizes and collectives are equal, and other sizes differ by at most 5 %."""
+    return not any("different" in each for each in cells[3:5]) and max(map(_percent, cells[5:7])) <= 5
+
+
+def _percent(cell: str) -> float:
+    """Return the difference that a cell shows in percent; 0 if both sizes are equal."""
+    shown = re.search(r"\(([\d.]+) %\)", cell)
+    return float(shown[1]) if shown else 0.0
 
 
 def _cells(each: Comparison) -> Sequence[str]:
