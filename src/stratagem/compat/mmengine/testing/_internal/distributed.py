@@ -10,7 +10,7 @@ from unittest import SkipTest, TestCase
 
 __all__ = ["MultiProcessTestCase"]
 
-_TIMEOUT_S = 100.0
+_TIMEOUT_S = 1000.0
 _PASSED, _SKIPPED = "passed", "skipped"
 
 
@@ -34,6 +34,30 @@ class MultiProcessTestCase(TestCase):
         """The number of processes."""
         return 2
 
+    @property
+    def timeout(self) -> float:
+        """The time in seconds within which each process must finish."""
+        return _TIMEOUT_S
+
+    def prepare_subprocess(self) -> None:
+        """Prepare a process before its rank is set; subclasses may override it."""
+
+    def run_test(self, test_name: str, parent_pipe: Connection) -> None:
+        """Run a method in this process, and send the result. Subclasses may override it, for example to create attributes.
+
+        Args:
+            test_name: the name of the method.
+            parent_pipe: the connection to the main process.
+        """
+        try:
+            getattr(type(self), test_name)(self)
+        except SkipTest:
+            parent_pipe.send(_SKIPPED)
+        except BaseException:  # noqa: BLE001 -- reported in the main process
+            parent_pipe.send(f"Rank {self.rank}:\n{traceback.format_exc()}")
+        else:
+            parent_pipe.send(_PASSED)
+
     def _spawn_processes(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
@@ -47,7 +71,7 @@ class MultiProcessTestCase(TestCase):
         self.addCleanup(self._end_processes)
 
     def _join_processes(self) -> None:
-        results = [_result_of(rank, process, pipe) for rank, (process, pipe) in enumerate(self._workers)]
+        results = [_result_of(rank, process, pipe, self.timeout) for rank, (process, pipe) in enumerate(self._workers)]
         failed = [result for result in results if result not in (_PASSED, _SKIPPED)]
         if failed:
             self.fail("\n".join(failed))
@@ -61,26 +85,23 @@ class MultiProcessTestCase(TestCase):
             process.join()
 
 
-def _result_of(rank: int, process: Any, pipe: Connection) -> str:
+def _result_of(rank: int, process: Any, pipe: Connection, timeout_s: float) -> str:
     try:
-        if pipe.poll(_TIMEOUT_S):
+        if pipe.poll(timeout_s):
             result: str = pipe.recv()
             return result
     except EOFError:
         process.join()
         return f"The process of rank {rank} ended with exit status {process.exitcode} before the end of the test."
-    return f"The process of rank {rank} did not finish within {_TIMEOUT_S:.0f} s."
+    return f"The process of rank {rank} did not finish within {timeout_s:.0f} s."
 
 
 def _run_rank(case: type[MultiProcessTestCase], method: str, rank: int, pipe: Connection) -> None:
     """Run a test method in this process, and send the result."""
-    test = case(method)
-    test.rank = rank
     try:
-        getattr(case, method)(test)
-    except SkipTest:
-        pipe.send(_SKIPPED)
+        test = case(method)
+        test.prepare_subprocess()
+        test.rank = rank
+        test.run_test(method, pipe)
     except BaseException:  # noqa: BLE001 -- reported in the main process
         pipe.send(f"Rank {rank}:\n{traceback.format_exc()}")
-    else:
-        pipe.send(_PASSED)
