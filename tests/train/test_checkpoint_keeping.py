@@ -252,7 +252,12 @@ def test_the_rule_determines_which_score_is_better(
 
 @pytest.mark.parametrize(
     ("metric", "greater"),
-    [("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("loss", False), ("val_loss", False)],
+    [
+        *[("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("multiclassauroc", True)],
+        *[("binaryf1score", True), ("r2score", True), ("jaccard_iou", True), ("mDice", True)],
+        *[("loss", False), ("val_loss", False), ("perplexity", False), ("meansquarederror", False), ("val/mae", False)],
+        *[("top1_error", False), ("acc_loss", False), ("error_free_accuracy", True)],
+    ],
 )
 def test_the_rule_is_inferred_from_the_name(metric: str, *, greater: bool):
     """The rule is inferred from a part of the name, regardless of its case."""
@@ -260,9 +265,9 @@ def test_the_rule_is_inferred_from_the_name(metric: str, *, greater: bool):
 
 
 def test_the_same_name_counts_before_a_part_of_it():
-    """With custom keys, smaller values of 'acc_loss' are better."""
-    assert infer_rule("acc_loss", ["acc"], ["acc_loss"]) == "less"
-    assert infer_rule("acc_loss", ["acc"], ["loss"]) == "greater"
+    """With custom keys, smaller values of 'loss_acc' are better if it is a key."""
+    assert infer_rule("loss_acc", ["acc"], ["loss_acc"]) == "less"
+    assert infer_rule("loss_acc", ["acc"], ["loss"]) == "greater"
 
 
 def test_the_best_survives_a_resume(make_runner: MakeRunner):
@@ -295,7 +300,7 @@ def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
     ("hook", "name", "value", "error", "text"),
     [
         ({"save_best": "accuracy"}, "acc", 0.5, ConfigKeyError, r"did not return this metric.*acc"),
-        ({"save_best": "auto"}, "F1", 0.5, ConfigValueError, r"rule='greater' or rule='less'"),
+        ({"save_best": "auto"}, "speed", 0.5, ConfigValueError, r"rule='greater' or rule='less'"),
         ({"save_best": "acc"}, "acc", [0.5], ConfigTypeError, r"a list; expected a number"),
     ],
 )
@@ -320,7 +325,7 @@ def test_a_metric_that_cannot_be_compared_is_rejected(
         ({"save_best": "acc", "rule": "grater"}, ConfigKeyError, "grater.*greater"),
         ({"save_best": ["acc", "loss"], "rule": ["greater"]}, ConfigValueError, "1 rules for 2 metrics"),
         ({"save_best": ["auto", "acc"]}, ConfigValueError, "cannot be combined with other names"),
-        ({"save_best": "F1"}, ConfigValueError, "'F1'.*rule="),
+        ({"save_best": "speed"}, ConfigValueError, "'speed'.*rule="),
         ({"rule": "less"}, ConfigValueError, "need save_best"),
     ],
 )

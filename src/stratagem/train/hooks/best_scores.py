@@ -16,8 +16,9 @@ __all__ = ["GREATER_KEYS", "LESS_KEYS", "RULES", "BestScores", "Rule", "best_pre
 
 Rule = Literal["greater", "less"]
 
-GREATER_KEYS: Final = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
-LESS_KEYS: Final = ("loss",)
+_CLASSES = ("acc", "mAcc", "aAcc", "top", "AR@", "auc", "auroc", "precision", "recall", "f1", "mAP", "dice", "iou")
+GREATER_KEYS: Final = (*_CLASSES, "r2", "bleu")
+LESS_KEYS: Final = ("loss", "error", "perplexity", "mae", "mse")
 RULES: Final = ("greater", "less")
 _AUTO: Final = "auto"
 
@@ -31,9 +32,9 @@ def infer_rule(
 ) -> Rule:
     """Infer from the name of a metric whether greater or smaller values are better.
 
-    A key that equals the name takes precedence over a key that is contained in it. The last part of a name with ``/`` is
-    considered first, because the other parts name sets and metrics: smaller values of ``accents/loss`` are better. The comparison
-    is case-insensitive.
+    A key that equals the name takes precedence over a key at its end, and that over a key that is contained in it: smaller values
+    of ``top1_error`` are better. The last part of a name with ``/`` is considered first, because the other parts name sets and
+    metrics: smaller values of ``accents/loss`` are better. The comparison is case-insensitive.
 
     Args:
         metric: the name of the metric.
@@ -51,6 +52,8 @@ def infer_rule(
         if part in greater or part in less:
             return "greater" if part in greater else "less"
     for part in (last, name):
+        if part.endswith(tuple(less)) and not part.endswith(tuple(greater)):
+            return "less"
         if any(key in part for key in greater):
             return "greater"
         if any(key in part for key in less):
@@ -59,6 +62,12 @@ def infer_rule(
         f"{owner}: cannot infer from the name {metric!r} whether greater or smaller values are better. Set rule='greater' "
         "or rule='less'."
     )
+
+
+def _without(defaults: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the default keys except those that the configuration lists for the opposite rule."""
+    configured = {key.lower() for key in keys}
+    return [key for key in defaults if key.lower() not in configured]
 
 
 def is_better(value: float, than: float, rule: Rule, *, by: float = 0.0) -> bool:
@@ -116,7 +125,10 @@ class BestScores:
                     f"CheckpointHook: the best checkpoints for save_best={named[best_prefix(name)]!r} and {name!r} would have "
                     f"the same name, {best_prefix(name)!r}. Rename a metric or a set."
                 )
-        self._keys = (greater_keys or GREATER_KEYS, less_keys or LESS_KEYS)
+        self._keys = (
+            greater_keys or _without(GREATER_KEYS, less_keys or ()),
+            less_keys or _without(LESS_KEYS, greater_keys or ()),
+        )
         self._given_rules = dict(zip(self._names, rules, strict=True))
         self._count = count
         self._rules: dict[str, Rule] = {name: self._rule_for(name) for name in self._names if name != _AUTO}
