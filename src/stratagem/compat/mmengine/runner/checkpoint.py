@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -29,10 +29,9 @@ from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError
 from stratagem.compat.mmengine.dist import barrier, get_dist_info
 from stratagem.compat.mmengine.fileio import FileClient, get_file_backend
 from stratagem.compat.mmengine.logging import print_log
-from stratagem.compat.mmengine.model.wrappers import is_model_wrapper
 from stratagem.compat.mmengine.runner.model_zoo import DEPRECATED_NAMES, MMCLS_URLS
-from stratagem.compat.mmengine.utils import apply_to
-from stratagem.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
+from stratagem.compat.mmengine.runner.state_dict import get_state_dict, load_state_dict, weights_to_cpu
+from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.storage import atomic_file
 from stratagem.utils import absolute
 
@@ -53,66 +52,6 @@ __all__ = [
 Loader = Callable[..., Any]
 AnyLoader = TypeVar("AnyLoader", bound=Loader)
 _REVISE_KEYS = ((r"^module\.", ""),)
-
-
-class _IncompatibleKeys(NamedTuple):
-    """The keys of a state dict that do not match the model, in the form that torch's hooks expect."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "module", None)
-    wraps = is_model_wrapper(module) or any(kind.__name__ == "BaseTTAModel" for kind in type(module).__mro__)
-    return inner if wraps and isinstance(inner, nn.Module) else module
-
-
-def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = False, logger: Any = None) -> None:
-    """Load weights into a model. Differences are logged, including those in shape; wrappers inside the model are skipped.
-
-    Args:
-        module: the model.
-        state_dict: the weights by name.
-        strict: whether a difference is an error.
-        logger: a logger, its name, or None to print.
-
-    Raises:
-        RuntimeError: if ``strict`` and the keys or shapes differ.
-    """
-    missing: list[str] = []
-    unexpected: list[str] = []
-    errors: list[str] = []
-    versions = getattr(state_dict, "_metadata", None) or {}
-    given = OrderedDict(state_dict)
-
-    def load(target: nn.Module, own: Mapping[str, Any], prefix: str) -> None:
-        target = _unwrapped(target)
-        target._load_from_state_dict(own, prefix, versions.get(prefix[:-1], {}), True, missing, unexpected, errors)
-        for name, child in target._modules.items():
-            if child is not None:
-                below = f"{prefix}{name}."
-                load(child, {key: value for key, value in own.items() if key.startswith(below)}, below)
-        keys = _IncompatibleKeys(missing, unexpected)
-        for hook in target._load_state_dict_post_hooks.values():
-            if hook(target, keys) is not None:
-                raise AssertionError(
-                    f"A load_state_dict post-hook of {type(target).__name__} returned a value. Change the keys in place instead."
-                )
-
-    load(module, given, "")
-    # Checkpoints from before torch 0.4.1 have no counters.
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if unexpected:
-        errors.append(f"unexpected key in source state_dict: {', '.join(unexpected)}")
-    if missing:
-        errors.append(f"missing keys in source state_dict: {', '.join(missing)}")
-    if not errors or get_dist_info()[0] != 0:
-        return
-    message = "\n".join(["The model and loaded state dict do not match exactly", *errors])
-    if strict:
-        raise CheckpointMismatchError(message)
-    print_log(message, logger=logger, level=logging.WARNING)
 
 
 def get_torchvision_models() -> dict[str, str]:
@@ -417,41 +356,6 @@ def load_checkpoint(
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{os.fspath(filename)} contains no weights.")
     return _load_checkpoint_to_model(model, checkpoint, strict, logger, revise_keys)
-
-
-def weights_to_cpu(state_dict: Any) -> Any:
-    """Return a copy of a state dict with all tensors on the CPU, including the versions of modules."""
-    versions = getattr(state_dict, "_metadata", OrderedDict())
-    moved = apply_to(state_dict, lambda value: hasattr(value, "cpu"), lambda value: value.cpu())
-    moved._metadata = versions
-    return moved
-
-
-def get_state_dict(
-    module: nn.Module, destination: Any = None, prefix: str = "", keep_vars: bool = False
-) -> OrderedDict[str, Any]:
-    """Return the parameters and persistent buffers of a model by name, without the names of wrappers inside it.
-
-    Args:
-        module: the model.
-        destination: the dict to extend; a new one by default.
-        prefix: the prefix of the names.
-        keep_vars: whether tensors keep their connection to autograd.
-    """
-    module = _unwrapped(module)
-    if destination is None:
-        destination = OrderedDict()
-        destination._metadata = OrderedDict()
-    versions = {"version": module._version}
-    destination._metadata[prefix[:-1]] = versions
-    module._save_to_state_dict(destination, prefix, keep_vars)
-    for name, child in module._modules.items():
-        if child is not None:
-            get_state_dict(child, destination, f"{prefix}{name}.", keep_vars=keep_vars)
-    for hook in module._state_dict_hooks.values():
-        replaced = hook(module, destination, prefix, versions)
-        destination = destination if replaced is None else replaced
-    return destination  # type: ignore[no-any-return]
 
 
 def save_checkpoint(
