@@ -53,6 +53,7 @@ def build_dataloader(
     training: bool,
     device: torch.device | None = None,
     limit: BatchLimit | None = None,
+    is_divided: bool = False,
 ) -> EpochLoader:
     """Build a data loader from a configuration or a ``DataLoader``, and split its data across the data-parallel ranks.
 
@@ -89,6 +90,7 @@ def build_dataloader(
         device: the device of the model; None or the CPU if batches are not copied.
         limit: the limit of the number of batches. If every epoch has the batches of the first one, these are the first ones of
             the dataset, unless ``dataloader`` has a sampler or a batch sampler.
+        is_divided: whether custom samplers yield only this rank's data, even if they have no ``num_replicas`` and ``rank``.
 
     Raises:
         ConfigTypeError: if a part has the wrong type.
@@ -98,7 +100,11 @@ def build_dataloader(
     if limit is not None and limit.first_epoch:
         dataloader = in_dataset_order(dataloader, every_sample=False)
     loader = _build_loader(
-        dataloader, seed, RankShare(rank, world_size, round_up=training), device, limited=limit is not None
+        dataloader,
+        seed,
+        RankShare(rank, world_size, round_up=training, is_divided=is_divided),
+        device,
+        limited=limit is not None,
     )
     if limit is not None:
         if training and isinstance(loader.loader, Stateful):
@@ -373,7 +379,7 @@ def _opaque_batches(sampler: Any, *, single: bool, seed: int, share: RankShare) 
     """Return the batches of a custom sampler or batch sampler."""
     inner = sampler if single else getattr(sampler, "sampler", None)
     divided = [_is_divided(part, share) for part in (sampler, inner)]
-    if not any(divided):
+    if not (share.is_divided or any(divided)):
         return OpaqueBatches(sampler, single=single, seed=seed, share=share)
     if not share.round_up and isinstance(inner, DistributedSampler) and not inner.drop_last:
         unpadded = UnpaddedSampler(inner)

@@ -56,11 +56,13 @@ class RankShare:
         size: the number of data-parallel ranks.
         round_up: whether to pad the last round from the beginning of the order, so that all ranks have the same number of
             items. Training requires it; evaluation must not see an item twice.
+        is_divided: whether the items of custom samplers are this rank's share already.
     """
 
     rank: int = 0
     size: int = 1
     round_up: bool = True
+    is_divided: bool = False
 
     def count(self, total: int) -> int:
         """Return this rank's number of items out of ``total``."""

@@ -67,10 +67,10 @@ class LoaderPosition:
 class PositionedLoader(DataLoader[Any]):
     """A ``DataLoader`` whose iteration can continue at any position.
 
-    The order of the samples is that of its sampler. With ``global_random_numbers``, it draws random numbers where MMEngine's
-    loaders do: from the global generators of this process, and in workers that are seeded once per epoch. Otherwise, the
-    numbers that a sample draws depend only on the seed, the epoch and the sample, and loading does not change the global
-    generators.
+    The samples of this rank are those of its sampler, in its order. With ``global_random_numbers``, it draws random numbers
+    where MMEngine's loaders do: from the global generators of this process, and in workers that are seeded once per epoch.
+    Otherwise, the numbers that a sample draws depend only on the seed, the epoch and the sample, and loading does not change
+    the global generators.
 
     Args:
         seed: the seed of the random numbers of the samples.
@@ -139,7 +139,7 @@ def _build_engine_loader(loader: PositionedLoader, seed: int) -> EpochLoader:
     else:
         arguments["batch_sampler"] = loader.batch_sampler
     rank, size = _share_of(loader)
-    return build_dataloader(arguments, seed=seed, rank=rank, world_size=size, training=True)
+    return build_dataloader(arguments, seed=seed, rank=rank, world_size=size, training=True, is_divided=True)
 
 
 def _share_of(loader: DataLoader[Any]) -> tuple[int, int]:
@@ -181,7 +181,12 @@ class _TrackedLoader:
                 # The initial seed of the generator is part of its state, which a resumed run restores.
                 rank, size = _share_of(loader)
                 self._engine = build_dataloader(
-                    loader, seed=torch.initial_seed(), rank=rank, world_size=size, training=True
+                    loader,
+                    seed=torch.initial_seed(),
+                    rank=rank,
+                    world_size=size,
+                    training=True,
+                    is_divided=True,
                 )
             batches = self._engine.batches(epoch, done)
         for batch in batches:
