@@ -12,7 +12,7 @@ from stratagem.distributed import all_gather_object, all_reduce, broadcast_objec
 from stratagem.train.run.context import Run
 from stratagem.train.run.device_batches import with_device_batches
 
-__all__ = ["pad_forward_passes"]
+__all__ = ["pad_collective_passes", "pad_forward_passes"]
 
 _END = object()
 
@@ -43,15 +43,29 @@ def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]
         yield from batches
         if loader.leftover is not None:
             step(loader.leftover)
-    elif loader.length is None:
-        yield from _asking_each_time(batches, step)
     else:
-        yield from _counted(batches, loader, step)
+        yield from pad_collective_passes(batches, loader.length, step, first_sample=lambda: _first_sample(loader))
 
 
-def _counted(batches: Iterator[_Batch], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[_Batch]:
-    """Yield the batches of a loader of known length, then pad to the number of batches of the longest loader."""
-    max_num_batches = torch.tensor(loader.length)
+def _first_sample(loader: EpochLoader) -> Any:
+    return loader.dataset[0] if loader.collate is None else loader.collate([loader.dataset[0]])
+
+
+def pad_collective_passes(
+    batches: Iterator[_Batch], length: int | None, step: Callable[[Any], Any], *, first_sample: Callable[[], Any]
+) -> Iterator[_Batch]:
+    """Yield batches, then run forward passes until all ranks have finished. Collective.
+
+    Args:
+        batches: the batches of this rank, as pairs; see :func:`pad_forward_passes`.
+        length: the number of batches of this rank; None on all ranks if it is unknown.
+        step: runs a forward pass on a batch.
+        first_sample: returns a batch for a rank that has none, if the length is known.
+    """
+    if length is None:
+        yield from _asking_each_time(batches, step)
+        return
+    max_num_batches = torch.tensor(length)
     all_reduce(max_num_batches, "max")
     num_batches = 0
     last: Any = None
@@ -60,8 +74,7 @@ def _counted(batches: Iterator[_Batch], loader: EpochLoader, step: Callable[[Any
         yield batch
     missing = int(max_num_batches.item()) - num_batches
     if missing > 0 and num_batches == 0:
-        collate = loader.collate
-        last = loader.dataset[0] if collate is None else collate([loader.dataset[0]])
+        last = first_sample()
     for _ in range(missing):
         step(last)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.compat.mmengine.evaluator import Evaluator
@@ -25,6 +25,7 @@ from stratagem.compat.mmengine.runner.positioned_loader import (
 )
 from stratagem.compat.mmengine.runner.utils import calc_dynamic_intervals
 from stratagem.compat.mmengine.structures import BaseDataElement
+from stratagem.train.evaluation.uneven_inputs import pad_collective_passes
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
@@ -307,7 +308,7 @@ class _EvaluationLoop(BaseLoop):
         runner.call_hook(f"before_{mode}_epoch")
         runner.model.eval()
         losses.clear()
-        for idx, data_batch in enumerate(self.dataloader):
+        for idx, data_batch in enumerate(self._batches()):
             self.run_iter(idx, data_batch)
         metrics: dict[str, Any] = self.evaluator.evaluate(len(self.dataloader.dataset))  # type: ignore[arg-type]
         if losses:
@@ -315,6 +316,27 @@ class _EvaluationLoop(BaseLoop):
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics
+
+    def _batches(self) -> Iterator[Any]:
+        """Return the batches of this rank. If the model is sharded, all ranks run the same number of forward passes."""
+        if getattr(self.runner, "collective_forward", False) is not True:
+            return iter(self.dataloader)
+        loader = self.dataloader
+        length = None if isinstance(loader.dataset, IterableDataset) else len(loader)
+        pairs = pad_collective_passes(
+            ((batch, batch) for batch in loader),
+            length,
+            self._predict,
+            first_sample=lambda: loader.collate_fn([loader.dataset[0]]),
+        )
+        return (batch for batch, _ in pairs)
+
+    @torch.no_grad()
+    def _predict(self, data_batch: Any) -> Any:
+        """Return the outputs of the model for a batch."""
+        model = self.runner.model
+        with autocast(enabled=self.fp16):
+            return model.val_step(data_batch) if self._mode == "val" else model.test_step(data_batch)
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: Any) -> None:
@@ -326,10 +348,7 @@ class _EvaluationLoop(BaseLoop):
         """
         runner, mode = self.runner, self._mode
         runner.call_hook(f"before_{mode}_iter", batch_idx=idx, data_batch=data_batch)
-        step = runner.model.val_step if mode == "val" else runner.model.test_step
-        with autocast(enabled=self.fp16):
-            outputs = step(data_batch)
-        outputs = self._take_losses(outputs)
+        outputs = self._take_losses(self._predict(data_batch))
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
         runner.call_hook(f"after_{mode}_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
 

@@ -8,9 +8,11 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from stratagem.compat.mmengine.checks import NotSupportedError
 from stratagem.compat.mmengine.registry import MODEL_WRAPPERS
-from stratagem.errors import ConfigTypeError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.model import unwrap_model
 from stratagem.optim.gradient_policy import GradientPolicy
 from stratagem.parallel import Placed, Placement, Steps
@@ -22,6 +24,8 @@ __all__ = ["choose_placing"]
 
 # The wrappers that DDPStrategy implements.
 _OF_DDP = ("MMDistributedDataParallel", "MMSeparateDistributedDataParallel", "DistributedDataParallel")
+# They create the optimizer together with the model.
+_ENGINES = ("deepspeed", "colossalai")
 _ENV_KEYS = (
     "cudnn_benchmark",
     "cudnn_allow_tf32",
@@ -106,6 +110,8 @@ def choose_placing(
 
     Raises:
         TypeError: if a wrapper is configured for a model that is already wrapped.
+        ValueError: if an option would be ignored, because a strategy is given.
+        NotImplementedError: if the wrapper is ``MMFullyShardedDataParallel``, or the strategy uses DeepSpeed or ColossalAI.
     """
     wrapper = cfg.get("model_wrapper_cfg")
     if is_wrapped and wrapper is not None:
@@ -119,6 +125,11 @@ def choose_placing(
         "auto_scale_lr": None,
         "log_level": log_level,
     }
+    if strategy is not None:
+        _refuse_engines(strategy)
+        _refuse_ignored(cfg)
+    elif wrapper is not None:
+        _refuse_fsdp1(wrapper)
     custom = is_wrapped or (wrapper is not None and wrapper.get("type", _OF_DDP[0]) not in _OF_DDP)
     if strategy is None and custom and (launcher != "none" or is_wrapped):
         return WrappedModelStrategy(
@@ -138,6 +149,51 @@ def choose_placing(
             if cfg.get(option) is not None:
                 strategy[option] = cfg[option]
     return choose_strategy(_plain(strategy), **arguments)
+
+
+def _refuse_engines(strategy: Any) -> None:
+    """Refuse strategies that create the optimizer together with the model, which this layer creates one after the other.
+
+    Raises:
+        NotSupportedError: if the strategy is one of them.
+    """
+    kind = strategy.get("type") if isinstance(strategy, Mapping) else strategy
+    kind = kind if isinstance(kind, str | type) else type(kind)
+    name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+    if name.lower().removesuffix("strategy") in _ENGINES:
+        raise NotSupportedError(
+            f"strategy: {name} is not supported in a runner with MMEngine's interface. Use FSDPStrategy, which shards the model "
+            "and the optimizer as ZeRO stage 3 does; or convert the configuration with `stratagem config port` and train it "
+            "with `stratagem train`."
+        )
+
+
+def _refuse_ignored(cfg: Any) -> None:
+    """Refuse the options of the default strategy if another one is given.
+
+    Raises:
+        ConfigValueError: if one of them is set.
+    """
+    for option, argument in (("model_wrapper_cfg", "model_wrapper"), ("sync_bn", "sync_bn")):
+        if cfg.get(option) is not None:
+            raise ConfigValueError(
+                f"{option}={cfg[option]!r} has no effect on the strategy that the configuration chooses. Omit {option}; for "
+                f"DDP, write strategy=dict(type='DDPStrategy', {argument}=...)."
+            )
+
+
+def _refuse_fsdp1(wrapper: Mapping[str, Any]) -> None:
+    """Refuse a wrapper that shards the model, because its checkpoints would contain only the shard of one rank.
+
+    Raises:
+        NotSupportedError: if the wrapper is torch's ``FullyShardedDataParallel`` or a subclass.
+    """
+    kind = MODEL_WRAPPERS.get(wrapper["type"]) if isinstance(wrapper.get("type"), str) else wrapper.get("type")
+    if isinstance(kind, type) and issubclass(kind, FullyShardedDataParallel):
+        raise NotSupportedError(
+            f"model_wrapper_cfg: {kind.__name__} is not supported in a runner. Omit model_wrapper_cfg and write "
+            "strategy=dict(type='FSDPStrategy'), which shards the model and saves complete checkpoints."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from stratagem.compat.mmengine.config import Config
 from stratagem.compat.mmengine.config.acceptance import require_accepted
-from stratagem.compat.mmengine.evaluator import Evaluator
 from stratagem.compat.mmengine.fileio import FileClient, join_path
 from stratagem.compat.mmengine.hooks import Hook
 from stratagem.compat.mmengine.logging.message_hub import MessageHub
@@ -29,10 +28,9 @@ from stratagem.compat.mmengine.runner.checkpoint import (
     _load_checkpoint_to_model,
 )
 from stratagem.compat.mmengine.runner.components import RunnerComponents
+from stratagem.compat.mmengine.runner.facts import RunnerFacts
 from stratagem.compat.mmengine.runner.hook_calls import HookCalls
-from stratagem.compat.mmengine.runner.loops import IterBasedTrainLoop
 from stratagem.compat.mmengine.runner.options import (
-    loop_skips_batches,
     require_complete,
     uses_global_random_numbers,
 )
@@ -52,7 +50,7 @@ _KEYS = (
 
 
 @RUNNERS.register_module()
-class Runner(HookCalls, RunnerComponents):
+class Runner(RunnerFacts, HookCalls, RunnerComponents):
     """Train, validate and test a model as specified by a configuration of MMEngine.
 
     The engine of this package places the model, saves and resumes checkpoints, and stops at signals; see
@@ -197,168 +195,6 @@ class Runner(HookCalls, RunnerComponents):
     def _strategy_cfg(self) -> Any:
         """Return the configuration of the engine's strategy, a key that MMEngine ignores."""
         return self.cfg.get("strategy")
-
-    # ---- facts ----------------------------------------------------------------------------------------------------
-
-    @property
-    def experiment_name(self) -> str:
-        """The name of the run followed by the timestamp."""
-        return self._experiment_name
-
-    @property
-    def model_name(self) -> str:
-        """The name of the class of the model."""
-        return self._model_name
-
-    @property
-    def work_dir(self) -> str:
-        """The work directory."""
-        return self._work_dir
-
-    @property
-    def log_dir(self) -> str:
-        """The folder of the logs of this session."""
-        return self._log_dir
-
-    @property
-    def max_epochs(self) -> int:
-        """The number of epochs of the run; 0 if it has no training. Builds the training loop."""
-        loop = self.train_loop
-        return 0 if loop is None else int(loop.max_epochs)
-
-    @property
-    def max_iters(self) -> int:
-        """The number of iterations of the run; 0 if it has no training. Builds the training loop."""
-        loop = self.train_loop
-        return 0 if loop is None else int(loop.max_iters)
-
-    @property
-    def epoch(self) -> int:
-        """The number of completed epochs."""
-        loop = self._train_loop
-        return loop.epoch if isinstance(loop, BaseLoop) else 0
-
-    @property
-    def iter(self) -> int:
-        """The number of completed iterations."""
-        loop = self._train_loop
-        return loop.iter if isinstance(loop, BaseLoop) else 0
-
-    @property
-    def launcher(self) -> str:
-        """The launcher."""
-        return self._launcher
-
-    @property
-    def distributed(self) -> bool:
-        """Whether a launcher started this process."""
-        return self._distributed
-
-    @property
-    def rank(self) -> int:
-        """The rank of this process."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes."""
-        return self._world_size
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether torch uses only deterministic algorithms."""
-        return self._deterministic
-
-    @property
-    def seed(self) -> int:
-        """The seed of this process."""
-        return self._seed
-
-    @property
-    def timestamp(self) -> str:
-        """The time at which rank 0 started, as ``YYYYmmdd_HHMMSS``."""
-        return self._timestamp
-
-    @property
-    def train_loop(self) -> Any:
-        """The training loop, which is built on first use; None if the run has none."""
-        if isinstance(self._train_loop, BaseLoop) or self._train_loop is None:
-            return self._train_loop
-        self._train_loop = self.build_train_loop(self._train_loop)
-        return self._train_loop
-
-    @property
-    def val_loop(self) -> Any:
-        """The validation loop, which is built on first use; None if the run has none."""
-        if isinstance(self._val_loop, BaseLoop) or self._val_loop is None:
-            return self._val_loop
-        self._val_loop = self.build_val_loop(self._val_loop)
-        return self._val_loop
-
-    @property
-    def test_loop(self) -> Any:
-        """The test loop, which is built on first use; None if the run has none."""
-        if isinstance(self._test_loop, BaseLoop) or self._test_loop is None:
-            return self._test_loop
-        self._test_loop = self.build_test_loop(self._test_loop)
-        return self._test_loop
-
-    @property
-    def train_dataloader(self) -> Any:
-        """The training data."""
-        return self.train_loop.dataloader
-
-    @property
-    def val_dataloader(self) -> Any:
-        """The validation data."""
-        return self.val_loop.dataloader
-
-    @property
-    def test_dataloader(self) -> Any:
-        """The test data."""
-        return self.test_loop.dataloader
-
-    @property
-    def val_evaluator(self) -> Evaluator:
-        """The evaluator of the validation."""
-        return self.val_loop.evaluator  # type: ignore[no-any-return]
-
-    @property
-    def test_evaluator(self) -> Evaluator:
-        """The evaluator of the test."""
-        return self.test_loop.evaluator  # type: ignore[no-any-return]
-
-    @property
-    def val_interval(self) -> int:
-        """The number of epochs or iterations between validations."""
-        return self.train_loop.val_interval  # type: ignore[no-any-return]
-
-    @property
-    def val_begin(self) -> int:
-        """The first epoch or iteration that is followed by a validation."""
-        return self.train_loop.val_begin  # type: ignore[no-any-return]
-
-    # Facts for the session and the loops.
-
-    @property
-    def train_loop_or_none(self) -> Any:
-        """The training loop; None if it is not built."""
-        return self._train_loop if isinstance(self._train_loop, BaseLoop) else None
-
-    @property
-    def counts_epochs(self) -> bool:
-        """Whether the length of the run is measured in epochs."""
-        return not isinstance(self._train_loop, IterBasedTrainLoop)
-
-    @property
-    def loop_skips_batches(self) -> bool:
-        """Whether the training loop, a subclass with its own ``run``, skips the batches of earlier sessions itself."""
-        return loop_skips_batches(self._train_loop)
-
-    @property
-    def validation_is_missing(self) -> bool:
-        """Whether the run was resumed at a point that may be followed by a validation, which the saved run did not complete."""
-        return self._session.validation_is_missing
 
     # ---- training and evaluation ----------------------------------------------------------------------------------
 
