@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 
@@ -54,21 +57,64 @@ def modules(source: Path) -> dict[str, Path]:
     return found
 
 
-def own_imports(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, ast.stmt]]:
-    """Yield each module of this package that a module imports, with the statement."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node) for alias in node.names if alias.name.split(".")[0] == "stratagem")
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
-            if base.split(".")[0] != "stratagem":
+@final
+@dataclass(frozen=True)
+class Syntax:
+    """What the checks use of the syntax tree of a file.
+
+    Attributes:
+        imports: each import, with whether it is inside a function.
+        type_checking: the lines that use ``TYPE_CHECKING``.
+        texts: each string, and each f-string, that is not part of another.
+        constants: the name and value of each top-level assignment of a string.
+    """
+
+    imports: tuple[tuple[ast.Import | ast.ImportFrom, bool], ...]
+    type_checking: tuple[int, ...]
+    texts: tuple[ast.JoinedStr | ast.Constant, ...]
+    constants: Mapping[str, str]
+
+
+@functools.cache
+def syntax(path: Path) -> Syntax:
+    """Parse a file; once for all checks, because it takes most of their time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    imports, type_checking, texts = [], [], []
+    pending: deque[tuple[ast.AST, bool]] = deque([(tree, False)])
+    while pending:
+        node, inside = pending.popleft()
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                imports.append((node, inside))
+            case ast.Name(id="TYPE_CHECKING"):
+                type_checking.append(node.lineno)
+            case ast.Constant(value=str()):
+                texts.append(node)
+            case ast.JoinedStr():
+                texts.append(node)
+                # Its own strings are not texts, but those in its expressions are.
+                pending += [(part, inside) for part in node.values if not isinstance(part, ast.Constant)]
                 continue
-            for alias in node.names:
-                inner = f"{base}.{alias.name}"
-                yield (inner if inner in known else base), node
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        pending += [(child, inside) for child in ast.iter_child_nodes(node)]
+    return Syntax(tuple(imports), tuple(type_checking), tuple(texts), dict(string_constants(tree)))
+
+
+def own_imports(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, ast.stmt, bool]]:
+    """Yield each module of this package that a module imports, with the statement and whether it is inside a function."""
+    for node, inside in syntax(path).imports:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node, inside) for alias in node.names if alias.name.split(".")[0] == "stratagem")
+            continue
+        base = node.module or ""
+        if node.level:
+            package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+            base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+        if base.split(".")[0] != "stratagem":
+            continue
+        for alias in node.names:
+            inner = f"{base}.{alias.name}"
+            yield (inner if inner in known else base), node, inside
 
 
 def room(name: str) -> str:
@@ -81,7 +127,7 @@ def layer_violations(source: Path) -> list[str]:
     found = modules(source)
     lines = []
     for name, path in found.items():
-        for target, node in own_imports(name, path, set(found)):
+        for target, node, _ in own_imports(name, path, set(found)):
             here, there = room(name), room(target)
             if here in {there, ""}:
                 continue
@@ -95,26 +141,19 @@ def hidden_imports(source: Path) -> list[str]:
     found = modules(source)
     lines = []
     for name, path in found.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        inside = {getattr(child, "lineno", 0) for function in functions for child in ast.walk(function)}
         lines += [
             f"{path}:{node.lineno}: {target} is imported inside a function"
-            for target, node in own_imports(name, path, set(found))
-            if node.lineno in inside
+            for target, node, inside in own_imports(name, path, set(found))
+            if inside
         ]
-        lines += [
-            f"{path}:{node.lineno}: TYPE_CHECKING hides an import"
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"
-        ]
+        lines += [f"{path}:{line}: TYPE_CHECKING hides an import" for line in syntax(path).type_checking]
     return lines
 
 
 def cycles(source: Path) -> list[str]:
     """Return one line for each cycle of top-level imports."""
     found = modules(source)
-    arrows = {name: {t for t, _ in own_imports(name, path, set(found))} & set(found) for name, path in found.items()}
+    arrows = {name: {t for t, _, _ in own_imports(name, path, set(found))} & set(found) for name, path in found.items()}
     # A package's __init__ only re-exports names, so its imports from its own modules are not cycles.
     for name, path in found.items():
         if path.name == "__init__.py":
@@ -148,16 +187,9 @@ def named_targets(name: str, path: Path) -> Iterator[tuple[str, int]]:
 
     An f-string counts if its values are string constants of the module, such as ``f"{_HERE}.state:DeepSpeedState"``.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    constants = dict(string_constants(tree))
-    parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            text = joined(node, constants)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
-            text = node.value
-        else:
-            continue
+    here = syntax(path)
+    for node in here.texts:
+        text = joined(node, here.constants) if isinstance(node, ast.JoinedStr) else str(node.value)
         if text is not None and TARGET.fullmatch(text):
             sibling = f"{name.rpartition('.')[0]}.{text}"
             is_sibling = "." not in text.partition(":")[0] and (path.parent / f"{text.partition(':')[0]}.py").is_file()
