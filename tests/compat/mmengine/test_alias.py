@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FIRST_LINE = "import stratagem.compat.mmengine\n"
 
 
@@ -70,6 +72,7 @@ def test_importing_the_layer_after_mmengine_is_refused(tmp_path: Path) -> None:
     assert "stratagem.compat.mmengine was imported after mmengine" in done.stderr
 
 
+@pytest.mark.slow
 def test_importing_stratagem_does_not_import_the_layer(tmp_path: Path) -> None:
     """A program that does not use the layer does not pay for it, and keeps the real MMEngine."""
     done = run(

@@ -99,6 +99,7 @@ def test_a_module_is_run_from_the_working_directory(folder: Path) -> None:
     assert done.stdout == f"__main__ ['-h'] {folder}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_of_the_script_is_printed_as_python_prints_it(folder: Path) -> None:
     """The traceback starts in the script, and the exit status is 1."""
     (folder / "fails.py").write_text("def f():\n    raise KeyError('x')\n\nf()\n", encoding="utf-8")

@@ -96,6 +96,7 @@ def test_two_back_ends_with_one_name_are_refused(tmp_path: Path) -> None:
         Visualizer("twice", vis_backends=[LocalVisBackend(str(tmp_path)), LocalVisBackend(str(tmp_path))])
 
 
+@pytest.mark.slow
 def test_a_visualizer_that_draws_nothing_does_not_load_matplotlib() -> None:
     """A run that only stores scalars needs no plotting library."""
     source = (
