@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from stratagem import Runner
+from stratagem.config_schema import SECTIONS
 from stratagem.planning.planner import plan_config
 from stratagem.planning.result import StepPlan
 from stratagem.utils import import_object
@@ -40,7 +41,9 @@ def measured(model: str, name: str, folder: str) -> Measurement:
             "custom_hooks": [*(config.get("custom_hooks") or ()), hook],
             "param_scheduler": None,
         }
-        runner = Runner.from_cfg({**config, **settings})
+        # Without the variables of the file, which are unknown keys in a dictionary.
+        sections = {key: value for key, value in config.items() if key in SECTIONS}
+        runner = Runner.from_cfg({**sections, **settings})
         try:
             runner.train()
         finally:
