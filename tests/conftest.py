@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in apart]
             config.hook.pytest_deselected(items=apart)
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if not {"ranks", "four"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
@@ -65,5 +65,13 @@ def no_known_secrets() -> None:
 def ranks() -> Iterator[Ranks]:
     """Two rank processes with a Gloo group, for ``ranks.run(function, *args, **kwargs)``; see :class:`Ranks`."""
     pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four rank processes like those of ``ranks``, for meshes of two dimensions."""
+    pool = Ranks(4)
     yield pool
     pool.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,6 @@ from tests.support.exported_runs import TENSOR_PLAN, require_exports, trained
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 def test_exports_of_two_shards_have_the_logits_of_the_run(ranks: Ranks, tmp_path: Path) -> None:

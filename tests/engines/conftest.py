@@ -23,11 +23,3 @@ def two() -> Iterator[Ranks]:
     pool = Ranks(2)
     yield pool
     pool.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
-    """Four ranks that are shared by the whole session."""
-    pool = Ranks(4)
-    yield pool
-    pool.close()

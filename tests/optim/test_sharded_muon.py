@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,6 @@ def test_parts_that_are_stored_twice_are_sent_once() -> None:
     assert ShardLayout.of((3, 3), [rows[0], rows[0], rows[1]]).sends == (True, False, True)
     assert not ShardLayout.of((3, 3), [rows[0], rows[0], rows[1]]).is_stacked
     assert not ShardLayout.of((2, 4), [((0, 2), (0, 2)), ((0, 2), (2, 4))]).is_stacked
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    started = Ranks(4)
-    yield started
-    started.close()
 
 
 @pytest.mark.slow

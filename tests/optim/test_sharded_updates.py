@@ -268,13 +268,9 @@ def all_trained(folder: str) -> dict[tuple[str, str], dict[str, torch.Tensor] | 
 
 
 @pytest.mark.slow
-def test_optimizers_are_tried_and_correct_under_hsdp_and_tensor_parallelism(tmp_path: Path) -> None:
+def test_optimizers_are_tried_and_correct_under_hsdp_and_tensor_parallelism(four: Ranks, tmp_path: Path) -> None:
     """Correct optimizers train as in plain torch with each layout, and one that depends on the rank is rejected."""
-    four = Ranks(4)
-    try:
-        found = four.run(all_trained, str(tmp_path))[0]
-    finally:
-        four.close()
+    found = four.run(all_trained, str(tmp_path))[0]
     for (layout, name), weights in found.items():
         if name == "RankScaled":
             assert "RankScaled cannot update sharded parameters such as network.0.weight" in weights, layout

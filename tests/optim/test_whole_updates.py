@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,6 @@ def test_trial_updates_show_what_an_update_depends_on(kind: Any, expected: Depen
     tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 6), (6, 4))]
     assert dependence_of(optimizer, [tensors], lr=0.01) is expected
     assert all(torch.equal(each, torch.ones_like(each)) for each in parameters)
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    started = Ranks(4)
-    yield started
-    started.close()
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Evaluations and checkpoints of models with buffers that each rank updates from its own samples."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -370,14 +370,6 @@ def train_tracked(work_dir: str, source: str, **changes: Any) -> Any:
 def whole(value: Tensor) -> Tensor:
     """Return a copy of the whole tensor."""
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.slow

@@ -133,16 +133,12 @@ def test_two_ranks_resume_whole_states_with_any_placement(
 
 @pytest.mark.slow
 def test_a_single_process_and_four_ranks_resume_whole_states(
-    folder: Path, saved: str, expected: dict[str, dict[str, Tensor]]
+    four: Ranks, folder: Path, saved: str, expected: dict[str, dict[str, Tensor]]
 ) -> None:
     """Checkpoints of FSDP on two ranks continue bit-equal in a single process, on four ranks and under HSDP."""
     require(resume_all(folder, saved, ["single"]), expected)
-    four = Ranks(4)
-    try:
-        for found in four.run(resume_all, folder, saved, ["FSDP x4", "HSDP 2x2"]):
-            require(found, expected)
-    finally:
-        four.close()
+    for found in four.run(resume_all, folder, saved, ["FSDP x4", "HSDP 2x2"]):
+        require(found, expected)
 
 
 @pytest.mark.slow
