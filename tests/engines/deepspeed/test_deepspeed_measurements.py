@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.deepspeed.engine_runs import placed
+from tests.support import exported_llama
 from tests.support.exported_runs import require_exports, require_measurements, trained
 from tests.support.ranks import Ranks
 
@@ -19,3 +20,11 @@ def test_a_run_is_measured_and_exported(two: Ranks, folder: Path, name: str) -> 
     seen = two.run_within(240, trained, placed(name), str(folder), measured=True)
     require_measurements(seen)
     require_exports(seen, folder)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-2", "ZeRO-3"])
+def test_a_transformers_model_is_exported_with_equal_logits(two: Ranks, folder: Path, name: str) -> None:
+    """``from_pretrained`` opens the export of a checkpoint of the engine, and its logits are equal to the bit."""
+    pytest.importorskip("transformers", reason="requires transformers, which `make proof-plan` installs here")
+    two.run_within(300, exported_llama.trained, placed(name), str(folder), parts=2)
+    exported_llama.require_equal_logits(folder)
