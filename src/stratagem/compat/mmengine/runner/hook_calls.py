@@ -43,6 +43,7 @@ class HookCalls:
         Raises:
             TypeError: if a hook does not accept the arguments; the message contains the hook.
         """
+        session, outer = self._session, self._session.active_hook
         default = _DEFAULT_METHODS.get(fn_name)
         shared = SHARED_METHOD_OF.get(fn_name)
         for hook in self._hooks:
@@ -53,11 +54,14 @@ class HookCalls:
                 and (shared is None or getattr(getattr(hook, shared), "__func__", None) is _DEFAULT_METHODS[shared])
             ):
                 continue
+            session.active_hook = hook
             try:
                 method(self, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{error} in {hook}") from error
-        self._session.after_hooks(fn_name)
+            finally:
+                session.active_hook = outer
+        session.after_hooks(fn_name)
 
     def register_hook(self, hook: Hook | dict[str, Any], priority: str | int | Priority | None = None) -> None:
         """Register a hook, after all hooks with the same or a higher priority.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from stratagem.compat.mmengine.config import Config
 from stratagem.compat.mmengine.config.acceptance import require_accepted
 from stratagem.compat.mmengine.fileio import FileClient, join_path
-from stratagem.compat.mmengine.hooks import Hook
+from stratagem.compat.mmengine.hooks import CheckpointHook, Hook
 from stratagem.compat.mmengine.logging.message_hub import MessageHub
 from stratagem.compat.mmengine.model import is_model_wrapper
 from stratagem.compat.mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
@@ -406,7 +406,11 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         by_epoch: bool = True,
         backend_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a checkpoint atomically, in the layout of MMEngine. Collective: call it on all ranks.
+        """Save a checkpoint atomically, in the layout of MMEngine.
+
+        Calls by a :class:`CheckpointHook`, and all calls if the model is sharded, are collective. In other cases, rank 0 saves
+        without the other ranks, as in MMEngine, so that user code may call this method on rank 0 only or on all ranks; the
+        checkpoint then lacks the random states of the other ranks.
 
         Args:
             out_dir: the folder or URL.
@@ -434,14 +438,14 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
             path = join_path(out_dir, filename, backend_args=backend_args)
         if save_param_scheduler and self.param_schedulers is None:
             self.logger.warning("save_param_scheduler=True has no effect, because the run has no parameter schedulers.")
-        self._session.save(
-            path,
-            {**position, **(meta or {})},
-            save_optimizer=save_optimizer,
-            save_param_scheduler=save_param_scheduler,
-            # CheckpointHook does so, except for the best checkpoints, with which a run cannot resume.
-            update_pointer=False,
-        )
+        arguments: dict[str, Any] = {"save_optimizer": save_optimizer, "save_param_scheduler": save_param_scheduler}
+        meta = {**position, **(meta or {})}
+        session = self._session
+        if self.world_size > 1 and not session.shards and not isinstance(session.active_hook, CheckpointHook):
+            session.save_on_rank0(path, meta, **arguments)
+            return
+        # CheckpointHook updates the pointer, except for the best checkpoints, with which a run cannot resume.
+        session.save(path, meta, update_pointer=False, **arguments)
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """Return the entries of ``meta`` that MMEngine's checkpoints have."""

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.checkpoint import RetentionTag, StateTree
+from stratagem.checkpoint import RetentionTag, StateTree, save_checkpoint
 from stratagem.checkpoint.tree.flatten import flatten_state
 from stratagem.compat.mmengine.logging import HistoryBuffer
 from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
 from stratagem.compat.mmengine.runner.positioned_loader import PositionedLoader, position_of, sampler_of
+from stratagem.compat.mmengine.runner.rank0_state import rank0_state
 from stratagem.data import report_dead_workers
 from stratagem.errors import CheckpointError
 from stratagem.model.weights import broadcast_weights
@@ -86,6 +87,8 @@ class RunSession:
         self.strategy = strategy
         self.run = Run(strategy, _HookBridge(self))
         self.resumed = False
+        # The hook that is being called.
+        self.active_hook: Any = None
         self._source = source
         self._meta: dict[str, Any] = {}
         self._saves_schedulers = True
@@ -278,19 +281,37 @@ class RunSession:
             update_pointer: whether to update ``last_checkpoint``.
         """
         self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
-        position = position_of(self._train_loader())
         self.run.save_checkpoint(
             path,
-            Position(
-                epoch=int(meta["epoch"]),
-                iter=int(meta["iter"]),
-                batch=0 if position is None else position.next[1],
-                validated=self.run.progress.validated,
-            ),
+            self._position(meta),
             save_optimizer=save_optimizer,
             save_param_scheduler=False,
             retention_tag=retention_tag,
             update_pointer=update_pointer,
+        )
+
+    def save_on_rank0(
+        self, path: str | Path, meta: Mapping[str, Any], *, save_optimizer: bool, save_param_scheduler: bool
+    ) -> None:
+        """Save a checkpoint on rank 0, without communication; other ranks do nothing, and need not call this method.
+
+        See :meth:`save` for the arguments and :func:`rank0_state` for the contents.
+        """
+        if self.strategy.rank != 0:
+            return
+        self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
+        checkpoint = rank0_state(self.strategy, path, save_optimizer=save_optimizer)
+        checkpoint["meta"] |= {**self._position(meta).as_meta(), "purpose": _NEVER_REMOVED.as_meta()}
+        self.complete(checkpoint)
+        save_checkpoint(checkpoint, path)
+
+    def _position(self, meta: Mapping[str, Any]) -> Position:
+        position = position_of(self._train_loader())
+        return Position(
+            epoch=int(meta["epoch"]),
+            iter=int(meta["iter"]),
+            batch=0 if position is None else position.next[1],
+            validated=self.run.progress.validated,
         )
 
     def complete(self, checkpoint: StateTree) -> None:
