@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from stratagem.compat.mmengine.evaluator import BaseMetric
 from stratagem.compat.mmengine.hooks import Hook
 from stratagem.compat.mmengine.logging import HistoryBuffer
-from stratagem.compat.mmengine.model import BaseModel
+from stratagem.compat.mmengine.model import BaseModel, BaseTTAModel
 from stratagem.compat.mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 from stratagem.compat.mmengine.runner.checkpoint import load_from_local
 from stratagem.errors import ConfigValueError
@@ -266,3 +266,24 @@ def test_an_unknown_data_order_is_refused(tmp_path):
     """The section that MMEngine ignores is checked."""
     with pytest.raises(ConfigValueError, match="data_order='torch'"):
         build(tmp_path, Record(), cfg={"stratagem": {"data_order": "torch"}})
+
+
+class Averaging(BaseTTAModel):
+    """Keeps the first prediction."""
+
+    def merge_preds(self, data_samples_list):
+        return [samples[0] for samples in data_samples_list]
+
+
+def test_load_from_loads_the_model_inside_a_test_time_augmentation_model(tmp_path):
+    """The test scripts of OpenMMLab wrap the model and set ``load_from`` to the checkpoint of the model inside."""
+    trained = build(tmp_path / "trained", Record())
+    trained.train()
+    runner = build(
+        tmp_path / "tested",
+        Record(),
+        model=Averaging(module=Model()),
+        load_from=str(tmp_path / "trained" / "iter_15.pth"),
+    )
+    runner._load_or_resume(training=False)
+    torch.testing.assert_close(runner.model.module.state_dict(), trained.model.state_dict(), rtol=0, atol=0)

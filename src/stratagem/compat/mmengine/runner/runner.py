@@ -18,7 +18,7 @@ from stratagem.compat.mmengine.config.acceptance import require_accepted
 from stratagem.compat.mmengine.fileio import FileClient, join_path
 from stratagem.compat.mmengine.hooks import CheckpointHook, Hook
 from stratagem.compat.mmengine.logging.message_hub import MessageHub
-from stratagem.compat.mmengine.model import is_model_wrapper
+from stratagem.compat.mmengine.model import BaseTTAModel, is_model_wrapper
 from stratagem.compat.mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from stratagem.compat.mmengine.registry import RUNNERS, DefaultScope
 from stratagem.compat.mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
@@ -315,8 +315,14 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         self._load_or_resume(training=training and self._session.has_optim)
 
     def _load_or_resume(self, *, training: bool) -> None:
-        if not self._has_loaded:
-            self._has_loaded = self._session.load_or_resume(training=training)
+        if self._has_loaded:
+            return
+        is_averaging = isinstance(self._session.unwrap(self.model), BaseTTAModel)
+        if is_averaging and self._load_from is not None and not self._session.shards:
+            # The checkpoint contains the weights of the model inside, without the prefix of the wrapper.
+            self.load_checkpoint(self._load_from)
+            return
+        self._has_loaded = self._session.load_or_resume(training=training)
 
     def _prepare_to_resume(self) -> None:
         if not self._session.has_optim:
