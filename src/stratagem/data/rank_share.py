@@ -125,9 +125,17 @@ class IsolatedIterator(Iterator[Any]):
 
 
 def _draws_with_first_item(items: Any) -> bool:
-    """Return whether a sampler uses the global generators only for its first item, as the samplers of torch and torchdata do."""
-    sampler = items.sampler if forms_plain_batches(items) else items
-    return type(sampler) in _TORCH_SAMPLERS or type(sampler) is _torchdata_class("RandomSampler")
+    """Return whether a sampler uses the global generators at most for its first item, as the samplers of torch and torchdata do.
+
+    A class declares that its samplers never use them with its own attribute ``uses_global_generators = False``. Subclasses do not
+    inherit the declaration, because they may draw numbers.
+    """
+    kind = type(items.sampler if forms_plain_batches(items) else items)
+    return (
+        kind in _TORCH_SAMPLERS
+        or kind.__dict__.get("uses_global_generators") is False
+        or kind is _torchdata_class("RandomSampler")
+    )
 
 
 @final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sized
+from typing import ClassVar
 
 import torch
 from torch.utils.data import Sampler
@@ -26,6 +27,8 @@ class DefaultSampler(Sampler[int]):
         seed: the seed; by default, rank 0 draws one. Collective then.
         round_up: whether samples are repeated so that all ranks have the same number.
     """
+
+    uses_global_generators: ClassVar[bool] = False
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True) -> None:
         self.rank, self.world_size = get_dist_info()
@@ -66,6 +69,8 @@ class InfiniteSampler(Sampler[int]):
         shuffle: whether to shuffle the samples.
         seed: the seed; by default, rank 0 draws one. Collective then.
     """
+
+    uses_global_generators: ClassVar[bool] = False
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None) -> None:
         self.rank, self.world_size = get_dist_info()
