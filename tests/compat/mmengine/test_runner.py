@@ -285,5 +285,6 @@ def test_load_from_loads_the_model_inside_a_test_time_augmentation_model(tmp_pat
         model=Averaging(module=Model()),
         load_from=str(tmp_path / "trained" / "iter_15.pth"),
     )
-    runner._load_or_resume(training=False)
+    with runner._session.evaluating():  # closes the log files at its end
+        runner._load_or_resume(training=False)
     torch.testing.assert_close(runner.model.module.state_dict(), trained.model.state_dict(), rtol=0, atol=0)
