@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 
 from stratagem.compat.mmengine import alias
 from stratagem.errors import ConfigFileError, ConfigValueError
@@ -53,7 +53,7 @@ def run_program(words: Sequence[str]) -> None:
         raise SystemExit(1) from None
 
 
-def _compile(script: str) -> object:
+def _compile(script: str) -> CodeType:
     path = Path(script)
     try:
         source = path.read_bytes()

@@ -70,5 +70,5 @@ def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
         model: nn.Module = MODELS.build(cfg.model, default_args=kwargs)
         if pretrained:
             load_checkpoint(model, cfg.model_path)
-            model._is_init = True  # The Runner does not initialize the weights again.
+            vars(model)["_is_init"] = True  # The Runner does not initialize the weights again.
     return model

@@ -71,14 +71,14 @@ class RunnerFacts:
     @property
     def epoch(self) -> int:
         """The number of completed epochs."""
-        loop = self._train_loop
-        return loop.epoch if isinstance(loop, BaseLoop) else 0
+        loop = self.train_loop_or_none
+        return 0 if loop is None else loop.epoch
 
     @property
     def iter(self) -> int:
         """The number of completed iterations."""
-        loop = self._train_loop
-        return loop.iter if isinstance(loop, BaseLoop) else 0
+        loop = self.train_loop_or_none
+        return 0 if loop is None else loop.iter
 
     @property
     def launcher(self) -> str:
