@@ -17,6 +17,7 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -27,6 +28,9 @@ from stratagem.dist import close_dist, init_dist
 # Starting processes and importing modules takes a minute on a busy machine; both limits are below the time limit of a test.
 _START_S = 180.0
 _DEADLINE_S = 100.0
+# Each process group that a test creates leaves threads of Gloo, which wake up continuously, so idle ranks with hundreds of them
+# slow down all tests. Ranks with more threads than this are replaced.
+_MAX_THREADS = 120
 # The time that other ranks may take after one has failed, because they may be waiting for it in a collective.
 _GRACE_S = 3.0
 
@@ -49,7 +53,7 @@ def scripts_environment() -> dict[str, str]:
 
 @final
 class Ranks:
-    """Processes with one Gloo group, started by the first call and replaced after a failure.
+    """Processes with one Gloo group, started by the first call, and replaced after a failure or when they have many threads.
 
     Functions and arguments are pickled, so a function must be defined at the top level of an importable module, such as
     that of the test. It runs with torchrun's environment variables, an initialized process group, generators seeded with
@@ -79,7 +83,11 @@ class Ranks:
                 # Send the path first, because the rank needs it to unpickle the function.
                 pipe.send(sys.path)
                 pipe.send_bytes(task)
-            return self._answers(seconds)
+            answers = self._answers(seconds)
+        # On systems without /proc, ranks are not replaced.
+        if len(list(Path(f"/proc/{self._processes[0].pid}/task").glob("*"))) > _MAX_THREADS:
+            self.close()
+        return answers
 
     def close(self) -> None:
         """Close the processes: those that wait for work exit immediately, the others are killed."""
