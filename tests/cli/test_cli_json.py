@@ -16,7 +16,8 @@ from stratagem.cli.output import print_json
 Command = Callable[..., Any]
 # They train, print text that a model has generated, or write a file.
 WITHOUT_RESULTS = {
-    "train", "predict", "sample", "init", "submit", "report", "config show", "ckpt convert", "ckpt prune", "ckpt consolidate"
+    "train", "predict", "sample", "init", "submit", "report", "config show", "config port", "ckpt convert", "ckpt prune",
+    "ckpt consolidate", "run-mmengine",
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: st
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"monitor": "perplexity"}, "from the name 'perplexity' whether greater or smaller"),
+        ({"monitor": "quality"}, "from the name 'quality' whether greater or smaller"),
         ({"monitor": "loss", "rule": "lesser"}, "Did you mean 'less'"),
         ({"monitor": "loss", "patience": 0}, "expected patience to be an integer >= 1, got 0"),
         ({"monitor": "loss", "min_delta": -1.0}, "expected min_delta >= 0, got -1.0"),
