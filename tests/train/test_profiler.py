@@ -330,4 +330,4 @@ def test_each_rank_has_a_trace_with_its_collectives(tmp_path: Path, ranks: Ranks
         assert names.count("gloo:all_reduce") >= 2
         assert {"stratagem: forward", "stratagem: backward", "stratagem: clipping", "stratagem: data"} <= set(names)
         (collective,) = [each for each in report["collectives"] if each["name"] == "gloo:all_reduce"]
-        assert 0 <= collective["exposed_seconds"] <= collective["seconds"] + 1e-9
+        assert 0 <= collective["exposed_seconds"] <= collective["seconds"]

@@ -222,8 +222,9 @@ def _length(intervals: Iterable[_Interval]) -> float:
 
 def _without(first: Sequence[_Interval], second: Sequence[_Interval]) -> float:
     """Return the time that is in ``first`` and not in ``second``."""
-    both = _union([*first, *second])
-    return _length(both) - _length(_union(second))
+    only_first = _length(_union([*first, *second])) - _length(_union(second))
+    # The difference of two rounded sums can be outside of this range.
+    return min(max(only_first, 0.0), _length(_union(first)))
 
 
 def _collectives(
