@@ -207,7 +207,9 @@ def test_a_log_with_more_names_than_can_be_shown_is_bounded(tmp_path: Path) -> N
     assert facts.records.omitted == 600
 
 
-@pytest.mark.parametrize("files", [{"times.jsonl": ""}, {"start.json": ""}, {"start.json": "{", "times.jsonl": '{"ev'}])
+@pytest.mark.parametrize(
+    "files", [{}, {"times.jsonl": ""}, {"start.json": ""}, {"start.json": "{", "times.jsonl": '{"ev'}]
+)
 def test_a_run_without_records_has_a_report(tmp_path: Path, files: dict[str, str]) -> None:
     """A session that was killed while it started, or whose files are damaged, has a report without curves."""
     folder = tmp_path / "run" / FIRST

@@ -191,12 +191,13 @@ def session_folders(work_dir: Path) -> list[Path]:
 
 
 def _only_evaluated(folder: Path) -> bool:
-    """Return whether all logged values of a folder are those of validations and tests."""
+    """Return whether a folder has logged values, and all of them are those of validations and tests."""
     try:
         with (folder / _SCALARS).open(encoding="utf-8") as lines:
-            return all(json.loads(line).get("mode", "train") in ("val", "test") for line in lines)
+            modes = {json.loads(line).get("mode", "train") for line in lines}
     except (OSError, ValueError, AttributeError):
         return False
+    return bool(modes) and modes <= {"val", "test"}
 
 
 def find_runs(folder: Path) -> list[Path]:
