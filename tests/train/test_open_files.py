@@ -78,3 +78,13 @@ def test_a_run_that_continues_after_an_error_appends_to_its_files(runner: Runner
     assert iterations(runner) == list(range(1, runner.run.iter + 1))
     assert log.read_text().startswith(first)
     assert len(log.read_text()) > len(first)
+
+
+def test_a_line_after_the_run_is_in_the_log_which_is_closed_again(runner: Runner, tmp_path: Path):
+    """A library or a finalizer may log after the run has ended; the file is open only while the line is written."""
+    with pytest.raises(RuntimeError):
+        runner.train()
+    runner.strategy.logger.info("a late line")
+    log = next(Path(runner.strategy.log_dir).glob("*.log"))
+    assert log.read_text().endswith("a late line\n")
+    assert open_files(tmp_path) == []

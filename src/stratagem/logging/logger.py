@@ -72,7 +72,7 @@ class Logger(logging.Logger):
         self.addFilter(_RepeatedWarnings())
 
     def release_file(self) -> None:
-        """Close the file until the next line, which opens it again. Idempotent; has no effect after :meth:`close`."""
+        """Close the file; later lines open it and close it again. Idempotent; has no effect after :meth:`close`."""
         for handler in self.handlers:
             if isinstance(handler, _LogFile):
                 handler.release_file()
@@ -122,6 +122,7 @@ class _LogFile(logging.FileHandler):
     """Write lines to a regular file. If that fails, for example because the disk is full, warn once on the console."""
 
     _has_failed = False
+    _is_released = False
 
     def _open(self) -> Any:
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=open_regular)
@@ -136,12 +137,14 @@ class _LogFile(logging.FileHandler):
             super().emit(record)
         except OSError:  # The file cannot be opened again.
             self.handleError(record)
+        if self._is_released:
+            self.release_file()
 
     def release_file(self) -> None:
-        """Close the file; the next record opens it again and is appended."""
+        """Close the file; later records are appended, and keep the file open only while they are written."""
         self.acquire()
         try:
-            self.mode = "a"
+            self.mode, self._is_released = "a", True
             stream, self.stream = self.stream, None
             if stream is not None:
                 stream.close()

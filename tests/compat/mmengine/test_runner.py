@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stratagem.compat.mmengine.evaluator import BaseMetric
 from stratagem.compat.mmengine.hooks import Hook
-from stratagem.compat.mmengine.logging import HistoryBuffer
+from stratagem.compat.mmengine.logging import HistoryBuffer, print_log
 from stratagem.compat.mmengine.model import BaseModel, BaseTTAModel
 from stratagem.compat.mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 from stratagem.compat.mmengine.runner.checkpoint import load_from_local
@@ -251,6 +252,20 @@ def test_histories_of_a_checkpoint_of_mmengine_are_restored(tmp_path):
     assert runner.message_hub.get_info("best_score") == 0.5
     assert runner.message_hub.get_scalar("val/x").data[0].tolist() == [1.0, 2.0]
     assert sorted(record.losses) == list(range(6, 15))
+
+
+def test_lines_after_a_run_are_in_its_log_which_is_closed_again(tmp_path):
+    """Code that logs to the current logger after the run, or initializes another model, keeps no file of the run open."""
+    build(tmp_path, Record(), loop={"by_epoch": False, "max_iters": 3}).train()
+    print_log("a late line", logger="current")
+    Model().init_weights()
+    log = next(tmp_path.glob("*/*.log"))
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if line.endswith("a late line")]
+    assert (
+        "linear.weight - torch.Size([1, 4]): " in lines[lines.index("Name of parameter - Initialization information") :]
+    )
+    assert [each.path for each in psutil.Process().open_files() if Path(each.path).is_relative_to(tmp_path)] == []
 
 
 def test_a_file_with_objects_is_not_executed(tmp_path):

@@ -399,7 +399,8 @@ class Run:
     def releasing_files(self) -> Iterator[None]:
         """Close the log file and the file of records when the context exits, also after an error.
 
-        The next line or record opens them again. A run that has failed therefore keeps no file open, even if nobody closes it.
+        Later lines open the log only while they are written, and the next record opens the file of records again. A run that
+        has failed therefore keeps no file open, even if nobody closes it.
         """
         try:
             yield

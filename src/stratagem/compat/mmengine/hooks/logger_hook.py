@@ -14,7 +14,7 @@ import torch
 
 from stratagem.compat.mmengine.fileio import FileClient, dump, get_file_backend
 from stratagem.compat.mmengine.hooks.hook import DATA_BATCH, Hook
-from stratagem.compat.mmengine.logging import print_log
+from stratagem.compat.mmengine.logging import MMLogger, print_log
 from stratagem.compat.mmengine.registry import HOOKS
 from stratagem.compat.mmengine.utils import is_seq_of, scandir
 from stratagem.errors import ConfigTypeError, ConfigValueError
@@ -154,9 +154,8 @@ class LoggerHook(Hook):
 
 def _remove_logs(files: Sequence[str], logger: Any) -> None:
     logger.info(f"{len(files)} files are removed, since keep_local=False: {', '.join(files)}")
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
+    if isinstance(logger, MMLogger):
+        logger.release_files()
     for file in files:
         Path(file).unlink()
 

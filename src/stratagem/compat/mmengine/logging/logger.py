@@ -116,6 +116,7 @@ class MMLogger(logging.Logger, ManagerMixin):
         console.setLevel(level if rank == 0 else max(level, logging.ERROR))
         console.addFilter(FilterDuplicateWarning(logger_name))
         self.handlers.append(console)
+        self._is_released = False
         self._log_file: str | None = None
         if log_file is not None:
             every_rank = (distributed or level <= logging.DEBUG) and _get_world_size() > 1
@@ -145,6 +146,31 @@ class MMLogger(logging.Logger, ManagerMixin):
         for handler in self.handlers:
             if record.levelno >= handler.level:
                 handler.handle(record)
+        if self._is_released:
+            self.release_files()
+
+    @property
+    def file_handlers(self) -> list[logging.FileHandler]:
+        """The handlers that write to files."""
+        return [handler for handler in self.handlers if isinstance(handler, logging.FileHandler)]
+
+    def release_files(self) -> None:
+        """Close the files; later lines are appended, and keep the files open only while they are written. Idempotent."""
+        self._is_released = True
+        for handler in self.file_handlers:
+            handler.mode = "a"
+            handler.close()
+
+    def write_to_files(self, text: str) -> bool:
+        """Append a text without a prefix to the files; return whether there is one."""
+        for handler in self.file_handlers:
+            if handler.stream is None:
+                handler.stream = handler._open()
+            handler.stream.write(text)
+            handler.stream.flush()
+        if self._is_released:
+            self.release_files()
+        return bool(self.file_handlers)
 
     def setLevel(self, level: int | str) -> None:  # noqa: N802 -- the name in the logging module
         """Set the lowest level of the records that the handlers receive."""

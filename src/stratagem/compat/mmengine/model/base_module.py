@@ -106,13 +106,7 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
             f"\n{name} - {parameter.shape}: \n{records[parameter]['init_info']} \n"
             for name, parameter in self.named_parameters()
         ]
-        files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
-        for handler in files:
-            if handler.stream is None:
-                handler.stream = handler._open()
-            handler.stream.write("".join(["Name of parameter - Initialization information\n", *lines]))
-            handler.stream.flush()
-        if not files:
+        if not logger.write_to_files("".join(["Name of parameter - Initialization information\n", *lines])):
             for line in lines:
                 logger.info(line)
 

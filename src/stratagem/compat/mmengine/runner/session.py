@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import RetentionTag, StateTree, save_checkpoint
 from stratagem.checkpoint.tree.flatten import flatten_state
-from stratagem.compat.mmengine.logging import HistoryBuffer
+from stratagem.compat.mmengine.logging import HistoryBuffer, MMLogger
 from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
 from stratagem.compat.mmengine.runner.positioned_loader import PositionedLoader, position_of, sampler_of
 from stratagem.compat.mmengine.runner.rank0_state import rank0_state
@@ -191,14 +191,13 @@ class RunSession:
 
     @contextmanager
     def _releasing_files(self) -> Iterator[None]:
-        """Close the log files at the end of the context; the next line opens them again."""
+        """Close the log files at the end of the context; later lines open them only while they are written."""
         try:
             with self.run.releasing_files():
                 yield
         finally:
-            for handler in self.runner.logger.handlers:
-                if isinstance(handler, logging.FileHandler):
-                    handler.close()
+            if isinstance(self.runner.logger, MMLogger):
+                self.runner.logger.release_files()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
