@@ -84,6 +84,44 @@ def non_reentrant(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False)
 
 
+class Repeating(torch.autograd.Function):
+    """A checkpoint of a library that does not use torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, block: nn.Module, x: Tensor) -> Tensor:
+        """Return the output of the block without a graph."""
+        ctx.block, ctx.x = block, x.detach().requires_grad_()
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Repeat the forward pass with a graph, and compute the gradients with it."""
+        with torch.enable_grad():
+            output = ctx.block(ctx.x)
+        output.backward(gradients[0])
+        return None, ctx.x.grad
+
+
+def repeat_to_unpack(block: nn.Module, x: Tensor) -> Tensor:
+    """Checkpoint a block with hooks that repeat the forward pass for each tensor that the backward pass needs."""
+    count = 0
+
+    def pack(_: Tensor) -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    def unpack(number: int) -> Tensor:
+        saved: list[Tensor] = []
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda none: none):
+            block(x.detach().requires_grad_())
+        return saved[number - 1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return block(x)
+
+
 @pytest.fixture
 def network() -> Network:
     """A network without checkpoints."""
@@ -104,6 +142,25 @@ def test_checkpointed_modules_train_as_without_checkpoints(network: Network):
     update_buffers_once(checkpointed)
     for result, expected in zip(trained(checkpointed), trained(network), strict=True):
         assert equal(result, expected)
+
+
+def test_a_model_without_recomputations_has_no_hooks(network: Network):
+    """A forward pass of a model costs nothing more until something can repeat it in a backward pass."""
+    update_buffers_once(network)
+    trained(network)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("call", [reentrant, non_reentrant, Repeating.apply, repeat_to_unpack])
+def test_a_checkpoint_after_other_iterations_updates_buffers_once(network: Network, call: Any):
+    """A model that calls a checkpoint only in later iterations, from torch or another library, updates each buffer once."""
+    update_buffers_once(network)
+    trained(network)
+    network.call = call
+    _, buffers = trained(network)
+    assert buffers["blocks.0.layers.1.num_batches_tracked"] == 6
+    assert buffers["blocks.1.layers.2.calls"] == 6
+    assert buffers["blocks.1.layers.2.replaced"] == 6
 
 
 @pytest.mark.parametrize("call", [reentrant, non_reentrant])
@@ -170,9 +227,11 @@ def test_error_in_a_recomputation_restores_the_buffers():
 def test_compiled_model_has_no_graph_break():
     """The hooks do not prevent torch.compile from capturing the whole model."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    update_buffers_once(model)
-    update_buffers_once(model)
+    for _ in range(2):
+        update_buffers_once(model)
+        non_reentrant(model, torch.ones(4, 3))
     assert len(model[1]._forward_hooks) == 1
+    model[1].reset_running_stats()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(torch.randn(4, 3)).sum().backward()
     assert model[1].num_batches_tracked == 1

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache, partial, wraps
 from typing import Any, Final, final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
 
 from stratagem.utils.torch_private import backward_pass_id
 
@@ -21,21 +25,68 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 _SMALL_NUMEL: Final = 1 << 16
 # Set in a thread while it runs a recomputation whose buffers are replaced.
 _thread = threading.local()
+# Models that update_buffers_once() was called for since the last recomputation began.
+_without_hooks: Final[WeakSet[nn.Module]] = WeakSet()
 
 
 def update_buffers_once(model: nn.Module) -> None:
     """Make every module of a model discard the buffer changes of forward passes that run during a backward pass.
 
     Such a forward pass is a recomputation, whichever function started it (``torch.utils.checkpoint``, reentrant or not, or
-    a function from an engine or another library). Modules that are compiled together with the checkpoint are not covered.
-    Calling this function again has no effect.
+    a function from an engine or another library). The modules get hooks when something that may recompute them is first used:
+    hooks for saved tensors, or the backward method of a function that torch does not define. Until then, a forward pass costs
+    nothing more. Modules that are compiled together with the checkpoint are not covered. Calling this function again has no
+    effect.
     """
-    for module in model.modules():
-        has_buffers = any(buffer is not None for buffer in module._buffers.values())
-        if has_buffers and not any(isinstance(hook, _Discard) for hook in module._forward_hooks.values()):
-            stack: list[dict[str, Tensor | None]] = []
-            module.register_forward_pre_hook(_Replace(stack))
-            module.register_forward_hook(_Discard(stack), always_call=True)
+    if any(True for _ in model.buffers()):
+        _observe_recomputations()
+        _without_hooks.add(model)
+
+
+@cache
+def _observe_recomputations() -> None:
+    """Add the hooks to all models before the first recomputation.
+
+    A recomputation that autograd starts runs either in the backward method of a Python function or in a hook for saved tensors.
+    Torch reports neither, so the methods that all of them call are replaced for the whole process.
+    """
+    create = saved_tensors_hooks.__init__
+
+    @wraps(create)
+    def observed_create(self: saved_tensors_hooks, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and _without_hooks:
+            _add_hooks()
+        create(self, *args, **kwargs)
+
+    saved_tensors_hooks.__init__ = observed_create  # type: ignore[method-assign]
+    for name in filter(partial(hasattr, BackwardCFunction), ("apply", "apply_boxed")):
+        setattr(BackwardCFunction, name, _observed_backward(getattr(BackwardCFunction, name)))
+
+
+def _observed_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(backward)
+    def observed(self: Any, *args: Any) -> Any:
+        if _without_hooks and _may_recompute(self._forward_cls.__module__):
+            _add_hooks()
+        return backward(self, *args)
+
+    return observed
+
+
+def _may_recompute(module: str) -> bool:
+    """Return whether a function of a module may run a forward pass in its backward method."""
+    return module == "torch.utils.checkpoint" or module.partition(".")[0] != "torch"
+
+
+def _add_hooks() -> None:
+    """Add the hooks to the modules of all models that do not have them."""
+    while _without_hooks:
+        for module in _without_hooks.pop().modules():
+            has_buffers = any(buffer is not None for buffer in module._buffers.values())
+            if has_buffers and not any(isinstance(hook, _Discard) for hook in module._forward_hooks.values()):
+                stack: list[dict[str, Tensor | None]] = []
+                module.register_forward_pre_hook(_Replace(stack))
+                module.register_forward_hook(_Discard(stack), always_call=True)
 
 
 @final
