@@ -76,6 +76,14 @@ class Record(Hook):
         self.validated.append(runner.iter)
 
 
+VALIDATION = {
+    "val_dataloader": {
+        "dataset": Noisy(), "batch_size": 2, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False}
+    },
+    "val_cfg": {}, "val_evaluator": [Mean(prefix="x")],
+}  # fmt: skip
+
+
 class KilledError(Exception):
     """Ends a run without saving it."""
 
@@ -200,13 +208,10 @@ def test_a_signal_saves_the_run_and_ends_the_program(tmp_path):
 def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
     """A checkpoint is saved at the end of an epoch before its validation, so the resumed run validates first."""
     validation = {
-        "val_dataloader": {
-            "dataset": Noisy(), "batch_size": 2, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False}
-        },
-        "val_cfg": {}, "val_evaluator": [Mean(prefix="x")],
+        **VALIDATION,
         "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
         "loop": {"by_epoch": True, "max_epochs": 2},
-    }  # fmt: skip
+    }
 
     class Dying(Hook):
         def before_val(self, runner):
@@ -219,6 +224,19 @@ def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
     build(tmp_path, record, resume=True, **validation).train()
     assert first.validated == []
     assert record.validated == [5, 10]
+
+
+def test_a_validation_without_training_does_not_save_the_best_checkpoint(tmp_path):
+    """A run that is only validated returns the metrics and changes no checkpoint, also after a training."""
+    checkpoint = {"type": "CheckpointHook", "save_best": "x/mean", "rule": "less"}
+    runner = build(tmp_path, Record(), **VALIDATION, default_hooks={"checkpoint": checkpoint})
+    assert set(runner.val()) == {"x/mean"}
+    assert list(tmp_path.glob("*.pth")) == []
+    runner.train()
+    saved = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pth")}
+    nn.init.constant_(runner.model.linear.bias, -100.0)
+    assert runner.val()["x/mean"] < -50
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pth")} == saved
 
 
 def test_checkpoints_have_the_layout_of_mmengine_and_contain_no_code(tmp_path):

@@ -116,6 +116,8 @@ class CheckpointHook(Hook):
         self.less_keys: Any = _keys("less_keys", less_keys, self._default_less_keys)
         self.published_keys = _published(published_keys)
         self.last_ckpt: str | None = None
+        # A validation without training, `runner.val()`, does not change the checkpoints of the run.
+        self._is_training = False
         self._init_best(rule)
 
     def _init_best(self, rule: str | list[str] | None) -> None:
@@ -138,6 +140,7 @@ class CheckpointHook(Hook):
             self.best_ckpt_path_dict: dict[str, str | None] = {}
 
     def before_train(self, runner: Any) -> None:
+        self._is_training = True
         if self.out_dir is None:
             self.out_dir = runner.work_dir
         self.file_client = FileClient.infer_client(self.file_client_args, self.out_dir)
@@ -186,6 +189,8 @@ class CheckpointHook(Hook):
             self._save_checkpoint(runner)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        if not self._is_training:
+            return
         if not metrics:
             runner.logger.warning("The validation returned no metrics, so the best checkpoint is not updated.")
             return
@@ -200,6 +205,9 @@ class CheckpointHook(Hook):
         for path in best:
             if path is not None:
                 self._publish_model(runner, path)
+
+    def after_run(self, runner: Any) -> None:
+        self._is_training = False
 
     @master_only
     def _publish_model(self, runner: Any, ckpt_path: str) -> None:

@@ -43,7 +43,7 @@ class HookCalls:
         Raises:
             TypeError: if a hook does not accept the arguments; the message contains the hook.
         """
-        session, outer = self._session, self._session.active_hook
+        session, outer = self._session, self._session.active_method
         default = _DEFAULT_METHODS.get(fn_name)
         shared = SHARED_METHOD_OF.get(fn_name)
         for hook in self._hooks:
@@ -54,13 +54,13 @@ class HookCalls:
                 and (shared is None or getattr(getattr(hook, shared), "__func__", None) is _DEFAULT_METHODS[shared])
             ):
                 continue
-            session.active_hook = hook
+            session.active_method = method
             try:
                 method(self, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{error} in {hook}") from error
             finally:
-                session.active_hook = outer
+                session.active_method = outer
         session.after_hooks(fn_name)
 
     def register_hook(self, hook: Hook | dict[str, Any], priority: str | int | Priority | None = None) -> None:

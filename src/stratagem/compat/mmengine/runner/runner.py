@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from stratagem.compat.mmengine.config import Config
 from stratagem.compat.mmengine.config.acceptance import require_accepted
 from stratagem.compat.mmengine.fileio import FileClient, join_path
-from stratagem.compat.mmengine.hooks import CheckpointHook, Hook
+from stratagem.compat.mmengine.hooks import Hook
 from stratagem.compat.mmengine.logging.message_hub import MessageHub
 from stratagem.compat.mmengine.model import BaseTTAModel, is_model_wrapper
 from stratagem.compat.mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
@@ -27,6 +27,7 @@ from stratagem.compat.mmengine.runner.checkpoint import (
     _load_checkpoint,
     _load_checkpoint_to_model,
 )
+from stratagem.compat.mmengine.runner.collective_saves import is_called_on_all_ranks, require_all_ranks
 from stratagem.compat.mmengine.runner.components import RunnerComponents
 from stratagem.compat.mmengine.runner.facts import RunnerFacts
 from stratagem.compat.mmengine.runner.hook_calls import HookCalls
@@ -414,9 +415,9 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
     ) -> None:
         """Save a checkpoint atomically, in the layout of MMEngine.
 
-        Calls by a :class:`CheckpointHook`, and all calls if the model is sharded, are collective. In other cases, rank 0 saves
-        without the other ranks, as in MMEngine, so that user code may call this method on rank 0 only or on all ranks; the
-        checkpoint then lacks the random states of the other ranks.
+        Calls by a :class:`CheckpointHook` whose methods are not overridden, and all calls if the model is sharded, are
+        collective. In other cases, rank 0 saves without the other ranks, as in MMEngine, so that user code may call this method
+        on rank 0 only or on all ranks; the checkpoint then lacks the random states of the other ranks.
 
         Args:
             out_dir: the folder or URL.
@@ -430,7 +431,7 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
 
         Raises:
             TypeError: if ``meta`` is neither a dict nor None.
-            CheckpointError: if the file cannot be written.
+            CheckpointError: if the file cannot be written, or if the model is sharded and not all ranks call this method.
         """
         if meta is not None and not isinstance(meta, Mapping):
             raise TypeError(f"meta must be a dict or None, got {type(meta).__name__}.")
@@ -447,9 +448,11 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         arguments: dict[str, Any] = {"save_optimizer": save_optimizer, "save_param_scheduler": save_param_scheduler}
         meta = {**position, **(meta or {})}
         session = self._session
-        if self.world_size > 1 and not session.shards and not isinstance(session.active_hook, CheckpointHook):
-            session.save_on_rank0(path, meta, **arguments)
-            return
+        if self.world_size > 1 and not is_called_on_all_ranks(session.active_method):
+            if not session.shards:
+                session.save_on_rank0(path, meta, **arguments)
+                return
+            require_all_ranks(path)
         # CheckpointHook updates the pointer, except for the best checkpoints, with which a run cannot resume.
         session.save(path, meta, update_pointer=False, **arguments)
 

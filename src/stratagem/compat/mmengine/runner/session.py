@@ -87,8 +87,8 @@ class RunSession:
         self.strategy = strategy
         self.run = Run(strategy, _HookBridge(self))
         self.resumed = False
-        # The hook that is being called.
-        self.active_hook: Any = None
+        # The method of a hook that is being called.
+        self.active_method: Any = None
         self._source = source
         self._meta: dict[str, Any] = {}
         self._saves_schedulers = True
