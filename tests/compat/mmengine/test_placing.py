@@ -15,6 +15,7 @@ from stratagem.compat.mmengine.model import BaseModel
 from stratagem.compat.mmengine.runner import FlexibleRunner, Runner
 from stratagem.dist import get_rank
 from stratagem.errors import ConfigValueError
+from stratagem.strategies import SingleDeviceStrategy
 from tests.support.ranks import Ranks
 
 
@@ -131,6 +132,71 @@ def test_options_of_ddp_are_refused_with_a_strategy(tmp_path: Path, option: dict
     """A strategy in the configuration would ignore them."""
     with pytest.raises(ConfigValueError, match=f"{next(iter(option))}=.* has no effect"):
         Runner(**arguments(tmp_path, cfg={"strategy": {"type": "SingleDeviceStrategy"}, **option}))
+
+
+def unused_parameters(folder: Path) -> dict[str, object]:
+    """Return whether DDP looks for unused parameters, for several configurations."""
+    option = {"find_unused_parameters": True}
+    found = {}
+    for name, cfg in {
+        "default": option,
+        "name": {**option, "strategy": "DDPStrategy"},
+        "section": {**option, "strategy": {"type": "DDPStrategy"}},
+        "section with the option": {**option, "strategy": {"type": "DDPStrategy", "find_unused_parameters": False}},
+        "wrapper with the option": {**option, "model_wrapper_cfg": {"find_unused_parameters": False}},
+    }.items():
+        runner = Runner(**arguments(folder / name, cfg=cfg, launcher="pytorch"))
+        found[name] = runner.model.find_unused_parameters
+    with pytest.warns(UserWarning, match="no effect on FSDPStrategy. Omit it"):
+        Runner(**arguments(folder / "sharded", cfg={**option, "strategy": "FSDPStrategy"}, launcher="pytorch"))
+    return found
+
+
+@pytest.mark.slow
+def test_find_unused_parameters_is_not_ignored_with_a_strategy(ranks: Ranks, tmp_path: Path) -> None:
+    """It applies to every configuration of DDP, unless that sets the option itself, and another strategy warns about it."""
+    for found in ranks.run(unused_parameters, tmp_path):
+        assert found == {
+            "default": True,
+            "name": True,
+            "section": True,
+            "section with the option": False,
+            "wrapper with the option": False,
+        }
+
+
+def test_a_strategy_that_is_already_built_is_used(tmp_path: Path) -> None:
+    """A runner accepts the object, and refuses the settings that only a new strategy would read."""
+    strategy = SingleDeviceStrategy(work_dir=tmp_path / "built")
+    changes = {"work_dir": str(tmp_path / "built"), "randomness": None}
+    runner = FlexibleRunner(**arguments(tmp_path, strategy=strategy, **changes))
+    assert runner.val()["x/seen"] == list(range(7))
+    for ignored, name in (({"work_dir": str(tmp_path)}, "work_dir"), ({"randomness": {"seed": 3}}, "randomness")):
+        with pytest.raises(ConfigValueError, match=f"{name} would be ignored"):
+            FlexibleRunner(**arguments(tmp_path, strategy=strategy, **{**changes, **ignored}))
+
+
+def test_a_misspelled_setting_of_the_process_warns(tmp_path: Path) -> None:
+    """MMEngine ignores such keys of env_cfg."""
+    with pytest.warns(UserWarning, match="'cudnn_benchmrak' has no effect.*cudnn_benchmark"):
+        runner = Runner(**arguments(tmp_path, env_cfg={"cudnn_benchmrak": True}))
+    runner.val()  # closes the log files
+
+
+@pytest.mark.parametrize("initializes", [True, False])
+def test_init_weights_for_test_or_val_is_read(tmp_path: Path, initializes: bool) -> None:
+    """A flexible runner initializes the weights before a validation, once, unless the option is False."""
+    calls = []
+
+    class Initialized(Model):
+        def init_weights(self):
+            calls.append(1)
+
+    changes = {} if initializes else {"cfg": {"init_weights_for_test_or_val": False}}
+    runner = FlexibleRunner(**arguments(tmp_path, model=Initialized(), strategy="SingleDeviceStrategy", **changes))
+    runner.val()
+    runner.val()
+    assert len(calls) == initializes
 
 
 def test_fsdp1_as_a_wrapper_is_refused(tmp_path: Path) -> None:

@@ -123,5 +123,9 @@ class FlexibleRunner(Runner):
         return super()._strategy_cfg() if self._strategy_given is None else self._strategy_given
 
     @property
+    def _initializes_to_evaluate(self) -> bool:
+        return bool(self.cfg.get("init_weights_for_test_or_val", True))
+
+    @property
     def _compile_cfg(self) -> Any:
         return self._compile_given or super()._compile_cfg

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -14,11 +16,13 @@ from stratagem.compat.mmengine.checks import NotSupportedError
 from stratagem.compat.mmengine.registry import MODEL_WRAPPERS
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.model import unwrap_model
+from stratagem.model.norms import convert_sync_batchnorm
 from stratagem.optim.gradient_policy import GradientPolicy
 from stratagem.parallel import Placed, Placement, Steps
-from stratagem.strategies import BaseStrategy
-from stratagem.strategies.choice import choose_strategy
+from stratagem.strategies import BaseStrategy, DDPStrategy
+from stratagem.strategies.choice import choose_strategy, refuse_ignored, strategy_class
 from stratagem.strategies.composed import ComposedStrategy
+from stratagem.utils import absolute, did_you_mean
 
 __all__ = ["choose_placing"]
 
@@ -26,6 +30,7 @@ __all__ = ["choose_placing"]
 _OF_DDP = ("MMDistributedDataParallel", "MMSeparateDistributedDataParallel", "DistributedDataParallel")
 # They create the optimizer together with the model.
 _ENGINES = ("deepspeed", "colossalai")
+_UNUSED = "find_unused_parameters"
 _ENV_KEYS = (
     "cudnn_benchmark",
     "cudnn_allow_tf32",
@@ -42,13 +47,18 @@ class _CustomWrapper(Placement):
 
     Args:
         wrapper_cfg: the configuration of the wrapper; None if the model is already wrapped.
+        sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
     """
 
-    def __init__(self, wrapper_cfg: Mapping[str, Any] | None) -> None:
+    def __init__(self, wrapper_cfg: Mapping[str, Any] | None, sync_bn: str | None) -> None:
         self._cfg = wrapper_cfg
+        self._sync_bn = sync_bn
 
     def place(self, model: nn.Module, steps: Steps, world: Any) -> Placed:
-        model = steps.compile(steps.init_and_sync(model))
+        model = steps.init_and_sync(model)
+        if self._sync_bn is not None:
+            model = convert_sync_batchnorm(model, self._sync_bn)
+        model = steps.compile(model)
         optim = steps.make_optim(unwrap_model(model)) if steps.make_optim else None
         if self._cfg is None:
             return Placed(model=model, optim=optim)
@@ -72,15 +82,17 @@ class WrappedModelStrategy(ComposedStrategy):
 
     Args:
         wrapper_cfg: the configuration of the wrapper; None if the model is already wrapped.
+        sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
         kwargs: the arguments of :class:`~stratagem.strategies.BaseStrategy`.
     """
 
-    def __init__(self, *, wrapper_cfg: Mapping[str, Any] | None, **kwargs: Any) -> None:
+    def __init__(self, *, wrapper_cfg: Mapping[str, Any] | None, sync_bn: str | None = None, **kwargs: Any) -> None:
         self._wrapper_cfg = wrapper_cfg
+        self._sync_bn = sync_bn
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
-        return _CustomWrapper(self._wrapper_cfg)
+        return _CustomWrapper(self._wrapper_cfg, self._sync_bn)
 
 
 def choose_placing(
@@ -110,7 +122,7 @@ def choose_placing(
 
     Raises:
         TypeError: if a wrapper is configured for a model that is already wrapped.
-        ValueError: if an option would be ignored, because a strategy is given.
+        ValueError: if an option would be ignored, because a strategy is given, or because it is already built.
         NotImplementedError: if the wrapper is ``MMFullyShardedDataParallel``, or the strategy uses DeepSpeed or ColossalAI.
     """
     wrapper = cfg.get("model_wrapper_cfg")
@@ -125,15 +137,22 @@ def choose_placing(
         "auto_scale_lr": None,
         "log_level": log_level,
     }
+    _warn_unknown_settings(env_cfg)
     if strategy is not None:
         _refuse_engines(strategy)
         _refuse_ignored(cfg)
+        if isinstance(strategy, BaseStrategy):
+            return _built(strategy, cfg, arguments)
+        strategy = _with_unused_parameters(strategy, cfg)
     elif wrapper is not None:
         _refuse_fsdp1(wrapper)
     custom = is_wrapped or (wrapper is not None and wrapper.get("type", _OF_DDP[0]) not in _OF_DDP)
     if strategy is None and custom and (launcher != "none" or is_wrapped):
+        if cfg.get(_UNUSED):
+            _warn_unused_parameters("the wrapper of the model", f"Set {_UNUSED} of the wrapper.")
         return WrappedModelStrategy(
             wrapper_cfg=wrapper,
+            sync_bn=None if launcher == "none" else cfg.get("sync_bn"),
             work_dir=work_dir,
             experiment_name=experiment_name,
             env_kwargs={
@@ -145,10 +164,63 @@ def choose_placing(
         )
     if strategy is None and launcher != "none":
         strategy = {"type": "DDPStrategy", "model_wrapper": None if wrapper is None else _plain(wrapper)}
-        for option in ("sync_bn", "find_unused_parameters"):
-            if cfg.get(option) is not None:
+        for option in ("sync_bn", _UNUSED):
+            # What the configuration of the wrapper specifies takes precedence.
+            if cfg.get(option) is not None and option not in (wrapper or {}):
                 strategy[option] = cfg[option]
     return choose_strategy(_plain(strategy), **arguments)
+
+
+def _built(strategy: BaseStrategy, cfg: Any, arguments: Mapping[str, Any]) -> BaseStrategy:
+    """Return a strategy that is already built, if no argument would be ignored.
+
+    Raises:
+        ConfigValueError: otherwise.
+    """
+    settings = {name: value for name, value in arguments["env_cfg"].items() if value not in ({}, {"backend": "nccl"})}
+    same_folder = Path(strategy.work_dir) == absolute(arguments["work_dir"])
+    refuse_ignored(
+        work_dir=None if same_folder else arguments["work_dir"],
+        env_cfg=settings or None,
+        randomness=arguments["randomness"] or None,
+    )
+    if (arguments["launcher"] == "none") == (strategy.world_size > 1):
+        raise ConfigValueError(
+            f"launcher={arguments['launcher']!r}, but the strategy was built in a process group of size {strategy.world_size}. "
+            "Pass the launcher that started the processes to the runner as well."
+        )
+    if cfg.get(_UNUSED):
+        _warn_unused_parameters("a strategy that is already built", f"Pass {_UNUSED} to DDPStrategy.")
+    return strategy
+
+
+def _with_unused_parameters(strategy: Any, cfg: Any) -> Any:
+    """Return the configuration of a strategy with ``find_unused_parameters``, if it is DDP; warn if it is another one."""
+    value = cfg.get(_UNUSED)
+    if value is None:
+        return strategy
+    kind = strategy_class(_plain(strategy))
+    if kind is DDPStrategy:
+        # What the configuration of the strategy specifies takes precedence.
+        return {"type": strategy, _UNUSED: value} if isinstance(strategy, str) else {_UNUSED: value, **strategy}
+    if value:
+        name = strategy if kind is None else kind.__name__
+        _warn_unused_parameters(str(name), "Omit it: only DDP needs to know whether parameters are unused.")
+    return strategy
+
+
+def _warn_unused_parameters(what: str, instead: str) -> None:
+    warnings.warn(f"{_UNUSED}=True has no effect on {what}. {instead}", stacklevel=4)
+
+
+def _warn_unknown_settings(env_cfg: Mapping[str, Any]) -> None:
+    """Warn about keys of ``env_cfg`` that have no effect; MMEngine ignores them, too."""
+    unknown = [key for key in env_cfg if key not in _ENV_KEYS]
+    if unknown:
+        warnings.warn(
+            f"env_cfg: {', '.join(map(repr, unknown))} has no effect. {did_you_mean(str(unknown[0]), _ENV_KEYS)}",
+            stacklevel=4,
+        )
 
 
 def _refuse_engines(strategy: Any) -> None:

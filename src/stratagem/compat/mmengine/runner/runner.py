@@ -142,6 +142,7 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         self._launcher, self._distributed = launcher, launcher != "none"
         self._randomness_cfg: dict[str, Any] = {"seed": None, **randomness}
         self._load_from, self._resume, self._has_loaded = load_from, resume, False
+        self._has_initialized = False
         strategy = choose_placing(
             cfg=self.cfg,
             strategy=self._strategy_cfg(),
@@ -192,6 +193,11 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         require_accepted(cfg)
         given = {key: cfg[key] for key in _KEYS if key in cfg or key in ("model", "work_dir")}
         return cls(**given, cfg=cfg)
+
+    @property
+    def _initializes_to_evaluate(self) -> bool:
+        """Whether ``init_weights`` of the model is called before a validation or test outside of a training."""
+        return False
 
     def _strategy_cfg(self) -> Any:
         """Return the configuration of the engine's strategy, a key that MMEngine ignores."""
@@ -255,6 +261,7 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
 
     def _init_model_weights(self) -> None:
         """Initialize the weights, unless the strategy did it when it sharded the model. Collective."""
+        self._has_initialized = True
         if not self._session.shards:
             self._session.initialize_weights()
 
@@ -298,9 +305,12 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
 
     def _evaluate(self, loop: BaseLoop) -> dict[str, Any]:
         with self._session.evaluating():
+            initialize = self._initializes_to_evaluate and not (self._has_loaded or self._has_initialized)
             if self._session.shards:
-                self.model = self._session.place(self.model, initialize=False, compile_cfg=self._compile_cfg)
+                self.model = self._session.place(self.model, initialize=initialize, compile_cfg=self._compile_cfg)
             self.call_hook("before_run")
+            if initialize:
+                self._init_model_weights()
             self._load_or_resume(training=False)
             metrics: dict[str, Any] = loop.run()
             self.call_hook("after_run")
