@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from stratagem.compat.mmengine.checks import NotSupportedError
 from stratagem.compat.mmengine.evaluator import BaseMetric
+from stratagem.compat.mmengine.hooks import Hook
 from stratagem.compat.mmengine.model import BaseModel
 from stratagem.compat.mmengine.runner import FlexibleRunner, Runner
 from stratagem.dist import get_rank
@@ -132,6 +135,43 @@ def test_options_of_ddp_are_refused_with_a_strategy(tmp_path: Path, option: dict
     """A strategy in the configuration would ignore them."""
     with pytest.raises(ConfigValueError, match=f"{next(iter(option))}=.* has no effect"):
         Runner(**arguments(tmp_path, cfg={"strategy": {"type": "SingleDeviceStrategy"}, **option}))
+
+
+class Interrupted(Hook):
+    """Sends SIGTERM to rank 0 in the first batch of a validation, and counts the validations that are complete."""
+
+    validated = 0
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if runner.rank == 0 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.validated += 1
+
+
+def interrupt_in_validation(folder: Path, sampler: object) -> tuple[int, list[str]]:
+    """Return the number of complete validations, and the checkpoints, of a run that is interrupted in its first validation."""
+    hook = Interrupted()
+    changes = {"train_cfg": {"by_epoch": True, "max_epochs": 3}, "custom_hooks": [hook], "launcher": "pytorch"}
+    data = {"dataset": Numbers(), "batch_size": 2, "num_workers": 0, "sampler": sampler}
+    runner = Runner(**arguments(folder, val_dataloader=data, **changes))
+    with pytest.raises(SystemExit) as caught:
+        runner.train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    return hook.validated, sorted(path.name for path in folder.glob("*.pth"))
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_validation_with_different_numbers_of_batches_does_not_hang(ranks: Ranks, tmp_path: Path) -> None:
+    """All ranks stop after the same iteration; within a validation, only if they have the same number of batches."""
+    even = ranks.run(interrupt_in_validation, tmp_path / "even", {"type": "DefaultSampler", "shuffle": False})
+    uneven = ranks.run(interrupt_in_validation, tmp_path / "uneven", {"type": Halves})
+    # The ranks stop at the first batch or iteration that neither has passed when both know of the signal.
+    assert [validated for validated, _ in even] in ([0, 0], [1, 1])
+    assert [validated for validated, _ in uneven] == [1, 1]
+    for _, names in (*even, *uneven):
+        assert names[-1] in ("iter_3.pth", "iter_4.pth", "iter_5.pth", "iter_6.pth", "iter_7.pth")
 
 
 def unused_parameters(folder: Path) -> dict[str, object]:

@@ -226,6 +226,85 @@ def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
     assert record.validated == [5, 10]
 
 
+@pytest.mark.parametrize("order", ["stratagem", "mmengine"])
+def test_a_run_killed_after_a_validation_does_not_repeat_it(tmp_path, order):
+    """The resumed run continues after the validation, with its values and with the random numbers that it has left."""
+    validation = {
+        **VALIDATION,
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+        "cfg": {"stratagem": {"data_order": order}},
+        "loop": {"by_epoch": True, "max_epochs": 3},
+    }
+    whole = Record()
+    finished = build(tmp_path / "whole", whole, **validation)
+    finished.train()
+    with pytest.raises(KilledError):
+        build(tmp_path / "killed", Record(5, kill), **validation).train()
+    record = Record()
+    resumed = build(tmp_path / "killed", record, resume=True, **validation)
+    resumed.train()
+    assert whole.validated == [5, 10, 15]
+    assert record.validated == [10, 15]
+    assert record.losses == {number: loss for number, loss in whole.losses.items() if number >= 5}
+    values, _ = resumed.message_hub.get_scalar("val/x/mean").data
+    assert values.tolist() == finished.message_hub.get_scalar("val/x/mean").data[0].tolist()
+
+
+@pytest.mark.parametrize("cause", ["early stopping", "plateau", "hook"])
+def test_a_validation_that_may_have_changed_the_checkpoint_is_repeated(tmp_path, cause):
+    """The checkpoint was saved before; a stopped run, a schedule that follows a metric or a hook's entry needs the repetition."""
+
+    class Extra(Hook):
+        def before_save_checkpoint(self, runner, checkpoint):
+            checkpoint["extra"] = 1
+
+    first, second = Record(5, kill), Record()
+    stopping = {"type": "EarlyStoppingHook", "monitor": "x/mean", "stopping_threshold": -1e9, "rule": "greater"}
+    plateau = {"type": "ReduceOnPlateauLR", "monitor": "x/mean", "by_epoch": True}
+    for record, resume in ((first, False), (second, True)):
+        hooks = [record, *([stopping] if cause == "early stopping" else [Extra()] if cause == "hook" else [])]
+        changes = {
+            **VALIDATION,
+            "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+            "loop": {"by_epoch": True, "max_epochs": 2},
+            "param_scheduler": plateau if cause == "plateau" else None,
+            "custom_hooks": hooks,
+        }
+        runner = build(tmp_path, record, resume=resume, **changes)
+        if cause == "early stopping" or resume:
+            runner.train()
+        else:
+            with pytest.raises(KilledError):
+                runner.train()
+    assert first.validated == [5]
+    assert second.validated[0] == 5
+
+
+def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeated(tmp_path):
+    """The run is saved with the random states before the validation, so the resumed run equals one without interruption."""
+
+    class Interrupting(Hook):
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            if runner.iter == 10 and batch_idx == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    validation = {
+        **VALIDATION,
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 3}},
+        "cfg": {"stratagem": {"data_order": "mmengine"}},
+        "loop": {"by_epoch": True, "max_epochs": 3},
+    }
+    whole, first, record = Record(), Record(), Record()
+    build(tmp_path / "whole", whole, **validation).train()
+    with pytest.raises(SystemExit) as caught:
+        build(tmp_path / "stopped", first, **{**validation, "custom_hooks": [first, Interrupting()]}).train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "stopped").glob("*.pth")] == ["iter_10.pth"]
+    build(tmp_path / "stopped", record, resume=True, **validation).train()
+    assert (first.validated, record.validated) == ([5], [10, 15])
+    assert record.losses == {number: loss for number, loss in whole.losses.items() if number >= 10}
+
+
 def test_a_validation_without_training_does_not_save_the_best_checkpoint(tmp_path):
     """A run that is only validated returns the metrics and changes no checkpoint, also after a training."""
     checkpoint = {"type": "CheckpointHook", "save_best": "x/mean", "rule": "less"}

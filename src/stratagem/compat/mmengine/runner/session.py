@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +19,13 @@ from stratagem.compat.mmengine.logging import HistoryBuffer, MMLogger
 from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
 from stratagem.compat.mmengine.runner.positioned_loader import PositionedLoader, position_of, sampler_of
 from stratagem.compat.mmengine.runner.rank0_state import rank0_state
+from stratagem.compat.mmengine.runner.state_values import (
+    history_arguments,
+    load_scheduler_states,
+    plain_history,
+    scheduler_states,
+)
+from stratagem.compat.mmengine.runner.validation_state import ValidationState
 from stratagem.data import report_dead_workers
 from stratagem.errors import CheckpointError
 from stratagem.model.weights import broadcast_weights
@@ -92,6 +98,7 @@ class RunSession:
         self._source = source
         self._meta: dict[str, Any] = {}
         self._saves_schedulers = True
+        self._validation = ValidationState(runner)
         if strategy.world_size > 1:
             atexit.register(strategy.close)
 
@@ -232,11 +239,17 @@ class RunSession:
             optim = self.strategy.optim_wrapper_or_none
             if run.interrupt.active and run.interrupt.due() and not (optim is not None and optim.pending_micro_batches):
                 self._save_and_stop(progress.iter)
+        elif stage == "before_val":
+            if run.interrupt.active:
+                self._validation.begin()
         elif stage == "after_val_iter":
-            if run.interrupt.active and run.interrupt.due():
+            if run.interrupt.active and self._validation.can_stop(run.interrupt.due):
                 self._save_and_stop(self.runner.iter)
         elif stage == "after_val_epoch":
             progress.validated = self.runner.iter
+        elif stage == "after_val":
+            if run.interrupt.active:
+                self._validation.write()
         elif stage in ("after_train_epoch", "after_train"):
             self._count(self.runner.iter, completed_epoch=stage == "after_train_epoch")
 
@@ -280,6 +293,8 @@ class RunSession:
             update_pointer: whether to update ``last_checkpoint``.
         """
         self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
+        if save_optimizer:
+            self._validation.expect_checkpoint(int(meta["iter"]))
         self.run.save_checkpoint(
             path,
             self._position(meta),
@@ -321,7 +336,7 @@ class RunSession:
             checkpoint["optimizer"] = _by_index(checkpoint["optimizer"])
         schedulers = runner.param_schedulers
         if self._saves_schedulers and schedulers is not None:
-            checkpoint["param_schedulers"] = _states(schedulers)
+            checkpoint["param_schedulers"] = scheduler_states(schedulers)
         hub = runner.message_hub.state_dict()
         # The histories, objects in MMEngine's layout, are stored as tensors under the key of this package.
         keys = dict(hub["resumed_keys"])
@@ -330,8 +345,9 @@ class RunSession:
         position = position_of(self._train_loader())
         checkpoint[_OWN] = {
             "resumed_keys": keys,
-            "log_scalars": {name: _plain_history(each) for name, each in hub["log_scalars"].items()},
+            "log_scalars": {name: plain_history(each) for name, each in hub["log_scalars"].items()},
             "loader": None if position is None else list(position.next),
+            "token": self._validation.token,
         }
         runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         for name in list(checkpoint):
@@ -376,13 +392,15 @@ class RunSession:
         if isinstance(hub, Mapping):
             if own is not None:
                 histories = {
-                    name: HistoryBuffer(**_history_arguments(each)) for name, each in own["log_scalars"].items()
+                    name: HistoryBuffer(**history_arguments(each)) for name, each in own["log_scalars"].items()
                 }
                 hub = {**hub, "log_scalars": histories, "resumed_keys": own["resumed_keys"]}
             runner.message_hub.load_state_dict(dict(hub))
         if resume_param_scheduler and runner.param_schedulers is not None and "param_schedulers" in rest:
-            _load_states(runner.param_schedulers, rest["param_schedulers"], runner.logger)
+            load_scheduler_states(runner.param_schedulers, rest["param_schedulers"], runner.logger)
         self._move_loader(own)
+        if own is not None and self._validation.restore(own.get("token"), self.run.iter):
+            self.run.progress.validated = self.run.iter
         self._compare_datasets(rest.get("meta") or {})
         if self.strategy.seed != runner.seed:
             runner.adopt_seed(self.strategy.seed)
@@ -466,34 +484,6 @@ def _by_index(state: Mapping[str, Any]) -> dict[str, Any]:
     groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
     slots = {index.get(name, name): value for name, value in state["state"].items()}
     return {**state, "state": slots, "param_groups": groups}
-
-
-def _states(schedulers: Any) -> Any:
-    if isinstance(schedulers, Mapping):
-        return {name: _states(each) for name, each in schedulers.items()}
-    return [each.state_dict() for each in schedulers]
-
-
-def _load_states(schedulers: Any, states: Any, logger: logging.Logger) -> None:
-    if isinstance(schedulers, Mapping):
-        for name, each in schedulers.items():
-            _load_states(each, states[name], logger)
-        return
-    if len(schedulers) != len(states):
-        logger.warning("The checkpoint has %d parameter schedulers, but this run has %d.", len(states), len(schedulers))
-    for scheduler, state in zip(schedulers, states, strict=False):
-        scheduler.load_state_dict(state)
-
-
-def _plain_history(history: HistoryBuffer) -> dict[str, Any]:
-    # As tensors, which torch.load(weights_only=True) accepts.
-    values, counts = map(torch.from_numpy, history.data)
-    return {"log_history": values, "count_history": counts, "max_length": history.max_length}
-
-
-def _history_arguments(plain: Mapping[str, Any]) -> dict[str, Any]:
-    values, counts = (plain[name].cpu().numpy() for name in ("log_history", "count_history"))
-    return {"log_history": values, "count_history": counts, "max_length": plain["max_length"]}
 
 
 def _storable(value: Any, where: str, logger: logging.Logger) -> Any:
