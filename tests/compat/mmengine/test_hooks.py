@@ -11,6 +11,7 @@ import pytest
 from stratagem.compat.mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook, NPUProfilerHook
 from stratagem.compat.mmengine.logging import MessageHub, MMLogger
 from stratagem.compat.mmengine.registry import HOOKS
+from stratagem.compat.mmengine.runner.hook_calls import HookCalls
 
 
 class FakeRunner(SimpleNamespace):
@@ -107,6 +108,19 @@ def test_only_overridden_stages_are_triggered() -> None:
 
     expected = ["after_train_iter", "after_val_iter", "after_test_iter", "after_run"]
     assert Counting().get_triggered_stages() == expected
+
+
+@pytest.mark.parametrize("name", ["after_train_iter", "_after_iter"])
+def test_a_method_that_is_assigned_to_a_hook_is_called(name: str) -> None:
+    """A hook acts at a stage whose method, or the method that the stages of all modes share, was assigned to the object."""
+    called: list[Any] = []
+    calls = HookCalls()
+    calls._hooks = [Hook()]
+    calls._session = SimpleNamespace(active_method=None, after_hooks=lambda stage: None)  # type: ignore[assignment]
+    calls.call_hook("after_train_iter", batch_idx=0)
+    setattr(calls._hooks[0], name, lambda *_, **arguments: called.append(arguments["batch_idx"]))
+    calls.call_hook("after_train_iter", batch_idx=1)
+    assert called == [1]
 
 
 def test_early_stopping_stops_after_patience_validations() -> None:

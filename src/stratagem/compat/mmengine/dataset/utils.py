@@ -18,6 +18,7 @@ from stratagem.errors import TrainingError
 __all__ = ["COLLATE_FUNCTIONS", "default_collate", "pseudo_collate", "worker_init_fn"]
 
 COLLATE_FUNCTIONS = FUNCTIONS
+_WITHOUT_STRUCTURE = (torch.Tensor, int, float)
 
 
 def worker_init_fn(
@@ -57,6 +58,8 @@ def _collate(batch: Sequence[Any], combine: Callable[[Any], Any], whole: tuple[t
     first: Any = batch[0]
     if isinstance(first, whole):
         return batch
+    if isinstance(first, _WITHOUT_STRUCTURE):
+        return combine(batch)
     kind = type(first)
     if isinstance(first, tuple) and hasattr(first, "_fields"):
         return kind(*(_collate(values, combine, whole) for values in zip(*batch, strict=True)))

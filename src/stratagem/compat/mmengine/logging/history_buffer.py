@@ -75,21 +75,25 @@ class HistoryBuffer:
         Raises:
             TypeError: if the value or the count is not a number.
         """
-        if not isinstance(log_val, int | float) or not isinstance(count, int | float):
+        # The types that almost all values and counts have are compared first, because this method is called in each iteration.
+        usual = type(log_val) is float and type(count) is int
+        if not usual and not (isinstance(log_val, int | float) and isinstance(count, int | float)):
             raise ConfigTypeError(
                 f"The value and its count must be numbers, got {log_val!r} ({type(log_val).__name__}) and {count!r} "
                 f"({type(count).__name__})."
             )
         if self._values.ndim != 1:  # A history of arrays, which has no place for a number.
             self._set_histories(self._log_history.reshape(-1), self._count_history.reshape(-1))
-        if self._end == len(self._values) or not self._has_room_for(log_val, count):
+        exact = usual and self._values.dtype.kind == "f"
+        if self._end == self._values.size or not (exact or self._is_exact(log_val, count)):
             self._reserve(log_val, count)
         self._values[self._end] = log_val
         self._counts[self._end] = count
         self._end += 1
-        self._start = max(self._start, self._end - self.max_length)
+        if self._end - self._start > self.max_length:
+            self._start = self._end - self.max_length
 
-    def _has_room_for(self, value: float, count: float) -> bool:
+    def _is_exact(self, value: float, count: float) -> bool:
         """Return whether the types of the arrays keep a value and its count exactly."""
         return (isinstance(value, int) or self._values.dtype.kind == "f") and (
             isinstance(count, int) or self._counts.dtype.kind == "f"

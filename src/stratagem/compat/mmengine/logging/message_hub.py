@@ -84,12 +84,12 @@ class MessageHub(ManagerMixin):
                 before.
         """
         self._set_resumed_keys(key, resumed)
-        if not isinstance(count, int):
+        if type(count) is not int and not isinstance(count, int):
             raise InvalidArgumentError(f"The count of {key!r} must be an integer, got {count!r}.")
-        if isinstance(value, torch.Tensor) and _can_wait(value):
+        if type(value) is not float and _can_wait(value):
             self._add_pending(key, value, count)
             return
-        number = value if isinstance(value, int | float) else self._get_valid_value(value)
+        number = value if type(value) is float else self._get_valid_value(value)
         if key in self._log_scalars:
             if self._pending:
                 self._read_pending(key)
@@ -232,8 +232,11 @@ class MessageHub(ManagerMixin):
         return self._resumed_keys.get(key, False)
 
     def _set_resumed_keys(self, key: str, resumed: bool) -> None:
-        before = self._resumed_keys.setdefault(key, resumed)
-        if before != resumed:
+        keys = self._resumed_keys
+        if key not in keys:
+            keys[key] = resumed
+        elif keys[key] != resumed:
+            before = keys[key]
             raise InvalidArgumentError(
                 f"{key!r} was updated with resumed={before} before, and with resumed={resumed} now. Use the same value."
             )

@@ -8,10 +8,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["BaseLoop"]
+__all__ = ["AnyLoop", "BaseLoop"]
 
 
-class BaseLoop(metaclass=ABCMeta):
+class AnyLoop:
+    """The base class of all loops, for ``isinstance``, which takes much longer with an abstract class.
+
+    Hooks read properties of the runner that use it several times per iteration.
+    """
+
+
+class BaseLoop(AnyLoop, metaclass=ABCMeta):
     """Base class of loops, which implement :meth:`run`.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stratagem.compat.mmengine.evaluator import Evaluator
-from stratagem.compat.mmengine.runner.base_loop import BaseLoop
+from stratagem.compat.mmengine.runner.base_loop import AnyLoop
 from stratagem.compat.mmengine.runner.loops import IterBasedTrainLoop
 from stratagem.compat.mmengine.runner.options import loop_skips_batches
 from stratagem.compat.mmengine.runner.session import RunSession
@@ -118,7 +118,7 @@ class RunnerFacts:
     @property
     def train_loop(self) -> Any:
         """The training loop, which is built on first use; None if the run has none."""
-        if isinstance(self._train_loop, BaseLoop) or self._train_loop is None:
+        if isinstance(self._train_loop, AnyLoop) or self._train_loop is None:
             return self._train_loop
         self._train_loop = self.build_train_loop(self._train_loop)
         return self._train_loop
@@ -126,7 +126,7 @@ class RunnerFacts:
     @property
     def val_loop(self) -> Any:
         """The validation loop, which is built on first use; None if the run has none."""
-        if isinstance(self._val_loop, BaseLoop) or self._val_loop is None:
+        if isinstance(self._val_loop, AnyLoop) or self._val_loop is None:
             return self._val_loop
         self._val_loop = self.build_val_loop(self._val_loop)
         return self._val_loop
@@ -134,7 +134,7 @@ class RunnerFacts:
     @property
     def test_loop(self) -> Any:
         """The test loop, which is built on first use; None if the run has none."""
-        if isinstance(self._test_loop, BaseLoop) or self._test_loop is None:
+        if isinstance(self._test_loop, AnyLoop) or self._test_loop is None:
             return self._test_loop
         self._test_loop = self.build_test_loop(self._test_loop)
         return self._test_loop
@@ -179,7 +179,7 @@ class RunnerFacts:
     @property
     def train_loop_or_none(self) -> Any:
         """The training loop; None if it is not built."""
-        return self._train_loop if isinstance(self._train_loop, BaseLoop) else None
+        return self._train_loop if isinstance(self._train_loop, AnyLoop) else None
 
     @property
     def counts_epochs(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from stratagem.compat.mmengine.hooks import Hook
-from stratagem.compat.mmengine.hooks.hook import SHARED_METHOD_OF, SHARED_METHODS
+from stratagem.compat.mmengine.hooks.hook import SHARED_METHOD_OF
 from stratagem.compat.mmengine.registry import HOOKS
 from stratagem.compat.mmengine.runner.priority import Priority, get_priority
 from stratagem.compat.mmengine.runner.session import RunSession
@@ -22,8 +23,14 @@ _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": "CheckpointHook", "interval": 1},
 }
 
-# The methods of the base class, which do nothing.
-_DEFAULT_METHODS = {name: getattr(Hook, name) for name in (*Hook.stages, *SHARED_METHODS)}
+
+@cache
+def _overrides(kind: type, stage: str) -> bool:
+    """Return whether a class of hooks overrides the method of a stage or the method that it shares with other stages."""
+    if not issubclass(kind, Hook):
+        return True
+    shared = SHARED_METHOD_OF.get(stage)
+    return any(getattr(kind, name, None) is not getattr(Hook, name, None) for name in (stage, shared) if name)
 
 
 class HookCalls:
@@ -44,15 +51,14 @@ class HookCalls:
             TypeError: if a hook does not accept the arguments; the message contains the hook.
         """
         session, outer = self._session, self._session.active_method
-        default = _DEFAULT_METHODS.get(fn_name)
         shared = SHARED_METHOD_OF.get(fn_name)
         for hook in self._hooks:
+            # Most hooks act at few stages; the methods of the base class do nothing.
+            kind: Any = hook.__class__
+            if not (_overrides(kind, fn_name) or fn_name in hook.__dict__ or shared in hook.__dict__):
+                continue
             method = getattr(hook, fn_name, None)
-            if method is None or (
-                # Most hooks act at few stages; the methods of the base class do nothing.
-                getattr(method, "__func__", None) is default
-                and (shared is None or getattr(getattr(hook, shared), "__func__", None) is _DEFAULT_METHODS[shared])
-            ):
+            if method is None:
                 continue
             session.active_method = method
             try:
