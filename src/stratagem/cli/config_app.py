@@ -61,11 +61,19 @@ def diff(
 def port(
     config: ConfigFile,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the result to FILE instead of printing it.")
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="PATH",
+            help="Write the result to a file, or with its bases into a folder, instead of printing it.",
+        ),
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Rewrite CONFIG, a Python file for MMEngine's Runner, for this package. Comments stay; its bases are not rewritten."""
+    """Rewrite CONFIG, a Python file for MMEngine's Runner, for this package. Comments stay.
+
+    If CONFIG has bases, --out is a folder, which receives all files in the same structure.
+    """
     lazy_command("stratagem.cli.configs:port")(config, out)
 
 

@@ -18,7 +18,7 @@ from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
 from stratagem.config.compare import saved_text
 from stratagem.config.explain import described_changes
-from stratagem.config.port import port as port_text
+from stratagem.config.port_files import port_files, verify, write_file, write_files
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
 from stratagem.config_schema import check_run, require_valid
@@ -107,18 +107,33 @@ def port(path: Path, out: Path | None) -> None:
     Raises:
         ConfigFileError: if a file cannot be read or written.
         ConfigParsingError: if the file is not a valid Python configuration.
+        ConfigValueError: if the configuration has bases, and ``out`` is a file or contains the original.
     """
     if path.suffix != ".py":
         raise ConfigFileError(f"{path} is not a Python file. Only Python configurations can be rewritten.")
-    try:
-        ported = port_text(path.read_text(encoding="utf-8"), str(path))
-        if out is not None:
-            out.write_text(ported.text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigFileError(f"{error.filename} cannot be read or written: {error.strerror}.") from error
+    files = port_files(path)
+    first, bases = files[0], files[1:]
+    notes = [note for each in files for note in each.ported.notes]
     if out is None:
-        echo(ported.text.rstrip("\n"))
-    for note in ported.notes:
+        echo(first.ported.text.rstrip("\n"))
+        if bases:
+            names = ", ".join(str(each.place) for each in bases)
+            notes = [
+                *first.ported.notes,
+                f"{path}: its bases were not rewritten: {names}. Write all into a folder: --out FOLDER.",
+            ]
+    elif out.suffix != ".py" or out.is_dir():
+        written = write_files(files, out)
+        echo("\n".join(map(str, written)))
+        notes += verify(path, written[0])
+    elif bases:
+        raise ConfigValueError(
+            f"{path} has {len(bases)} bases, which are rewritten as well. Write all files into a folder: "
+            f"--out {out.with_suffix('')}"
+        )
+    else:
+        write_file(out, first.ported.text)
+    for note in notes:
         typer.echo(escape_controls(note), err=True)
 
 

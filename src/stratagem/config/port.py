@@ -11,7 +11,7 @@ from stratagem.config.mmcv_keys import MMCV_KEYS
 from stratagem.config.reading.placeholders import masked_placeholders
 from stratagem.errors import ConfigParsingError
 
-__all__ = ["Ported", "port"]
+__all__ = ["PORTED_KEYS", "Ported", "port"]
 
 # Visualization back end -> tracker.
 _TRACKERS: Final[Mapping[str, str]] = {
@@ -36,6 +36,10 @@ _REMOVED: Final[Mapping[str, str]] = {
     "runner_type": "there is one Runner",
     "init_weights_for_test_or_val": "it has no counterpart",
 }
+# All keys that are rewritten or removed.
+PORTED_KEYS: Final = frozenset(
+    {*_DDP_ARGUMENTS, *_REMOVED, "default_hooks", "default_scope", "log_processor", "vis_backends"}
+)
 _HOOKS_WITHOUT_COUNTERPART: Final = ("visualization",)
 _CUSTOM_HOOKS_WITHOUT_COUNTERPART: Final[Mapping[str, str]] = {
     "EmptyCacheHook": "remove it; PyTorch's allocator reuses memory without it",
@@ -62,7 +66,7 @@ class Ported:
 def port(text: str, name: str) -> Ported:
     """Rewrite the top-level keys that MMEngine and this package read differently. Comments and all other code stay.
 
-    Removed keys become comments. Bases are not rewritten.
+    Removed keys become comments. For bases, see :func:`~stratagem.config.port_files.port_files`.
 
     Args:
         text: the Python configuration.
