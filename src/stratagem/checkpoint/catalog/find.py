@@ -32,9 +32,11 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
     A checkpoint gets its name only when it is complete, so an interrupted save is never found. Directories and single
     files that were saved by a run or a strategy are found regardless of their names. Checkpoints with NaN or Inf in
-    their weights are skipped. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
+    their weights are skipped. Checkpoints that the MMEngine layer saved without the optimizer are only returned if there is no
+    other one. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
     """
-    return next((found.path for found in list_checkpoints(folder) if not found.fault), None)
+    usable = [found for found in list_checkpoints(folder) if not found.fault]
+    return next((found.path for found in sorted(usable, key=lambda each: each.is_weights_only)), None)
 
 
 def find_best_checkpoint(

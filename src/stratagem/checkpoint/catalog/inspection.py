@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder
-from stratagem.checkpoint.catalog.retention_tag import RetentionTag
+from stratagem.checkpoint.catalog.retention_tag import WEIGHTS_ONLY, RetentionTag
 from stratagem.checkpoint.directory.manifest import MANIFEST, STATE, read_manifest
 from stratagem.checkpoint.foreign import deepspeed_meta, is_deepspeed_folder, is_torch_zip
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
@@ -67,6 +67,11 @@ class CheckpointInfo:
     retention_tag: RetentionTag = field(default_factory=RetentionTag)
     finite: bool = True
     is_removable: bool = True
+
+    @property
+    def is_weights_only(self) -> bool:
+        """Whether it was saved without the optimizer, for evaluation rather than for resuming."""
+        return self.retention_tag.group == WEIGHTS_ONLY
 
     @cached_property
     def saved(self) -> SavedCheckpoint:

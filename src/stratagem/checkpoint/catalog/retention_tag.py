@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
-__all__ = ["RetentionTag"]
+__all__ = ["WEIGHTS_ONLY", "RetentionTag"]
+
+# The group of checkpoints that were saved without the optimizer, from which a run resumes only if there is no other one.
+WEIGHTS_ONLY: Final = "weights_only"
 
 # Key in a checkpoint's meta -> (field, type).
 _FIELDS = {

@@ -110,7 +110,8 @@ def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], 
     Raises:
         CheckpointDamagedError: if none is readable.
     """
-    for candidate in found:
+    # From checkpoints without the optimizer, only if there is no other one.
+    for candidate in sorted(found, key=lambda each: each.is_weights_only):
         fault = candidate.fault
         if not fault:
             try:

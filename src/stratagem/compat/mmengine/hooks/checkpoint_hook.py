@@ -118,6 +118,8 @@ class CheckpointHook(Hook):
         self.last_ckpt: str | None = None
         # A validation without training, `runner.val()`, does not change the checkpoints of the run.
         self._is_training = False
+        # The number of the periodic checkpoint that does not refer to the best ones of its validation.
+        self._outdated_step: int | None = None
         self._init_best(rule)
 
     def _init_best(self, rule: str | list[str] | None) -> None:
@@ -189,12 +191,17 @@ class CheckpointHook(Hook):
             self._save_checkpoint(runner)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        if not self._is_training:
-            return
         if not metrics:
             runner.logger.warning("The validation returned no metrics, so the best checkpoint is not updated.")
             return
-        self._save_best_checkpoint(runner, metrics)
+        if self._is_training:
+            self._save_best_checkpoint(runner, metrics)
+
+    def after_val(self, runner: Any) -> None:
+        # After all hooks have seen the metrics, so that the run need not repeat the validation when it resumes.
+        if self._is_training and self._outdated_step is not None:
+            step, self._outdated_step = self._outdated_step, None
+            self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
 
     def after_train(self, runner: Any) -> None:
         if self.published_keys is None:
@@ -284,7 +291,7 @@ class CheckpointHook(Hook):
         return True
 
     def _save_best_checkpoint(self, runner: Any, metrics: Mapping[str, Any]) -> None:
-        """Save a checkpoint for each metric that is better than ever, and the periodic one, so that it refers to them."""
+        """Save a checkpoint for each metric that is better than ever, and let the periodic one be saved again."""
         if not self.save_best:
             return
         step = runner.epoch if self.by_epoch else runner.iter
@@ -296,7 +303,7 @@ class CheckpointHook(Hook):
             for name, rule in zip(self.key_indicators, self.rules, strict=True)
         ]
         if any(updated) and self.last_ckpt is not None:
-            self._save_checkpoint_with_step(runner, step, meta)
+            self._outdated_step = step
 
     def _update_best(self, runner: Any, name: str, rule: str, score: Any, step: int, meta: dict[str, int]) -> bool:
         """Save the checkpoint of a metric if its value is better than ever; return whether it is."""

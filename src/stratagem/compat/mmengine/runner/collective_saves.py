@@ -20,7 +20,7 @@ _TIMEOUT_S: Final = 120.0
 _LONGEST_PAUSE_S: Final = 0.02
 
 # The methods that save are called on all ranks, and so are the methods that they call, unless a subclass overrides one of them.
-_STAGES: Final = ("after_train_epoch", "after_train_iter", "after_val_epoch")
+_STAGES: Final = ("after_train_epoch", "after_train_iter", "after_val_epoch", "after_val")
 _STEPS: Final = (
     *_STAGES,
     "_save_checkpoint",

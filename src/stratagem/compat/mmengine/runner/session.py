@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import RetentionTag, StateTree, save_checkpoint
+from stratagem.checkpoint.catalog.retention_tag import WEIGHTS_ONLY
 from stratagem.checkpoint.tree.flatten import flatten_state
 from stratagem.compat.mmengine.logging import HistoryBuffer, MMLogger
 from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
@@ -44,6 +45,7 @@ __all__ = ["RunSession", "TrainingInterrupted", "change_seed"]
 # The part of a checkpoint with the state that MMEngine's checkpoints do not have.
 _OWN: Final = "stratagem"
 _NEVER_REMOVED: Final = RetentionTag()
+_WEIGHTS_ONLY: Final = RetentionTag(group=WEIGHTS_ONLY)
 
 
 class TrainingInterrupted(BaseException):
@@ -289,18 +291,18 @@ class RunSession:
             meta: the entries of ``meta``, of which ``epoch`` and ``iter`` are required.
             save_optimizer: whether to save the optimizer.
             save_param_scheduler: whether to save the parameter schedulers.
-            retention_tag: determines when the engine removes the checkpoint.
+            retention_tag: determines when the engine removes the checkpoint; not used without the optimizer.
             update_pointer: whether to update ``last_checkpoint``.
         """
         self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
         if save_optimizer:
-            self._validation.expect_checkpoint(int(meta["iter"]))
+            self._validation.expect_checkpoint(int(meta["iter"]), validated=self.run.progress.validated)
         self.run.save_checkpoint(
             path,
             self._position(meta),
             save_optimizer=save_optimizer,
             save_param_scheduler=False,
-            retention_tag=retention_tag,
+            retention_tag=retention_tag if save_optimizer else _WEIGHTS_ONLY,
             update_pointer=update_pointer,
         )
 
@@ -315,7 +317,8 @@ class RunSession:
             return
         self._meta, self._saves_schedulers = dict(meta), save_param_scheduler
         checkpoint = rank0_state(self.strategy, path, save_optimizer=save_optimizer)
-        checkpoint["meta"] |= {**self._position(meta).as_meta(), "purpose": _NEVER_REMOVED.as_meta()}
+        tag = _NEVER_REMOVED if save_optimizer else _WEIGHTS_ONLY
+        checkpoint["meta"] |= {**self._position(meta).as_meta(), "purpose": tag.as_meta()}
         self.complete(checkpoint)
         save_checkpoint(checkpoint, path)
 

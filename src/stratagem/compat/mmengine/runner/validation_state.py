@@ -77,11 +77,17 @@ class ValidationState:
 
     # ---- a complete validation ------------------------------------------------------------------------------------
 
-    def expect_checkpoint(self, iteration: int) -> None:
-        """Record the state of which a checkpoint with a new token is about to be saved."""
+    def expect_checkpoint(self, iteration: int, *, validated: int) -> None:
+        """Record the state of which a checkpoint with a new token is about to be saved.
+
+        Args:
+            iteration: the iteration of the checkpoint.
+            validated: the iteration of the last complete validation.
+        """
         runner = self._runner
         self.token = uuid.uuid4().hex
-        self._saved_at = iteration
+        # A checkpoint that is saved after the validation of its iteration contains what that has changed.
+        self._saved_at = -1 if validated == iteration else iteration
         self._lengths = {name: _count(each) for name, each in runner.message_hub.log_scalars.items()}
         self._schedules = pickle.dumps(scheduler_states(runner.param_schedulers))
 
