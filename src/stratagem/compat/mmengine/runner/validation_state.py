@@ -15,8 +15,7 @@ from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.compat.mmengine.logging import HistoryBuffer
 from stratagem.compat.mmengine.runner.loops import ValLoop
 from stratagem.compat.mmengine.runner.state_values import history_arguments, plain_history, scheduler_states
-from stratagem.dist import all_gather_object
-from stratagem.distributed import RankGroup
+from stratagem.distributed import RankGroup, all_gather_object
 from stratagem.errors import CheckpointError
 from stratagem.utils import generator_state, restore_generator_state
 
