@@ -16,7 +16,7 @@ test_dataloader = dict(
     batch_size=4, dataset=dict(type="CornerSamples", length=8), collate_fn=dict(type="default_collate")
 )
 test_cfg = dict()
-test_evaluator = dict(type="Accuracy", task="multiclass", num_classes=4)
+test_evaluator = dict(type="Correct")
 val_dataloader, val_cfg, val_evaluator = test_dataloader, test_cfg, test_evaluator
 
 optim_wrapper = dict(optimizer=dict(type="AdamW", lr=0.01))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stratagem import Runner
 from stratagem.distributed import AsyncMaxReduce, RankGroup, World
 from stratagem.distributed import cpu_groups as groups
+from stratagem.distributed.shared_groups import forget_shared_groups
 from stratagem.model import BaseModel
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
 from stratagem.train import Hook
@@ -114,6 +115,39 @@ def test_iterations_under_ddp_take_no_collectives_besides_those_of_the_gradients
         assert created == []
 
 
+def groups_after_runs(folder: str, strategy: dict[str, Any]) -> list[int]:
+    """Train three times with a strategy; return the number of process groups after each run."""
+    counts = []
+    for number in range(3):
+        runner = Runner(
+            model=Model(),
+            work_dir=f"{folder}/{number}",
+            strategy=strategy,
+            train_dataloader={"dataset": list(torch.randn(8, 4)), "batch_size": 2},
+            train_cfg={"by_epoch": False, "max_iters": 2},
+            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+            log_level="ERROR",
+        )
+        runner.train()
+        runner.close()
+        counts.append(len(torch_dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"replicate": 2}, {"tp": 2, "tp_plan": {"layer": "colwise_gather"}}],
+    ids=["shards", "replicas", "tensor parallelism"],
+)
+def test_runs_in_a_loop_share_the_groups_of_their_device_mesh(
+    ranks: Ranks, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """K folds or a sweep in one program do not accumulate groups, each of which has threads and buffers."""
+    for first, second, third in ranks.run(groups_after_runs, str(tmp_path), {"type": "FSDPStrategy", **options}):
+        assert first == second == third
+
+
 def timeout_of_default_group() -> timedelta:
     """Return the timeout with which the ranks created the default group."""
     timeout: timedelta = default_store().timeout
@@ -130,8 +164,10 @@ def shared_group() -> list[Any]:
         same = reductions[0]._group is reductions[1]._group and reductions[0]._group is not None
         return [same, *(reduction.wait() for reduction in reductions)]
     finally:
-        groups.destroy_group(groups._shared[0][1])
-        groups.forget_shared_cpu_group()
+        cpu = groups.shared_cpu_group()
+        assert cpu is not None
+        groups.destroy_group(cpu)
+        forget_shared_groups()
         groups.served_devices = supported
 
 

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch.distributed as torch_dist
 
 from stratagem.distributed.collectives import Group, served_devices
+from stratagem.distributed.shared_groups import shared_groups
 from stratagem.utils.torch_private import default_store
 
-__all__ = ["destroy_group", "forget_shared_cpu_group", "new_cpu_group", "shared_cpu_group"]
-
-# The default group and its shared CPU group.
-_shared: list[tuple[Group | None, Group]] = []
+__all__ = ["destroy_group", "new_cpu_group", "shared_cpu_group"]
 
 
 def new_cpu_group(ranks: Sequence[int] | None = None) -> Group:
@@ -32,15 +30,7 @@ def shared_cpu_group() -> Group | None:
     """
     if "cpu" in served_devices():
         return None
-    default = torch_dist.group.WORLD
-    if not _shared or _shared[0][0] is not default:
-        _shared[:] = [(default, new_cpu_group())]
-    return _shared[0][1]
-
-
-def forget_shared_cpu_group() -> None:
-    """Release the shared group after the default group has been destroyed, which also destroys the shared one."""
-    _shared.clear()
+    return shared_groups("cpu", new_cpu_group)
 
 
 def destroy_group(group: Group) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.distributed.cpu_groups import forget_shared_cpu_group
 from stratagem.distributed.rendezvous.launch import Launch, infer_launcher, read_launch
 from stratagem.distributed.rendezvous.rendezvous import choose_network_interface, rendezvous
+from stratagem.distributed.shared_groups import forget_shared_groups
 from stratagem.distributed.world import pick_device, select_device
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
 from stratagem.utils.names import did_you_mean, refuse_unknown
@@ -96,7 +96,7 @@ def close_dist() -> None:
     """Destroy the process group if there is one. Idempotent."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-        forget_shared_cpu_group()
+        forget_shared_groups()
 
 
 def _check_backend(backend: str | None) -> None:

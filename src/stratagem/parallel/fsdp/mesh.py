@@ -9,6 +9,7 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stratagem.distributed import World
+from stratagem.distributed.shared_groups import shared_groups
 from stratagem.errors import PlacementError
 from stratagem.parallel.fsdp.options import require_rank_counts
 from stratagem.utils.torch_private import default_store, flatten_mesh, set_group_timeout
@@ -76,15 +77,22 @@ class Meshes:
 
     @classmethod
     def make(cls, layout: Layout, world: World) -> Meshes:
-        """Create the meshes and their process groups, with the timeout of the default group. Collective."""
-        sizes = (layout.replicate, layout.shard, layout.tp)
-        mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=_AXES)
-        shard = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
-        groups = [mesh.get_group(axis) for axis in _AXES]
-        data = None
-        if layout.tp > 1:
-            data = (flatten_mesh(shard, "data") if layout.replicate > 1 else shard).get_group()
-            groups.append(data)
+        """Return the meshes and their process groups, with the timeout of the default group. Collective.
+
+        Runs with the same layout share them.
+        """
+        meshes, groups = shared_groups(("meshes", layout, world.device.type), lambda: _create(layout, world))
         for group in groups:
             set_group_timeout(group, default_store().timeout)
-        return cls(shard=shard, tp=mesh["tp"], data=data)
+        return meshes
+
+
+def _create(layout: Layout, world: World) -> tuple[Meshes, list[torch_dist.ProcessGroup]]:
+    mesh = init_device_mesh(world.device.type, (layout.replicate, layout.shard, layout.tp), mesh_dim_names=_AXES)
+    shard = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+    groups = [mesh.get_group(axis) for axis in _AXES]
+    data = None
+    if layout.tp > 1:
+        data = (flatten_mesh(shard, "data") if layout.replicate > 1 else shard).get_group()
+        groups.append(data)
+    return Meshes(shard=shard, tp=mesh["tp"], data=data), groups
