@@ -1,10 +1,11 @@
 """Measure the CPU time of an iteration of the same trainings on MMEngine and on Stratagem.
 
-    python tests/openmmlab/iteration_cost.py [--blocks 30]
+    python tests/openmmlab/iteration_cost.py [--blocks 30] [--calls]
 
 Both trainings run at the same time, but only one of them computes: they take turns after each block of a few iterations, so that
 changes of the machine's speed affect both alike. Printed are the medians over the blocks and, in brackets, 95 % intervals of the
-medians, and the median of the ratios of neighboring blocks.
+medians, and the median of the ratios of neighboring blocks. With ``--calls``, the cost is the number of calls of Python and
+built-in functions, which does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class PacedTraining:
         )
 
     def run_block(self) -> float:
-        """Return the CPU time of an iteration in seconds."""
+        """Return the CPU time of an iteration in seconds, or its number of calls."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
@@ -92,7 +93,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def measure(
     training: Training, data: Path, folder: Path, options: Sequence[str], blocks: int
 ) -> list[dict[str, float]]:
-    """Return the CPU time of an iteration in each block, by engine; the engines take turns, in alternating order."""
+    """Return the cost of an iteration in each block, by engine; the engines take turns, in alternating order."""
     running = {engine: PacedTraining(training, engine, data, folder / engine / "work", options) for engine in ENGINES}
     try:
         for _ in range(WARM_UP_BLOCKS):
@@ -113,14 +114,17 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=30)
-    blocks = parser.parse_args().blocks
-    print("| training | MMEngine (ms) | Stratagem (ms) | ratio |\n|---|---|---|---|")
+    parser.add_argument("--calls", action="store_true", help="count calls instead of measuring the CPU time")
+    given = parser.parse_args()
+    unit, factor = ("calls", 1) if given.calls else ("ms", 1000)
+    print(f"| training | MMEngine ({unit}) | Stratagem ({unit}) | ratio |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, (training, options)) in enumerate(JOBS.items()):
             folder = Path(scratch) / str(number)
             data = training.data(folder / "data")
-            rows = measure(training, data, folder, options, blocks)
-            columns = [[1000 * row[engine] for row in rows] for engine in ENGINES]
+            counting = (f"default_hooks.paced.counts_calls={given.calls}",)
+            rows = measure(training, data, folder, (*options, *counting), given.blocks)
+            columns = [[factor * row[engine] for row in rows] for engine in ENGINES]
             ratios = [row["stratagem"] / row["mmengine"] for row in rows]
             cells = ["{:.1f} ({:.1f} to {:.1f})".format(*median_interval(column)) for column in columns]
             print(
