@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stratagem.optim
+from stratagem.compat.mmengine.config import ConfigDict
 from stratagem.compat.mmengine.logging import MessageHub
 from stratagem.compat.mmengine.optim import (
     AmpOptimWrapper,
@@ -188,3 +189,18 @@ def test_a_schedule_resumes_from_its_state() -> None:
     scheduler.step()
     other.step()
     assert other.get_last_value() == scheduler.get_last_value()
+
+
+def test_groups_of_a_configuration_are_plain_dicts() -> None:
+    """The optimizer reads its groups in each step, and reading a value of a ``ConfigDict`` takes several calls."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = {"type": "SGD", "lr": 0.1, "weight_decay": 0.5}
+    wrapper = build_optim_wrapper(
+        model, ConfigDict(type="OptimWrapper", optimizer=optimizer, paramwise_cfg={"norm_decay_mult": 0.0})
+    )
+    assert [(type(group), group["weight_decay"]) for group in wrapper.optimizer.param_groups] == [
+        (dict, 0.5),
+        (dict, 0.5),
+        (dict, 0.0),
+        (dict, 0.0),
+    ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from stratagem.compat.mmengine.checks import require
+from stratagem.compat.mmengine.checks import InvalidArgumentError, require
 from stratagem.compat.mmengine.fileio.backends import (
     HTTPBackend,
     LmdbBackend,
@@ -16,7 +16,6 @@ from stratagem.compat.mmengine.fileio.backends import (
     PetrelBackend,
 )
 from stratagem.compat.mmengine.fileio.backends.registry_utils import as_prefixes, check_backend
-from stratagem.compat.mmengine.utils.path import is_filepath
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils import did_you_mean
 
@@ -90,7 +89,8 @@ class FileClient:
         Raises:
             AssertionError: if it is neither a string nor a path.
         """
-        require(is_filepath(uri), f"The address must be a string or a Path, got {uri!r}.")
+        if not isinstance(uri, str | Path):
+            raise InvalidArgumentError(f"The address must be a string or a Path, got {uri!r}.")
         prefix, separator, _ = str(uri).partition("://")
         return prefix.rpartition(":")[2] if separator else None
 

@@ -74,7 +74,7 @@ def get_file_backend(
     if uri is None and "backend" not in arguments:
         raise ConfigValueError('uri should not be None when "backend" does not exist in backend_args')
     prefix = "" if uri is None else _parse_uri_prefix(uri)
-    key = f"{prefix}:{json.dumps(arguments, default=repr)}"
+    key = f"{prefix}:{json.dumps(arguments, default=repr) if arguments else '{}'}"
     if enable_singleton and key in backend_instances:
         return backend_instances[key]
     if "backend" in arguments:

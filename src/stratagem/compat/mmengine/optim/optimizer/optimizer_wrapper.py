@@ -16,6 +16,7 @@ from stratagem.compat.mmengine.logging import MessageHub, print_log
 from stratagem.compat.mmengine.optim.optimizer.base import BaseOptimWrapper
 from stratagem.compat.mmengine.registry import OPTIM_WRAPPERS
 from stratagem.compat.mmengine.utils.dl_utils import has_batch_norm
+from stratagem.config import ConfigDict
 from stratagem.errors import ConfigValueError
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
 
@@ -49,6 +50,9 @@ class OptimWrapper(AccumulatingOptimWrapper, BaseOptimWrapper):
     ) -> None:
         require(accumulative_counts > 0, f"accumulative_counts must be positive, got {accumulative_counts!r}.")
         clip_kwargs = _clip_arguments(clip_grad)
+        groups = optimizer.param_groups
+        # Reading a value of a ConfigDict takes several calls.
+        groups[:] = [dict(group) if isinstance(group, ConfigDict) else group for group in groups]
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad, **kwargs)
         by_norm = self.clipping is None or self.clipping.by_norm
         self.clip_grad_kwargs = clip_kwargs
