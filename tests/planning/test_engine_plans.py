@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import stratagem
 from stratagem import SupervisedModel
-from stratagem.planning import engines
+from stratagem.planning import timelines
 from stratagem.planning.batch import BatchSpec
-from stratagem.planning.planner import meta_copy
+from stratagem.planning.model_copies import meta_copy
 from stratagem.planning.result import StepPlan
 from stratagem.planning.simulate import Job
 from stratagem.planning.timeline import interpolated, record_timeline
@@ -91,13 +91,13 @@ class TestMicroBatchesOfOtherSizes:
     def test_each_engine_does_not_simulate_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With three engines, the model is simulated with its batch, with two other sizes, and with one that checks them."""
         sizes: list[int] = []
-        before = engines.record_timeline
+        before = timelines.record_timeline
 
         def record(job: Any, batch: Any, dtype: Any, **kwargs: Any) -> Any:
             sizes.append(len(batch[0]))
             return before(job, batch, dtype, **kwargs)
 
-        monkeypatch.setattr(engines, "record_timeline", record)
+        monkeypatch.setattr(timelines, "record_timeline", record)
         make_model, make_batch = MODELS["images"]
         plan = stratagem.plan(
             make_model(),

@@ -11,7 +11,7 @@ from torch import nn
 import stratagem
 from stratagem import SupervisedModel
 from stratagem.optim import probe
-from stratagem.planning import engines
+from stratagem.planning import timelines
 from stratagem.planning.planner import DEFAULT_STRATEGIES
 from tests.support.planned_models import MODELS
 
@@ -41,13 +41,13 @@ def test_trial_updates_of_a_plan_are_small_at_many_ranks(monkeypatch: pytest.Mon
 def test_the_default_comparison_contains_all_kinds_of_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     """HSDP and tensor parallelism follow the number of ranks, and engines of one precision share their simulation."""
     dtypes: list[Any] = []
-    before = engines.record_timeline
+    before = timelines.record_timeline
 
     def record(job: Any, batch: Any, dtype: Any, **kwargs: Any) -> Any:
         dtypes.append((dtype, kwargs["tp_size"]))
         return before(job, batch, dtype, **kwargs)
 
-    monkeypatch.setattr(engines, "record_timeline", record)
+    monkeypatch.setattr(timelines, "record_timeline", record)
     make_model, make_batch = MODELS["language"]
     plan = stratagem.plan(
         make_model(),

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 import stratagem
 from stratagem import SupervisedModel
+from stratagem.planning import timelines
 from stratagem.planning.repeated_blocks import (
     BlockFinder,
     RepeatedBlocks,
     extended_changes,
     find_repeated_blocks,
     names_blocks,
+    with_more_samples,
 )
 from stratagem.planning.simulate import Simulation
-from stratagem.planning.storage_history import Change
+from stratagem.planning.storage_history import Change, StorageHistory
+from tests.support.planned_models import Language, language_batch
 
 ADAMW = {"optimizer": {"type": "AdamW"}}
 BATCH = (torch.zeros(4, 8), torch.zeros(4, 8))
@@ -68,6 +71,16 @@ def test_changes_that_are_replaced_are_not_extended() -> None:
     assert extended_changes(changes(5000, 5000), changes(5000), 1) is None
 
 
+def test_sizes_with_more_samples_follow_from_one_more_block() -> None:
+    """5, 6 and 8 are additional in 3 blocks, and 1, 2 and 3 grow by 10, 20 and 30 with the samples, so they do in 2 blocks."""
+    short = StorageHistory({"batch": 4}, tuple(changes(1000, 2000, 3000)))
+    long = StorageHistory({"batch": 4}, tuple(changes(1000, 5000, 6000, 2000, 8000, 3000)))
+    larger = StorageHistory({"batch": 8}, tuple(changes(1010, 5050, 6060, 2020, 8080, 3030)))
+    expected = StorageHistory({"batch": 8}, tuple(changes(1010, 2020, 3030)))
+    assert with_more_samples(short, long, larger) == expected
+    assert with_more_samples(short, long, short) is None
+
+
 def test_equal_blocks_are_found_by_their_attributes() -> None:
     """14 equal blocks are found; blocks with different attributes, shared parameters, or fewer blocks are not."""
     assert find_repeated_blocks(Blocks(14)) == RepeatedBlocks("blocks", 14)
@@ -85,6 +98,15 @@ def test_options_that_select_single_blocks() -> None:
     assert not names_blocks({"mixed_precision": "bfloat16", "wrap_policy": ["Block"], "replicate": 2})
 
 
+def planned(model: Any, batch: Any, strategy: Any, memory: int = 2**20) -> dict[str, Any]:
+    """Return the plan for four ranks without the time that it took. ``memory`` is what is left after the driver."""
+    [step] = stratagem.plan(
+        model, optim_wrapper=ADAMW, batch=batch, strategies=[strategy], worlds=[4], memory=GIB + memory
+    ).steps
+    assert (step.refusal, step.failure) == (None, None)
+    return asdict(replace(step, seconds=0.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "most"),
@@ -100,15 +122,6 @@ def test_plans_from_a_few_blocks_equal_those_of_all_blocks(
     monkeypatch: pytest.MonkeyPatch, strategy: Any, most: int
 ) -> None:
     """All sizes, collectives, operations and the largest micro-batch are equal, and the simulated models are small."""
-
-    def planned() -> dict[str, Any]:
-        model = SupervisedModel(Blocks(20), nn.MSELoss())
-        [step] = stratagem.plan(
-            model, optim_wrapper=ADAMW, batch=BATCH, strategies=[strategy], worlds=[4], memory=GIB + 2**20
-        ).steps
-        assert (step.refusal, step.failure) == (None, None)
-        return asdict(replace(step, seconds=0.0))
-
     simulated: list[int] = []
     step = Simulation.step
 
@@ -117,8 +130,44 @@ def test_plans_from_a_few_blocks_equal_those_of_all_blocks(
         return step(sim, batch)
 
     monkeypatch.setattr(Simulation, "step", noted)
-    few = planned()
+    few = planned(SupervisedModel(Blocks(20), nn.MSELoss()), BATCH, strategy)
     assert max(simulated) == most
     monkeypatch.setattr(BlockFinder, "find", lambda finder: None)
-    assert few == planned()
+    assert few == planned(SupervisedModel(Blocks(20), nn.MSELoss()), BATCH, strategy)
+    assert few["largest_micro_batch"] > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"type": "fsdp", "tp": 2, "wrap_policy": "Block", "mixed_precision": "bfloat16"},
+        {"type": "colossalai", "plugin": {"type": "hybrid-parallel", "tp_size": 2}, "mixed_precision": "bf16"},
+        {"type": "deepspeed", "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}, "bf16": True},
+    ],
+    ids=lambda each: each["type"],
+)
+def test_sharded_layers_and_engines_are_planned_from_a_few_blocks(
+    monkeypatch: pytest.MonkeyPatch, strategy: Any
+) -> None:
+    """Plans of tensor parallelism and of engines equal those of all blocks, whose micro-batch is recorded for one size only."""
+    sizes: list[tuple[int, int]] = []
+    step, record = Simulation.step, timelines.record_timeline
+
+    def noted_step(sim: Simulation, batch: Any) -> Any:
+        sizes.append((len(sim.model.blocks), len(batch["tokens"])))
+        return step(sim, batch)
+
+    def noted_record(job: Any, batch: Any, dtype: Any, **options: Any) -> Any:
+        sizes.append((len(job.make_model().blocks), len(batch["tokens"])))
+        return record(job, batch, dtype, **options)
+
+    monkeypatch.setattr(Simulation, "step", noted_step)
+    monkeypatch.setattr(timelines, "record_timeline", noted_record)
+    few = planned(Language(20), language_batch(), strategy, 2**24)
+    assert {size for size in sizes if size[0] > 4} == {(20, 4)}
+    monkeypatch.setattr(BlockFinder, "find", lambda finder: None)
+    sizes.clear()
+    assert few == planned(Language(20), language_batch(), strategy, 2**24)
+    assert {blocks for blocks, _ in sizes} == {20}
     assert few["largest_micro_batch"] > 4

@@ -52,10 +52,22 @@ def test_a_single_sample_with_fewer_copies_determines_nothing() -> None:
         return [5] if size == 1 else [4 + 2 * size, 4 + 3 * size]
 
     assert largest_of_profiles(totals, [100, 9, 5, 4], 1) == [32, 1, 1, 0]
-    assert sizes == [2, 4, 32, 1]
+    assert sizes == [1, 2, 4, 32]
 
 
 def test_sums_that_are_not_linear_are_searched() -> None:
     """A step whose memory grows with the square of the size fits 10 samples into 100, which a line through two sizes misses."""
     assert largest_of_profiles(lambda size: [size * size], [100, 99], 2) == [10, 9]
     assert largest_of_profiles(lambda size: [1] * size, [1], 2)[0] > 1000
+
+
+def test_nothing_else_is_measured_if_a_single_sample_is_too_large() -> None:
+    """If the batch has one sample, and it does not fit the largest limit, no other size is measured."""
+    sizes: list[int] = []
+
+    def totals(size: int) -> list[int]:
+        sizes.append(size)
+        return [10 * size, 100 * size]
+
+    assert largest_of_profiles(totals, [50, 99], 1) == [0, 0]
+    assert sizes == [1]

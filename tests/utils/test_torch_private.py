@@ -680,3 +680,16 @@ def test_observe_grad_norms_sees_clipping_that_was_imported_by_name() -> None:
     assert [each.item() for each in seen] == [3.0, 3.0]
     clip([weight], 1.0)
     assert len(seen) == 2
+
+
+def test_observe_shape_propagation_sees_operations_that_dtensor_does_not_know(one_rank: None) -> None:
+    """The first sum of a shape calls the function with 1 and -1, the second one does not; after the block, none does."""
+    mesh = init_device_mesh("cpu", (1,))
+    first, other = (distribute_tensor(torch.ones(size), mesh, [Shard(0)]) for size in (1237, 1249))
+    seen: list[int] = []
+    with torch_private.observe_shape_propagation(seen.append):
+        first.cumsum(0)
+        assert seen == [1, -1]
+        first.cumsum(0)
+    other.cumsum(0)
+    assert seen == [1, -1]

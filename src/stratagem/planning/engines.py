@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, final
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,88 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from stratagem.errors import PlacementError
 from stratagem.planning.batch import BatchSpec
-from stratagem.planning.failures import describe_failure
 from stratagem.planning.ledger import EngineStep, Ledger, replay
 from stratagem.planning.result import CONTEXT_BYTES, MemoryPlan, StepPlan
 from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job
-from stratagem.planning.timeline import Timeline, interpolated, record_timeline
+from stratagem.planning.timeline import Timeline
+from stratagem.planning.timelines import Timelines
 from stratagem.planning.trace import StepTrace, storage_bytes
 from stratagem.planning.update_reads import UpdateReads
 from stratagem.train.hooks.averaging import EMAHook
 
-__all__ = ["EngineRequest", "EngineStatic", "Timelines", "batch_bytes", "finish", "state_bytes"]
-
-_NO_BATCH: Final = "Without a batch, no step was simulated."
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Timelines:
-    """The micro-batches of a model, which do not depend on the strategy and the number of ranks.
-
-    Attributes:
-        job: what is planned.
-        batch: the batch; None if there is none.
-    """
-
-    job: Job
-    batch: BatchSpec | None
-    _known: dict[Any, Timeline | str] = field(default_factory=dict)
-    _float_buffers: list[bool] = field(default_factory=list)
-    # Whether micro-batches with more samples follow from two others; missing if no one has been compared.
-    _linear: dict[Any, bool] = field(default_factory=dict)
-
-    def get(
-        self, dtype: torch.dtype | None, *, keeps_buffers: bool, tp_size: int = 1, size: int | None = None
-    ) -> Timeline | str:
-        """Return a micro-batch, or why it cannot be simulated.
-
-        Args:
-            dtype: the dtype that the engine casts the model to.
-            keeps_buffers: whether buffers keep their dtype.
-            tp_size: the number of ranks that the layers of ``tp_plan`` are sharded across.
-            size: the number of samples; by default that of the batch.
-        """
-        if self.batch is None:
-            return _NO_BATCH
-        keeps_buffers = keeps_buffers and dtype is not None and self._has_float_buffers()
-        options = {"dtype": dtype, "keeps_buffers": keeps_buffers, "tp_size": tp_size}
-        if size is None or self.batch.size is None:
-            return self._recorded(self.batch.size, options)
-        # The two sizes from which the search for the largest micro-batch starts.
-        first = max(2, self.batch.size)
-        if size <= 2 * first:
-            return self._recorded(size, options)
-        low, high = self._recorded(first, options), self._recorded(2 * first, options)
-        if isinstance(low, str) or isinstance(high, str):
-            return self._recorded(size, options)
-        key = tuple(options.values())
-        expected = interpolated(low, high, (size - first) / first) if self._linear.get(key, True) else None
-        if expected is not None and key in self._linear:
-            return expected
-        real = self._recorded(size, options)
-        self._linear[key] = expected == real
-        return real
-
-    def _recorded(self, size: int | None, options: dict[str, Any]) -> Timeline | str:
-        """Return a simulated micro-batch."""
-        batch = self.batch
-        if batch is None:
-            return _NO_BATCH
-        key = (*options.values(), size)
-        if key not in self._known:
-            try:
-                resized = batch.batch if size == batch.size else batch.resized(size or 1)
-                self._known[key] = record_timeline(self.job, resized, **options)
-            except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
-                self._known[key] = describe_failure(error, "the model")
-        return self._known[key]
-
-    def _has_float_buffers(self) -> bool:
-        if not self._float_buffers:
-            self._float_buffers.append(any(each.is_floating_point() for each in self.job.make_model().buffers()))
-        return self._float_buffers[0]
+__all__ = ["EngineRequest", "EngineStatic", "batch_bytes", "finish", "state_bytes"]
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,22 +13,23 @@ from torch import nn
 from stratagem.config import Config
 from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.optim import OptimSpec
-from stratagem.parallel.deferred_init.materialize import named_tensors
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
 from stratagem.planning.colossalai_plan import plan_colossalai
 from stratagem.planning.deepspeed_plan import plan_deepspeed
-from stratagem.planning.engines import EngineRequest, Timelines
+from stratagem.planning.engines import EngineRequest
+from stratagem.planning.model_copies import ModelCopies, meta_copy
 from stratagem.planning.repeated_blocks import BlockFinder
 from stratagem.planning.result import MemoryPlan, ModelFacts, Plan, StepPlan
 from stratagem.planning.simulate import Job
 from stratagem.planning.simulated import PlanRequest, plan_simulated
+from stratagem.planning.timelines import Timelines
 from stratagem.registry import HOOKS, switch_scope
 from stratagem.registry.strategy_names import full_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
 from stratagem.train.hooks.averaging import EMAHook
 
-__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "meta_copy", "model_factory", "plan", "plan_config"]
+__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "model_factory", "plan", "plan_config"]
 
 StrategySpec = str | Mapping[str, Any]
 
@@ -129,7 +129,7 @@ def plan_config(
         if spec is None and config.get("train_dataloader") is not None:
             spec = first_batch(config["train_dataloader"])
         job = Job(
-            make_model=model_factory(with_preprocessor(config["model"], config.get("data_preprocessor"))),
+            make_model=ModelCopies(model_factory(with_preprocessor(config["model"], config.get("data_preprocessor")))),
             optim_wrapper=config["optim_wrapper"],
             randomness=config.get("randomness"),
         )
@@ -156,19 +156,6 @@ def model_factory(model: Any) -> Callable[[], nn.Module]:
             return meta_copy(build_model(model))
 
     return build
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with parameters and buffers on the meta device; shared ones stay shared."""
-    known: dict[int, Any] = {}
-    for tensor in named_tensors(model).values():
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            parameter = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            vars(parameter).update(vars(tensor))
-            empty = parameter
-        known[id(tensor)] = empty
-    return copy.deepcopy(model, known)
 
 
 def _averaging_hook(config: Config) -> EMAHook | None:
@@ -282,14 +269,12 @@ def _request(
     memory: int | Sequence[int] | None,
     average: EMAHook | None,
 ) -> PlanRequest:
-    timelines = Timelines(job, batch)
     # The engines of the default comparison compute in bfloat16.
     dtype = torch.bfloat16 if strategies is DEFAULT_STRATEGIES else None
     return PlanRequest(
         job=job,
         batch=batch,
-        timelines=timelines,
-        blocks=BlockFinder(job, timelines, dtype),
+        timelines=Timelines(job, batch, BlockFinder(job), dtype),
         ranks_per_node=ranks_per_node,
         memory_limits=_limits(memory),
         average=average,

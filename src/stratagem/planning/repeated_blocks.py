@@ -6,17 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import accumulate, islice, takewhile
 from typing import Any, Final, TypeVar, final
 
-import torch
 from torch import nn
 
-from stratagem.planning.engines import Timelines
+from stratagem.planning.model_copies import ModelCopies
 from stratagem.planning.simulate import Job, StepRecord
 from stratagem.planning.snapshot import Snapshot
 from stratagem.planning.storage_history import Change, StorageHistory
-from stratagem.planning.timeline import Timeline
 
 __all__ = [
     "BlockFinder",
@@ -27,6 +25,7 @@ __all__ = [
     "extended_changes",
     "find_repeated_blocks",
     "names_blocks",
+    "with_more_samples",
 ]
 
 # With fewer blocks, simulating all of them does not take longer.
@@ -46,16 +45,11 @@ class RepeatedBlocks:
     name: str
     count: int
 
-    def shortened(self, job: Job, keep: int) -> Job:
-        """Return a job whose model has only the first ``keep`` modules."""
-
-        def make_model() -> nn.Module:
-            model = job.make_model()
-            blocks: Any = model.get_submodule(self.name)
-            del blocks[keep:]
-            return model
-
-        return replace(job, make_model=make_model)
+    def shorten(self, model: nn.Module, keep: int) -> nn.Module:
+        """Remove all modules but the first ``keep`` from a model, and return it."""
+        blocks: Any = model.get_submodule(self.name)
+        del blocks[keep:]
+        return model
 
 
 def find_repeated_blocks(model: nn.Module) -> RepeatedBlocks | None:
@@ -198,23 +192,62 @@ def extended_changes(short: Sequence[Change], long: Sequence[Change], times: int
     Returns:
         The changes, or None if ``long`` is not ``short`` with additional parts.
     """
+    parts = _additional_parts(short, long)
+    if parts is None:
+        return None
     found: list[Change] = []
+    at = 0
+    for change, size in zip(short, parts, strict=False):
+        found += [*long[at : at + size]] * (1 + times)
+        at += size
+        found.append(replace(change, nbytes=long[at].nbytes + times * (long[at].nbytes - change.nbytes)))
+        at += 1
+    return [*found, *[*long[at:]] * (1 + times)]
+
+
+def _additional_parts(short: Sequence[Change], long: Sequence[Change]) -> list[int] | None:
+    """Return the length of the additional part of ``long`` before each change of ``short``; None if other changes differ."""
+    found: list[int] = []
     at = 0
     missing = len(long) - len(short)
     if missing < 0:
         return None
     for index, change in enumerate(short):
-        if long[at] != change:
-            size = _additional(short, index, long, at, missing)
-            if size is None:
-                return None
-            found += [*long[at : at + size]] * (1 + times)
-            at += size
-            missing -= size
-        grown = long[at].nbytes + times * (long[at].nbytes - change.nbytes)
-        found.append(replace(change, nbytes=grown))
-        at += 1
-    return [*found, *[*long[at:]] * (1 + times)]
+        size = 0 if long[at] == change else _additional(short, index, long, at, missing)
+        if size is None:
+            return None
+        found.append(size)
+        at += size + 1
+        missing -= size
+    return found
+
+
+def with_more_samples(short: StorageHistory, long: StorageHistory, larger: StorageHistory) -> StorageHistory | None:
+    """Return the storages of a step of ``short`` with as many samples as ``larger``; None if they do not follow.
+
+    Args:
+        short: a step.
+        long: a step with another block.
+        larger: the same as ``long`` with more samples.
+    """
+    parts = _additional_parts(short.changes, long.changes)
+    same = (
+        len(long.changes) == len(larger.changes) and long.before.keys() == larger.before.keys() == short.before.keys()
+    )
+    if parts is None or not same:
+        return None
+    # The positions in ``long`` of the changes of ``short``.
+    positions = [index + added for index, added in enumerate(accumulate(parts))]
+    pairs = [(long.changes[at], larger.changes[at]) for at in positions]
+    if any((one.kind, one.phase) != (other.kind, other.phase) for one, other in pairs):
+        return None
+    changes = tuple(
+        replace(change, nbytes=change.nbytes + other.nbytes - one.nbytes)
+        for change, (one, other) in zip(short.changes, pairs, strict=True)
+    )
+    return StorageHistory(
+        {kind: size + larger.before[kind] - long.before[kind] for kind, size in short.before.items()}, changes
+    )
 
 
 def _additional(short: Sequence[Change], index: int, long: Sequence[Change], at: int, most: int) -> int | None:
@@ -253,43 +286,30 @@ def _without_calls(each: Snapshot) -> Snapshot:
 
 @final
 class BlockFinder:
-    """Finds the equal blocks of a model once, and checks with one micro-batch of the whole model that they behave equally.
+    """Finds the equal blocks of a model once, and shortens the model.
 
     Args:
         job: the model and the optimizer.
-        timelines: its micro-batches.
-        dtype: the dtype of the micro-batch that is compared, which other plans may need as well.
     """
 
-    def __init__(self, job: Job, timelines: Timelines, dtype: torch.dtype | None) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._timelines = timelines
-        self._dtype = dtype
         self._found: list[RepeatedBlocks | None] = []
+        self._jobs: dict[int, Job] = {}
 
     def find(self) -> RepeatedBlocks | None:
-        """Return the blocks; None if there are none, or if a part of the configuration may refer to single blocks."""
+        """Return the blocks; None if there are none, or if the configuration of the optimizer may refer to single blocks.
+
+        Whether they behave equally is unknown.
+        """
         if not self._found:
-            self._found.append(self._checked())
+            named = names_blocks(self._job.optim_wrapper)
+            self._found.append(None if named else find_repeated_blocks(self._job.make_model()))
         return self._found[0]
 
-    def _checked(self) -> RepeatedBlocks | None:
-        if names_blocks(self._job.optim_wrapper) or self._timelines.batch is None:
-            return None
-        blocks = find_repeated_blocks(self._job.make_model())
-        if blocks is None:
-            return None
-        whole = self._timelines.get(self._dtype, keeps_buffers=True)
-        few = (2, 3)
-        parts = [
-            Timelines(blocks.shortened(self._job, keep), self._timelines.batch).get(self._dtype, keeps_buffers=True)
-            for keep in few
-        ]
-        changes = [_changes(each) for each in (*parts, whole)]
-        if extended_changes(changes[0], changes[1], blocks.count - few[1]) != changes[2]:
-            return None
-        return blocks
-
-
-def _changes(timeline: Timeline | str) -> list[Change]:
-    return [] if isinstance(timeline, str) else [each for each in timeline.events if isinstance(each, Change)]
+    def shortened(self, blocks: RepeatedBlocks, keep: int) -> Job:
+        """Return a job whose model has only the first ``keep`` blocks."""
+        if keep not in self._jobs:
+            make_model = ModelCopies(lambda: blocks.shorten(self._job.make_model(), keep))
+            self._jobs[keep] = replace(self._job, make_model=make_model)
+        return self._jobs[keep]

@@ -29,6 +29,8 @@ def largest_of_profiles(totals: Callable[[int], Sequence[int]], limits: Sequence
             known[size] = totals(size)
         return known[size]
 
+    if start == 1 and max(profile(1)) > max(limits):
+        return [0] * len(limits)
     base = max(2, start)
     low, high = profile(base), profile(2 * base)
     if len(low) == len(high):

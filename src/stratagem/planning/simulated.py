@@ -12,21 +12,21 @@ from torch.utils._pytree import tree_leaves
 
 from stratagem.parallel.deferred_init.materialize import CHUNK_BYTES
 from stratagem.planning.batch import BatchSpec
-from stratagem.planning.engines import Timelines
 from stratagem.planning.failures import describe_failure
 from stratagem.planning.repeated_blocks import (
-    BlockFinder,
     RepeatedBlocks,
     agree,
     extended,
     extended_history,
     names_blocks,
+    with_more_samples,
 )
 from stratagem.planning.result import CONTEXT_BYTES, Collective, MemoryPlan, StepPlan
 from stratagem.planning.search import largest_of_profiles
 from stratagem.planning.simulate import Job, Simulation, StepRecord, simulating
 from stratagem.planning.snapshot import Snapshot, snapshot
 from stratagem.planning.storage_history import StorageHistory, interpolated_history
+from stratagem.planning.timelines import Timelines
 from stratagem.planning.trace import storage_bytes
 from stratagem.train.hooks.averaging import EMAHook
 
@@ -51,8 +51,7 @@ class PlanRequest:
         batch: the batch of a rank; None if it is unknown.
         ranks_per_node: the number of ranks on a node.
         memory_limits: the memory of each device.
-        timelines: the micro-batches of the model, for engines.
-        blocks: finds the equal blocks of the model.
+        timelines: the micro-batches of the model, and its equal blocks.
         average: the hook that averages the weights, if any.
     """
 
@@ -61,7 +60,6 @@ class PlanRequest:
     ranks_per_node: int
     memory_limits: tuple[int | None, ...]
     timelines: Timelines
-    blocks: BlockFinder
     average: EMAHook | None = None
 
 
@@ -119,7 +117,7 @@ def _try_plan(
 
 def _plan_from_few_blocks(request: PlanRequest, strategy: Mapping[str, Any], base: StepPlan) -> list[StepPlan] | None:
     """Return the plans of a model with many equal blocks; None if they do not follow from models with a few of them."""
-    blocks = None if names_blocks(base.options) else request.blocks.find()
+    blocks = None if names_blocks(base.options) else request.timelines.repeated_blocks()
     if blocks is None or request.batch is None:
         return None
     try:
@@ -153,15 +151,16 @@ class _Few:
     def plan(self) -> list[StepPlan] | None:
         """Return the plans for each memory limit; None if the sizes do not follow from a few blocks."""
         request = self._request
-        found = []
         searches = self._batch.size is not None and any(request.memory_limits)
-        for keep in _FEW_BLOCKS:
+        found: list[Snapshot] = []
+        for keep, times in zip(_FEW_BLOCKS, ((1,), (1, 2), (3,)), strict=True):
             with self._simulating(keep) as sim:
                 record = sim.step(self._batch.batch)
                 found.append(snapshot(sim, record, request.average))
+                self._known[keep, self._batch.size or 0] = record.history
+                searches = searches and not self._is_too_large(found)
                 if searches:
-                    self._known[keep, self._batch.size or 0] = record.history
-                    self._note(sim, keep, (1, 2) if keep < _FEW_BLOCKS[-1] else (3,))
+                    self._note(sim, keep, times)
         short, long, check = found
         predicted = extended(short, long, 1)
         if predicted is None or not agree(predicted, check):
@@ -170,8 +169,18 @@ class _Few:
         whole = extended(short, long, self._blocks.count - _FEW_BLOCKS[1])
         return None if whole is None else _finished(request, whole, self._base, self._history)
 
+    def _is_too_large(self, found: Sequence[Snapshot]) -> bool:
+        """Return whether a batch of one sample fits no limit, judging by two and three blocks."""
+        limits = [limit for limit in self._request.memory_limits if limit is not None]
+        if self._batch.size != 1 or len(found) < 2 or self._base.options.get("cpu_offload"):
+            return False
+        whole = extended(found[0], found[1], self._blocks.count - _FEW_BLOCKS[1])
+        if whole is None or whole.step is None:
+            return False
+        return whole.step.history.peak().nbytes + whole.averages + CONTEXT_BYTES > max(limits)
+
     def _simulating(self, keep: int) -> Any:
-        job = self._blocks.shortened(self._request.job, keep)
+        job = self._request.timelines.finder.shortened(self._blocks, keep)
         return simulating(job, self._strategy, self._base.world, ranks_per_node=self._request.ranks_per_node)
 
     def _note(self, sim: Simulation, keep: int, times: Sequence[int]) -> None:
@@ -182,11 +191,18 @@ class _Few:
 
     def _grows_linearly(self) -> bool:
         """Return whether a step with more blocks and more samples follows from the others."""
-        last = _FEW_BLOCKS[-1]
-        size = 3 * self._first
-        short, long = (self._between(keep, size) for keep in _FEW_BLOCKS[:2])
-        expected = None if short is None or long is None else extended_history(short, long, last - _FEW_BLOCKS[1])
-        return expected == self._known[last, size]
+        few, middle, last = _FEW_BLOCKS
+        low = self._first
+        larger = with_more_samples(self._known[few, low], self._known[middle, low], self._known[middle, 2 * low])
+        if larger is None:
+            return False
+        self._known[few, 2 * low] = larger
+        short, long = (self._between(keep, 3 * low) for keep in (few, middle))
+        expected = None if short is None or long is None else extended_history(short, long, last - middle)
+        if expected == self._known[last, 3 * low]:
+            return True
+        del self._known[few, 2 * low]
+        return False
 
     def _between(self, keep: int, size: int) -> StorageHistory | None:
         low, high = (self._known[keep, times * self._first] for times in (1, 2))

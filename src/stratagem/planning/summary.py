@@ -20,8 +20,9 @@ from stratagem.model import BaseDataPreprocessor, BaseModel
 from stratagem.optim import AmpOptimWrapper
 from stratagem.planning.batch import BatchSpec, describe_batch, fake_batch, first_batch, parse_batch
 from stratagem.planning.fake_world import fake_copies, new_fake_mode
+from stratagem.planning.model_copies import meta_copy
 from stratagem.planning.module_trace import ModuleRecord, ModuleTrace
-from stratagem.planning.planner import meta_copy, model_factory
+from stratagem.planning.planner import model_factory
 from stratagem.planning.simulate import Job, simulating
 from stratagem.registry import switch_scope
 from stratagem.step import call_forward, parse_losses

@@ -18,7 +18,17 @@ from stratagem.planning.storage_history import Change
 from stratagem.planning.trace import StepTrace, storage_bytes
 from stratagem.utils.torch_private import storage_key
 
-__all__ = ["GradientReady", "Sent", "Timeline", "Visit", "cast_to", "interpolated", "record_timeline"]
+__all__ = [
+    "GradientReady",
+    "Sent",
+    "Timeline",
+    "Visit",
+    "cast_to",
+    "interpolated",
+    "record_timeline",
+    "resized",
+    "sizes_of",
+]
 
 # Gradients are recorded before an update, so the optimizer does not matter.
 _NO_UPDATE: Final[Mapping[str, Any]] = {"optimizer": {"type": "SGD", "lr": 0.0}, "accumulative_counts": 2}
@@ -90,6 +100,7 @@ class Timeline:
         buffers: the bytes of the buffers of the model.
         batch: the bytes of the batch.
         weight: the bytes of the weight of the loss, which is summed over ranks before an update; 0 without one.
+        samples: the number of samples, if it is known.
     """
 
     events: tuple[Change | GradientReady | Visit | Sent, ...]
@@ -103,6 +114,7 @@ class Timeline:
     buffers: int
     batch: int
     weight: int
+    samples: int | None = None
 
 
 def interpolated(low: Timeline, high: Timeline, steps: float) -> Timeline | None:
@@ -138,11 +150,56 @@ def interpolated(low: Timeline, high: Timeline, steps: float) -> Timeline | None
             return None
     return replace(
         low,
+        samples=None if low.samples is None or high.samples is None else between(low.samples, high.samples),
         events=tuple(events),
         saved=between(low.saved, high.saved),
         largest=max((each.nbytes for each in events if isinstance(each, Change)), default=0),
         flops=between(low.flops, high.flops),
         batch=between(low.batch, high.batch),
+    )
+
+
+def sizes_of(timeline: Timeline) -> list[Change]:
+    """Return the changes of storages and the tensors that the model sends, in order."""
+    return [
+        each if isinstance(each, Change) else Change(f"sent in {each.kind} of {each.ranks}", each.nbytes, "")
+        for each in timeline.events
+        if isinstance(each, Change | Sent)
+    ]
+
+
+def resized(
+    timeline: Timeline, sizes: Sequence[Change], short: Timeline, long: Timeline, times: int
+) -> Timeline | None:
+    """Return a micro-batch of a model with another number of samples.
+
+    Args:
+        timeline: a micro-batch of the model.
+        sizes: the sizes with the other number of samples, as returned by ``sizes_of``.
+        short: the micro-batch with the other number of samples of a model with a few blocks.
+        long: the same with one more block.
+        times: the number of blocks in addition to those of ``long``.
+
+    Returns:
+        The micro-batch; None if it differs in more than sizes.
+    """
+    before = sizes_of(timeline)
+    pairs = zip(before, sizes, strict=False)
+    if len(before) != len(sizes) or any((one.kind, one.phase) != (other.kind, other.phase) for one, other in pairs):
+        return None
+    following = iter(sizes)
+    events = tuple(
+        replace(each, nbytes=next(following).nbytes) if isinstance(each, Change | Sent) else each
+        for each in timeline.events
+    )
+    return replace(
+        timeline,
+        samples=long.samples,
+        events=events,
+        saved=long.saved + times * (long.saved - short.saved),
+        largest=max((each.nbytes for each in events if isinstance(each, Change)), default=0),
+        flops=long.flops + times * (long.flops - short.flops),
+        batch=long.batch,
     )
 
 
@@ -167,7 +224,13 @@ def cast_to(model: nn.Module, dtype: torch.dtype | None, *, keeps_buffers: bool 
 
 
 def record_timeline(
-    job: Job, batch: Any, dtype: torch.dtype | None, *, keeps_buffers: bool = False, tp_size: int = 1
+    job: Job,
+    batch: Any,
+    dtype: torch.dtype | None,
+    *,
+    keeps_buffers: bool = False,
+    tp_size: int = 1,
+    samples: int | None = None,
 ) -> Timeline:
     """Run one micro-batch on fake tensors and record it.
 
@@ -177,6 +240,7 @@ def record_timeline(
         dtype: the dtype that an engine casts the model to; None for that of its parameters.
         keeps_buffers: whether the buffers keep their dtype.
         tp_size: the number of ranks that ColossalAI shards the layers of ``tp_plan`` across.
+        samples: the number of samples of the batch, if it is known.
     """
     recording: list[StepTrace] = []
 
@@ -221,6 +285,7 @@ def record_timeline(
             buffers=storage_bytes(model.buffers()),
             batch=batch_bytes,
             weight=weight,
+            samples=samples,
         )
 
 

@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_leaves
 from stratagem.planning.storage_history import Change, StorageHistory
 from stratagem.tensors.dtensor import to_local
 from stratagem.tensors.flops import flops_of_call, operand_dtype
-from stratagem.utils.torch_private import backward_pass_id, group_ranks, storage_id, storage_key
+from stratagem.utils.torch_private import (
+    backward_pass_id,
+    group_ranks,
+    observe_shape_propagation,
+    storage_id,
+    storage_key,
+)
 
 __all__ = ["CollectiveCall", "StepTrace", "storage_bytes", "storages_of"]
 
@@ -110,6 +116,8 @@ class StepTrace(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._past_backward = False
+        # Greater than 0 while DTensor computes shapes with fake tensors, which a step does not allocate.
+        self._computing_shapes = 0
         self._exit = ExitStack()
         self._first_of_forward = 0
         self.activations = 0
@@ -121,6 +129,7 @@ class StepTrace(TorchDispatchMode):
 
     def __enter__(self) -> StepTrace:
         self._exit.enter_context(self._following_resizes())
+        self._exit.enter_context(observe_shape_propagation(self._note_shape_propagation))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
 
@@ -148,6 +157,9 @@ class StepTrace(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+    def _note_shape_propagation(self, change: int) -> None:
+        self._computing_shapes += change
 
     @property
     def phase(self) -> str:
@@ -182,6 +194,8 @@ class StepTrace(TorchDispatchMode):
             # Let DTensor compute with its local tensors first; this mode then sees these operations.
             return NotImplemented
         kwargs = kwargs or {}
+        if self._computing_shapes:
+            return func(*args, **kwargs)
         if not self._past_backward and backward_pass_id() != -1:
             self._begin_backward()
         for tensor in tree_leaves((args, kwargs)):

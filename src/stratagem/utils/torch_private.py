@@ -66,6 +66,7 @@ __all__ = [
     "observe_backward",
     "observe_created_graphs",
     "observe_grad_norms",
+    "observe_shape_propagation",
     "operator_schema",
     "process_groups",
     "rebuild_ddp_reducer",
@@ -685,3 +686,28 @@ def observe_grad_norms(before: Callable[[Any], None], after: Callable[[Tensor], 
         yield
     finally:
         module._get_total_norm = original
+
+
+@contextmanager
+def observe_shape_propagation(change: Callable[[int], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call a function with 1 before and with -1 after DTensor computes the shape of a result.
+
+    For operations that it has not seen with these shapes, DTensor runs the operation on fake tensors with the shapes of the whole
+    tensors. Private: ``ShardingPropagator._propagate_tensor_meta_non_cached``.
+    """
+    propagator: Any = import_object("torch.distributed.tensor._sharding_prop:ShardingPropagator")
+    original = propagator._propagate_tensor_meta_non_cached
+
+    @wraps(original)
+    def observed(*args: Any) -> Any:
+        change(1)
+        try:
+            return original(*args)
+        finally:
+            change(-1)
+
+    propagator._propagate_tensor_meta_non_cached = observed
+    try:
+        yield
+    finally:
+        propagator._propagate_tensor_meta_non_cached = original
