@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,70 @@ if __name__ == "__main__":
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.map(in_worker, [Item()]))
+"""
+
+
+RUNTIME = """\
+from mmengine.hooks import LoggerHook
+
+default_hooks = dict(logger=dict(type=LoggerHook, interval=2))
+randomness = dict(seed=7)
+"""
+
+NEW_STYLE = """\
+from mmengine.config import read_base
+
+with read_base():
+    from .runtime import *
+
+from mmengine.dataset import DefaultSampler
+from mmengine.optim import OptimWrapper
+from torch.optim import SGD
+
+custom_imports = dict(imports=["parts"], allow_failed_imports=False)
+model = dict(type="Linear4")
+train_dataloader = dict(
+    dataset=dict(type="Rows"), batch_size=2, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=True))
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.1))
+stratagem = dict(data_order="mmengine")
+"""
+
+PARTS = """\
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+
+
+@MODELS.register_module()
+class Linear4(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        return {"loss": self.linear(torch.stack(inputs)).square().mean()}
+
+
+@DATASETS.register_module()
+class Rows(torch.utils.data.Dataset):
+    metainfo = {}
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"inputs": torch.full((4,), index / 8)}
+"""
+
+TRAIN = """\
+import sys
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+config = Config.fromfile(sys.argv[1])
+config.work_dir = sys.argv[2]
+Runner.from_cfg(config).train()
 """
 
 
@@ -86,6 +151,20 @@ def test_an_installed_mmengine_is_not_imported_by_subprocesses(folder: Path) -> 
         env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(installed)])},
     )
     assert done.stdout.count("stratagem.compat.mmengine") == 3, done.stderr
+
+
+@pytest.mark.slow
+def test_a_pure_python_configuration_with_custom_imports_trains(tmp_path: Path) -> None:
+    """Bases, imported types, modules next to the file, and the options of the layer work; lines have MMEngine's fields."""
+    for name, text in {"runtime": RUNTIME, "run": NEW_STYLE, "parts": PARTS, "train": TRAIN}.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    done = run_mmengine("train.py", "run.py", "work_dir", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    fields = r"lr: 1.0000e-01  eta: 0:00:0\d  time: \d\.\d{4}  data_time: \d\.\d{4}  loss: \d\.\d{4}"
+    lines = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "Epoch(train)" in line]
+    assert [re.search(r"Epoch\(train\) (.*?)  ", line).group(1) for line in lines] == ["[1][2/4]", "[1][4/4]"]  # type: ignore[union-attr]
+    assert all(re.search(fields, line) for line in lines), lines
+    assert (tmp_path / "work_dir/epoch_1.pth").exists()
 
 
 @pytest.mark.slow

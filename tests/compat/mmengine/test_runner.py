@@ -175,6 +175,20 @@ def test_a_killed_run_resumes_exactly(tmp_path, loop):
     assert losses_of_resumed(tmp_path / "killed", loop=loop) == whole
 
 
+@pytest.mark.slow
+def test_a_killed_run_with_a_compiled_model_resumes_exactly(tmp_path):
+    """The compiled model trains, validates, is saved under its own names, and resumes."""
+    section = {
+        **VALIDATION,
+        "cfg": {"compile": {"backend": "aot_eager"}},
+        "loop": {"type": EpochBasedTrainLoop, "max_epochs": 3},
+    }
+    whole = losses_of_whole(tmp_path / "whole", **section)
+    assert losses_of_resumed(tmp_path / "killed", **section) == whole
+    names = list(torch.load(tmp_path / "killed/iter_15.pth", weights_only=True)["state_dict"])
+    assert names == ["linear.weight", "linear.bias"]
+
+
 def test_a_killed_run_resumes_exactly_with_a_loader_of_the_user(tmp_path):
     """A shuffled DataLoader that the user has built continues within its epoch."""
     whole = losses_of_whole(tmp_path / "whole", data=loader_of_user())

@@ -6,7 +6,8 @@ from typing import Final
 
 __all__ = ["KEYS"]
 
-# The keys that MMEngine's Runner, FlexibleRunner and Config read, and those that the test scripts of OpenMMLab's packages read.
+# The keys that MMEngine's Runner, FlexibleRunner and Config read, those that the test scripts of OpenMMLab's packages read, and
+# the options of this layer.
 KEYS: Final = frozenset(
     {
         "activation_checkpointing",
@@ -35,6 +36,7 @@ KEYS: Final = frozenset(
         "resume",
         "runner_type",
         "strategy",
+        "stratagem",
         "sync_bn",
         "test_cfg",
         "test_dataloader",
