@@ -8,6 +8,7 @@ import gc
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 
 __all__ = ["BaseDataset", "Compose", "force_full_init"]
 
+_DATA_PREFIX: Mapping[str, Any] = MappingProxyType({"img_path": ""})
 _ANNOTATIONS = ("data_list", "data_address", "data_bytes")
 
 
@@ -90,7 +92,7 @@ class BaseDataset(Dataset[Any]):
         data_root: the folder of the dataset.
         data_prefix: folders relative to ``data_root``, by the key of the annotation whose paths are relative to them.
         filter_cfg: options for ``filter_data``.
-        indices: use only the first so many samples, the last ones if negative, or those with these indices.
+        indices: the number of samples to use, from the start or, if it is negative, from the end; or the indices of the samples.
         serialize_data: whether annotations are stored as one array, which worker processes share without copying.
         pipeline: the transforms.
         test_mode: whether a sample for which the transforms return None is an error.
@@ -106,7 +108,7 @@ class BaseDataset(Dataset[Any]):
         ann_file: str | None = "",
         metainfo: Mapping[str, Any] | Config | None = None,
         data_root: str | None = "",
-        data_prefix: dict[str, Any] = dict(img_path=""),  # noqa: B006 -- copied below; MMEngine's signature
+        data_prefix: Mapping[str, Any] = _DATA_PREFIX,
         filter_cfg: dict[str, Any] | None = None,
         indices: int | Sequence[int] | None = None,
         serialize_data: bool = True,
@@ -118,7 +120,7 @@ class BaseDataset(Dataset[Any]):
         self.ann_file = ann_file
         self._metainfo = self._load_metainfo(copy.deepcopy(metainfo))
         self.data_root = data_root
-        self.data_prefix = copy.copy(data_prefix)
+        self.data_prefix: Any = dict(data_prefix) if data_prefix is _DATA_PREFIX else copy.copy(data_prefix)
         self.filter_cfg = copy.deepcopy(filter_cfg)
         self._indices = indices
         self.serialize_data = serialize_data
@@ -265,7 +267,7 @@ class BaseDataset(Dataset[Any]):
 
     @force_full_init
     def get_subset_(self, indices: Sequence[int] | int) -> None:
-        """Keep only some samples: the first so many, the last ones if negative, or those with these indices."""
+        """Keep a number of samples, from the start or, if it is negative, from the end; or those with the given indices."""
         if self.serialize_data:
             self.data_bytes, self.data_address = self._get_serialized_subset(indices)
         else:

@@ -20,7 +20,7 @@ __all__ = ["ClassBalancedDataset", "ConcatDataset", "RepeatDataset"]
 
 
 class _Wrapper:
-    """What the datasets in this module share: they are initialized on first use, and have no subsets."""
+    """Base class of the datasets in this module, which are initialized on first use and have no subsets."""
 
     _metainfo: dict[str, Any]
     _fully_initialized: bool

@@ -162,7 +162,7 @@ class MMLogger(logging.Logger, ManagerMixin):
             handler.close()
 
     def write_to_files(self, text: str) -> bool:
-        """Append a text without a prefix to the files; return whether there is one."""
+        """Append text without a prefix to the log files; return whether there is a log file."""
         for handler in self.file_handlers:
             if handler.stream is None:
                 handler.stream = handler._open()

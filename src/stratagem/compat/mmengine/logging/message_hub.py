@@ -27,7 +27,7 @@ _MOST_PENDING = 4096
 class MessageHub(ManagerMixin):
     """Histories of scalars and facts of a run, by name.
 
-    Values on accelerators are copied to the host when somebody reads the histories, all at once: copying each one when it is
+    Values on accelerators are copied to the host when the histories are read, all at once: copying each one when it is
     added would let the host wait for the device in every iteration.
 
     Args:
@@ -98,7 +98,7 @@ class MessageHub(ManagerMixin):
             self._log_scalars[key] = HistoryBuffer([number], [count])
 
     def _add_pending(self, key: str, value: torch.Tensor, count: int) -> None:
-        """Add a value that stays on its device until somebody reads it."""
+        """Add a value that stays on its device until it is read."""
         self._log_scalars.setdefault(key, HistoryBuffer())
         # A compiled model may write its next results to the same memory.
         self._pending.setdefault(key, []).append((value.detach().clone().reshape(()), count))

@@ -165,7 +165,7 @@ def choose_placing(
     if strategy is None and launcher != "none":
         strategy = {"type": "DDPStrategy", "model_wrapper": None if wrapper is None else _plain(wrapper)}
         for option in ("sync_bn", _UNUSED):
-            # What the configuration of the wrapper specifies takes precedence.
+            # The configuration of the wrapper takes precedence.
             if cfg.get(option) is not None and option not in (wrapper or {}):
                 strategy[option] = cfg[option]
     return choose_strategy(_plain(strategy), **arguments)
@@ -201,7 +201,7 @@ def _with_unused_parameters(strategy: Any, cfg: Any) -> Any:
         return strategy
     kind = strategy_class(_plain(strategy))
     if kind is DDPStrategy:
-        # What the configuration of the strategy specifies takes precedence.
+        # The configuration of the strategy takes precedence.
         return {"type": strategy, _UNUSED: value} if isinstance(strategy, str) else {_UNUSED: value, **strategy}
     if value:
         name = strategy if kind is None else kind.__name__

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,9 @@ _KEYS = (
     "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg", "log_processor", "log_level",
     "visualizer", "default_scope", "randomness", "experiment_name",
 )  # fmt: skip
+
+_ENV_CFG: Mapping[str, Any] = MappingProxyType({"dist_cfg": {"backend": "nccl"}})
+_RANDOMNESS: Mapping[str, Any] = MappingProxyType({"seed": None})
 
 
 @RUNNERS.register_module()
@@ -115,12 +119,12 @@ class Runner(RunnerFacts, HookCalls, RunnerComponents):
         load_from: str | None = None,
         resume: bool | str = False,
         launcher: str = "none",
-        env_cfg: Mapping[str, Any] = {"dist_cfg": {"backend": "nccl"}},
+        env_cfg: Mapping[str, Any] = _ENV_CFG,
         log_processor: Any = None,
         log_level: str = "INFO",
         visualizer: Any = None,
         default_scope: str = "mmengine",
-        randomness: Mapping[str, Any] = {"seed": None},
+        randomness: Mapping[str, Any] = _RANDOMNESS,
         experiment_name: str | None = None,
         cfg: Any = None,
     ) -> None:

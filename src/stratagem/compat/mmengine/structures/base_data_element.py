@@ -275,6 +275,6 @@ def _describe(value: Any) -> str:
 
 
 def _indented(text: str) -> str:
-    """Return a text with its lines after the first one indented."""
+    """Return text with all lines except the first indented."""
     first, newline, rest = text.partition("\n")
     return first + newline + textwrap.indent(rest, "    ", lambda _: True)

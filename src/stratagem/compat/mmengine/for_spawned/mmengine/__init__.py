@@ -1,3 +1,3 @@
-"""Imported in the place of MMEngine by spawned processes; refers to ``stratagem.compat.mmengine``."""
+"""Imported instead of MMEngine by spawned processes; refers to ``stratagem.compat.mmengine``."""
 
 import stratagem.compat.mmengine  # noqa: F401
