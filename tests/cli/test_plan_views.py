@@ -96,6 +96,21 @@ def test_bars_have_the_length_of_their_sizes() -> None:
     assert lines[2] == " " * 22 + "┃ limit"
 
 
+def test_a_long_name_continues_in_the_next_line() -> None:
+    """At 40 columns, 20 are for the names, and a name with 27 characters is not cut."""
+    bar = Bar(label="ColossalAI tp=8 bfloat16 xy", sizes={"parameters": 1.0}, text="1 GiB")
+    lines = bars(chart(bar, limit=None), width=40)
+    assert lines[1].startswith("ColossalAI tp=8      PPPP")
+    assert lines[2] == "bfloat16 xy"
+
+
+def test_the_legend_has_as_many_lines_as_the_width_requires() -> None:
+    """The names P parameters and G gradients have 26 characters with three spaces between them."""
+    bar = Bar(label="FSDP", sizes={"parameters": 1.0}, text="1 GiB")
+    assert bars(chart(bar, limit=None), width=26)[-1] == "P parameters   G gradients"
+    assert bars(chart(bar, limit=None), width=25)[-2:] == ["P parameters", "G gradients"]
+
+
 def test_a_bar_that_is_much_longer_than_the_limit_is_cut() -> None:
     """Otherwise the bars that fit would be too short to be seen."""
     lines = bars(

@@ -45,6 +45,7 @@ def print_report(report: Report) -> None:
         echo("")
         echo(heading(section))
         _print_strategies(section, unit)
+        echo("")
         _print_choices(section)
     echo("")
     print_bars(bar_chart(report), Console(highlight=False))

@@ -104,20 +104,31 @@ def _lines(chart: BarChart, width: int, *, colored: bool) -> Iterator[Text]:
         limit = None if value is None else round(cells * value / end)
         yield Text(printable_name(group.title), style="bold")
         for bar in group.bars:
-            line = Text(f"{printable_name(bar.label)[:label_width]:<{label_width}} ")
+            first, *others = textwrap.wrap(printable_name(bar.label), label_width, break_on_hyphens=False) or [""]
+            line = Text(f"{first:<{label_width}} ")
             line.append_text(_bar(chart, bar, cells, end, limit, colored=colored))
             line.append(f" {bar.text}")
             yield line
+            yield from map(Text, others)
         if limit is not None:
             yield _limit_line(group, label_width + 1, min(limit, cells - 1), cells + text_width)
         elif group.limit is not None:
             yield Text(f"{group.limit_label} is far to the right.", style="bright_black")
-    legend = Text()
+    yield from _legend(chart, width, colored=colored)
+
+
+def _legend(chart: BarChart, width: int, *, colored: bool) -> Iterator[Text]:
+    """Yield the names of the segments, in as many lines as the width requires."""
+    line = Text()
     for number, name in enumerate(chart.segments):
-        legend.append("█" if colored else _LETTERS[number], style=_COLORS[number] if colored else "")
-        legend.append(f" {name}   ")
-    legend.rstrip()
-    yield legend
+        if line and line.cell_len + len(name) + 2 > width:
+            line.rstrip()
+            yield line
+            line = Text()
+        line.append("█" if colored else _LETTERS[number], style=_COLORS[number] if colored else "")
+        line.append(f" {name}   ")
+    line.rstrip()
+    yield line
 
 
 def _limit_line(group: BarGroup, start: int, column: int, room: int) -> Text:
