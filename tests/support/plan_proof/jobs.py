@@ -101,6 +101,14 @@ CASES: Final = (
     Case(name="ZeRO 2, float16", strategy=_zero(2, fp16={"enabled": True, "initial_scale_power": 0}), worlds=(2,)),
     Case(name="ZeRO 2, 3 micro-batches", strategy=_zero(2), worlds=(2,), accumulation=3),
     Case(name="ZeRO 3, 3 micro-batches", strategy=_zero(3), worlds=(2,), accumulation=3),
+    *(
+        Case(name=f"ZeRO 3, 3 micro-batches, {name}", strategy=_zero(3, zero=limits), worlds=(2,), accumulation=3)
+        for name, limits in {
+            "1 live parameter": {"stage3_max_live_parameters": 1},
+            "reuse distance 0": {"stage3_max_reuse_distance": 0},
+            "both limits small": {"stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 20_000},
+        }.items()
+    ),
     Case(name="ZeRO 1, EMA", strategy=_zero(1), worlds=(2,), changes=_EMA),
     Case(
         name="ZeRO 2, offloaded optimizer",
