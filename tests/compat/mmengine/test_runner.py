@@ -294,7 +294,8 @@ def test_a_validation_that_may_have_changed_the_checkpoint_is_repeated(tmp_path,
     assert second.validated[0] == 5
 
 
-def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeated(tmp_path):
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeated(tmp_path, averages):
     """The run is saved with the random states before the validation, so the resumed run equals one without interruption."""
 
     class Interrupting(Hook):
@@ -309,14 +310,37 @@ def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeat
         "loop": {"by_epoch": True, "max_epochs": 3},
     }
     whole, first, record = Record(), Record(), Record()
-    build(tmp_path / "whole", whole, **validation).train()
+    hooks = [{"type": "EMAHook", "momentum": 0.5}] if averages else []
+    build(tmp_path / "whole", whole, **validation, custom_hooks=[whole, *hooks]).train()
     with pytest.raises(SystemExit) as caught:
-        build(tmp_path / "stopped", first, **{**validation, "custom_hooks": [first, Interrupting()]}).train()
+        build(tmp_path / "stopped", first, **validation, custom_hooks=[first, Interrupting(), *hooks]).train()
     assert caught.value.code == 128 + signal.SIGTERM
     assert [path.name for path in (tmp_path / "stopped").glob("*.pth")] == ["iter_10.pth"]
-    build(tmp_path / "stopped", record, resume=True, **validation).train()
+    resumed = build(tmp_path / "stopped", record, resume=True, **validation, custom_hooks=[record, *hooks])
+    resumed.train()
     assert (first.validated, record.validated) == ([5], [10, 15])
     assert record.losses == {number: loss for number, loss in whole.losses.items() if number >= 10}
+
+
+def test_a_signal_during_a_validation_waits_for_hooks_that_may_have_replaced_the_weights(tmp_path):
+    """A hook that sets other weights before a validation restores them after it, and only then is the run saved."""
+
+    class Replacing(Hook):
+        def before_val_epoch(self, runner):
+            self.kept = runner.model.linear.weight.detach().clone()
+            nn.init.zeros_(runner.model.linear.weight)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def after_val_epoch(self, runner, metrics=None):
+            runner.model.linear.weight.data.copy_(self.kept)
+
+    record = Record()
+    loop = {"by_epoch": True, "max_epochs": 3}
+    with pytest.raises(SystemExit):
+        build(tmp_path, record, **VALIDATION, loop=loop, custom_hooks=[record, Replacing()]).train()
+    assert record.validated == [5]
+    saved = torch.load(tmp_path / "iter_6.pth", weights_only=True)
+    assert saved["state_dict"]["linear.weight"].abs().min() > 0
 
 
 def test_a_validation_without_training_does_not_save_the_best_checkpoint(tmp_path):

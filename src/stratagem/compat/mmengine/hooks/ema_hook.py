@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class EMAHook(Hook):
     priority = "NORMAL"
     src_model: nn.Module
     ema_model: Any
+    # Whether the model has the averaged weights and `ema_model` the trained ones, as during a validation.
+    _is_swapped = False
 
     def __init__(
         self,
@@ -106,7 +108,8 @@ class EMAHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["ema_state_dict"] = self.ema_model.state_dict()
-        self._swap_ema_state_dict(checkpoint)
+        # During a validation, the model has the averaged weights, as the checkpoint does.
+        self._swap_ema_state_dict(checkpoint, self._not_averaged() if self._is_swapped else None)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         if "ema_state_dict" in checkpoint and runner._resume:
@@ -126,6 +129,7 @@ class EMAHook(Hook):
     @torch.no_grad()
     def _swap_ema_parameters(self) -> None:
         """Swap the averaged weights with those of the model, in place."""
+        self._is_swapped = not self._is_swapped
         for averaged, trained in zip(
             self._averaged_tensors(self.ema_model.module), self._averaged_tensors(self.src_model), strict=False
         ):
@@ -137,12 +141,18 @@ class EMAHook(Hook):
         buffers = model.buffers() if self.ema_model.update_buffers else ()
         return itertools.chain(model.parameters(), buffers)
 
-    def _swap_ema_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Swap the averaged weights of a checkpoint with those of the model."""
+    def _not_averaged(self) -> set[str]:
+        """Return the names of the values that are copied to the averaged model instead of being averaged."""
+        return set() if self.ema_model.update_buffers else {name for name, _ in self.src_model.named_buffers()}
+
+    def _swap_ema_state_dict(self, checkpoint: dict[str, Any], names: Collection[str] | None = None) -> None:
+        """Swap the averaged weights of a checkpoint with those of the model: all of them, or those with the given names."""
         model_state, ema_state = checkpoint["state_dict"], checkpoint["ema_state_dict"]
         for name in ema_state:
             if name.startswith(_PREFIX):
                 plain = name[len(_PREFIX) :]
+                if names is not None and plain not in names:
+                    continue
                 ema_state[name], model_state[plain] = model_state[plain], ema_state[name]
 
     def _ema_started(self, runner: Any) -> bool:

@@ -59,8 +59,10 @@ class ValidationState:
         length = None if isinstance(getattr(loader, "dataset", None), IterableDataset) else _length(loader)
         is_plain = getattr(type(loop), "run", None) is ValLoop.run
         lengths = set(all_gather_object(length if is_plain else None))
-        # The ranks stop after the same number of batches, so all must have the same number.
-        self._can_stop = self._runner.world_size == 1 or (len(lengths) == 1 and None not in lengths)
+        # The ranks stop after the same number of batches, so all must have the same number. Hooks of users may have replaced the
+        # weights, as EMAHook does, until the end of the validation.
+        are_equal = self._runner.world_size == 1 or (len(lengths) == 1 and None not in lengths)
+        self._can_stop = are_equal and not self._has_hook_of_user("before_val", "before_val_epoch")
         self._generators = generator_state()
 
     def can_stop(self, request: Callable[[], bool]) -> bool:
@@ -118,15 +120,17 @@ class ValidationState:
     def _must_repeat(self) -> bool:
         """Return whether the validation may have changed a part of the checkpoint that the file does not contain."""
         runner = self._runner
-        if runner.train_loop.stop_training or self._schedules != pickle.dumps(
+        if getattr(runner.train_loop, "stop_training", False) or self._schedules != pickle.dumps(
             scheduler_states(runner.param_schedulers)
         ):
             return True
         # Hooks of users may have added entries to the checkpoint.
-        return any(
-            not type(hook).__module__.startswith(_BUILT_IN) and "before_save_checkpoint" in hook.get_triggered_stages()
-            for hook in runner.hooks
-        )
+        return self._has_hook_of_user("before_save_checkpoint")
+
+    def _has_hook_of_user(self, *stages: str) -> bool:
+        """Return whether a hook that is not part of this package acts at one of the stages."""
+        own = [hook for hook in self._runner.hooks if not type(hook).__module__.startswith(_BUILT_IN)]
+        return any(not set(stages).isdisjoint(hook.get_triggered_stages()) for hook in own)
 
     def restore(self, token: Any, iteration: int) -> bool:
         """Restore what the validation after a checkpoint has changed, if it was complete; return whether it was. Collective.
