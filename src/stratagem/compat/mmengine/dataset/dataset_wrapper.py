@@ -142,8 +142,32 @@ class ConcatDataset(_Wrapper, _ConcatDataset[Any]):
         return self.datasets[number][index]
 
 
+class _Repetition(_Wrapper):
+    """Base class of the datasets whose samples are those of one other dataset, some of them repeated."""
+
+    def __init__(self, dataset: BaseDataset | dict[str, Any], *, lazy_init: bool) -> None:
+        self.dataset = _built(dataset)
+        self._metainfo = self.dataset.metainfo
+        self._fully_initialized = False
+        if not lazy_init:
+            self.full_init()
+
+    def _get_ori_dataset_idx(self, idx: int) -> int:
+        """Return the index of a sample in the dataset."""
+        raise NotImplementedError
+
+    @force_full_init
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """Return the annotation of a sample."""
+        return self.dataset.get_data_info(self._get_ori_dataset_idx(idx))  # type: ignore[no-any-return]
+
+    def __getitem__(self, idx: int) -> Any:
+        self._require_init()
+        return self.dataset[self._get_ori_dataset_idx(idx)]
+
+
 @DATASETS.register_module()
-class RepeatDataset(_Wrapper):
+class RepeatDataset(_Repetition):
     """The samples of a dataset, several times.
 
     Args:
@@ -153,12 +177,8 @@ class RepeatDataset(_Wrapper):
     """
 
     def __init__(self, dataset: BaseDataset | dict[str, Any], times: int, lazy_init: bool = False) -> None:
-        self.dataset = _built(dataset)
         self.times = times
-        self._metainfo = self.dataset.metainfo
-        self._fully_initialized = False
-        if not lazy_init:
-            self.full_init()
+        super().__init__(dataset, lazy_init=lazy_init)
 
     def full_init(self) -> None:
         """Load the annotations of the dataset, unless this was done before."""
@@ -174,21 +194,12 @@ class RepeatDataset(_Wrapper):
         return idx % self._ori_len
 
     @force_full_init
-    def get_data_info(self, idx: int) -> dict[str, Any]:
-        """Return the annotation of a sample."""
-        return self.dataset.get_data_info(self._get_ori_dataset_idx(idx))  # type: ignore[no-any-return]
-
-    def __getitem__(self, idx: int) -> Any:
-        self._require_init()
-        return self.dataset[self._get_ori_dataset_idx(idx)]
-
-    @force_full_init
     def __len__(self) -> int:
         return self.times * self._ori_len
 
 
 @DATASETS.register_module()
-class ClassBalancedDataset(_Wrapper):
+class ClassBalancedDataset(_Repetition):
     """A dataset in which samples of rare categories are repeated (arXiv:1908.03195).
 
     Args:
@@ -199,12 +210,8 @@ class ClassBalancedDataset(_Wrapper):
     """
 
     def __init__(self, dataset: BaseDataset | dict[str, Any], oversample_thr: float, lazy_init: bool = False) -> None:
-        self.dataset = _built(dataset)
         self.oversample_thr = oversample_thr
-        self._metainfo = self.dataset.metainfo
-        self._fully_initialized = False
-        if not lazy_init:
-            self.full_init()
+        super().__init__(dataset, lazy_init=lazy_init)
 
     def full_init(self) -> None:
         """Load the annotations of the dataset and compute the repetitions, unless this was done before."""
@@ -233,15 +240,6 @@ class ClassBalancedDataset(_Wrapper):
     def get_cat_ids(self, idx: int) -> list[int]:
         """Return the categories of a sample."""
         return self.dataset.get_cat_ids(self._get_ori_dataset_idx(idx))
-
-    @force_full_init
-    def get_data_info(self, idx: int) -> dict[str, Any]:
-        """Return the annotation of a sample."""
-        return self.dataset.get_data_info(self._get_ori_dataset_idx(idx))  # type: ignore[no-any-return]
-
-    def __getitem__(self, idx: int) -> Any:
-        self._require_init()
-        return self.dataset[self._get_ori_dataset_idx(idx)]
 
     @force_full_init
     def __len__(self) -> int:

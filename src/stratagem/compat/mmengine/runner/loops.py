@@ -300,19 +300,26 @@ class _EvaluationLoop(BaseLoop):
             )
         _share_metainfo(self, self.evaluator)
         self.fp16 = fp16
+        setattr(self, f"{self._mode}_loss", {})
 
-    def _evaluate(self, losses: dict[str, HistoryBuffer]) -> dict[str, Any]:
-        """Evaluate all data; return the metrics and the means of the losses, if the model returns losses."""
+    @property
+    def _losses(self) -> dict[str, HistoryBuffer]:
+        """The losses that the model returned in this evaluation, by name."""
+        losses: dict[str, HistoryBuffer] = getattr(self, f"{self._mode}_loss")
+        return losses
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate all data; return the metrics, with the means of the losses if the model returns losses."""
         runner, mode = self.runner, self._mode
         runner.call_hook(f"before_{mode}")
         runner.call_hook(f"before_{mode}_epoch")
         runner.model.eval()
-        losses.clear()
+        self._losses.clear()
         for idx, data_batch in enumerate(self._batches()):
             self.run_iter(idx, data_batch)
         metrics: dict[str, Any] = self.evaluator.evaluate(len(self.dataloader.dataset))  # type: ignore[arg-type]
-        if losses:
-            metrics.update(_parse_losses(losses, mode))
+        if self._losses:
+            metrics.update(_parse_losses(self._losses, mode))
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics
@@ -353,7 +360,9 @@ class _EvaluationLoop(BaseLoop):
         runner.call_hook(f"after_{mode}_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
 
     def _take_losses(self, outputs: Any) -> Any:
-        raise NotImplementedError
+        outputs, losses = _update_losses(outputs, self._losses)
+        setattr(self, f"{self._mode}_loss", losses)
+        return outputs
 
 
 @LOOPS.register_module()
@@ -371,24 +380,7 @@ class ValLoop(_EvaluationLoop):
     """
 
     _mode = "val"
-
-    def __init__(
-        self,
-        runner: Any,
-        dataloader: DataLoader[Any] | Mapping[str, Any],
-        evaluator: Evaluator | Mapping[str, Any] | Sequence[Any],
-        fp16: bool = False,
-    ) -> None:
-        super().__init__(runner, dataloader, evaluator, fp16)
-        self.val_loss: dict[str, HistoryBuffer] = {}
-
-    def run(self) -> dict[str, Any]:
-        """Evaluate all data; return the metrics."""
-        return self._evaluate(self.val_loss)
-
-    def _take_losses(self, outputs: Any) -> Any:
-        outputs, self.val_loss = _update_losses(outputs, self.val_loss)
-        return outputs
+    val_loss: dict[str, HistoryBuffer]
 
 
 @LOOPS.register_module()
@@ -407,24 +399,7 @@ class TestLoop(_EvaluationLoop):
 
     _mode = "test"
     __test__ = False  # pytest must not collect it
-
-    def __init__(
-        self,
-        runner: Any,
-        dataloader: DataLoader[Any] | Mapping[str, Any],
-        evaluator: Evaluator | Mapping[str, Any] | Sequence[Any],
-        fp16: bool = False,
-    ) -> None:
-        super().__init__(runner, dataloader, evaluator, fp16)
-        self.test_loss: dict[str, HistoryBuffer] = {}
-
-    def run(self) -> dict[str, Any]:
-        """Evaluate all data; return the metrics."""
-        return self._evaluate(self.test_loss)
-
-    def _take_losses(self, outputs: Any) -> Any:
-        outputs, self.test_loss = _update_losses(outputs, self.test_loss)
-        return outputs
+    test_loss: dict[str, HistoryBuffer]
 
 
 def _parse_losses(losses: Mapping[str, HistoryBuffer], stage: str) -> dict[str, float]:
