@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
+from contextlib import ExitStack
 from multiprocessing import Pool
 from typing import Any
 
@@ -46,10 +47,14 @@ def track_progress_rich(
         raise ConfigValueError(f"nproc must be positive, got {nproc}.")
     tasks, task_num = _counted(tasks, task_num)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), MofNCompleteColumn())
-    with Progress(*columns, TaskProgressColumn(show_speed=True)) as progress:
+    results = []
+    # Processes are forked before the progress bar starts a thread, whose locks would stay locked in them.
+    with ExitStack() as stack:
+        pool = None if nproc == 1 else stack.enter_context(Pool(nproc))
+        progress = stack.enter_context(Progress(*columns, TaskProgressColumn(show_speed=True)))
         shown = progress.add_task(f"[{color}]{description}", total=task_num)
-        results = []
-        for result in _results(_Call(func), tasks, nproc, chunksize):
+        call = _Call(func)
+        for result in map(call, tasks) if pool is None else pool.imap(call, tasks, chunksize):
             results.append(result)
             progress.update(shown, advance=1, refresh=True)
     return results
@@ -77,11 +82,3 @@ def _counted(tasks: Iterable[Any], number: int | None) -> tuple[Iterable[Any], i
     if number not in (None, len(tasks)):
         raise ConfigValueError(f"task_num is {number}, but there are {len(tasks)} tasks.")
     return tasks, len(tasks)
-
-
-def _results(call: _Call, tasks: Iterable[Any], nproc: int, chunksize: int) -> Iterator[Any]:
-    if nproc == 1:
-        yield from map(call, tasks)
-        return
-    with Pool(nproc) as pool:
-        yield from pool.imap(call, tasks, chunksize)
