@@ -13,7 +13,8 @@ from stratagem import SupervisedModel
 from stratagem.optim import probe
 from stratagem.planning import timelines
 from stratagem.planning.planner import DEFAULT_STRATEGIES
-from tests.support.planned_models import MODELS
+from stratagem.planning.simulate import Simulation
+from tests.support.planned_models import MODELS, Language, language_batch
 
 BATCH = (torch.zeros(2, 4), torch.zeros(2, 4))
 ADAMW = {"optimizer": {"type": "AdamW"}}
@@ -63,3 +64,36 @@ def test_the_default_comparison_contains_all_kinds_of_strategies(monkeypatch: py
     assert [step.strategy for step in plan.steps].count("DeepSpeedStrategy") == 4
     assert [step.strategy for step in plan.steps].count("ColossalAIStrategy") == 3
     assert dtypes == [(torch.bfloat16, 1), (torch.bfloat16, 2)]
+
+
+@pytest.mark.slow
+def test_the_default_comparison_simulates_a_deep_model_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 blocks, only one micro-batch is simulated, and one with sharded layers for ColossalAI; all else follows from up to 4.
+
+    DDP is the exception, because the only bucket of such a small model grows with the blocks.
+    """
+    whole: list[tuple[str, int]] = []
+    step, record = Simulation.step, timelines.record_timeline
+
+    def noted_step(sim: Simulation, batch: Any) -> Any:
+        if len(sim.model.blocks) > 4:
+            whole.append((type(sim.strategy).__name__, 1))
+        return step(sim, batch)
+
+    def noted_record(job: Any, batch: Any, dtype: Any, **options: Any) -> Any:
+        if len(job.make_model().blocks) > 4:
+            whole.append(("micro-batch", options["tp_size"]))
+        return record(job, batch, dtype, **options)
+
+    monkeypatch.setattr(Simulation, "step", noted_step)
+    monkeypatch.setattr(timelines, "record_timeline", noted_record)
+    plan = stratagem.plan(
+        Language(20),
+        optim_wrapper=ADAMW,
+        batch=language_batch(),
+        strategies=DEFAULT_STRATEGIES,
+        worlds=[4],
+        gpus_per_node=2,
+    )
+    assert [(each.refusal, each.failure) for each in plan.steps] == [(None, None)] * 16
+    assert [each for each in whole if each[0] != "DDPStrategy"] == [("micro-batch", 1), ("micro-batch", 2)]
