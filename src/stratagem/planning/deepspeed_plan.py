@@ -25,6 +25,10 @@ from stratagem.utils import import_object
 __all__ = ["plan_deepspeed"]
 
 _NOTE: Final = "Computed by the rules of DeepSpeed from a simulated forward and backward pass. The peak is an estimate."
+_GATHERS_NOTE: Final = (
+    "The model has more elements than stage3_max_live_parameters or stage3_max_reuse_distance. With accumulated micro-batches, "
+    "DeepSpeed may then keep some parameters gathered for longer, so a step sends less and needs more memory than planned."
+)
 
 
 def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
@@ -114,6 +118,9 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         checkpoint_bytes=saved + state * (base.world if options.stage else 1),
         compute_dtype=str(options.dtype or torch.float32).removeprefix("torch."),
     )
+    is_limited = min(zero.max_live_parameters, zero.max_reuse_distance) < sum(numels)
+    if options.stage == 3 and static.accumulation > 1 and is_limited:
+        base = replace(base, notes=(*base.notes, _GATHERS_NOTE))
     return finish(request, base, static, _NOTE)
 
 

@@ -106,7 +106,6 @@ CASES: Final = (
         for name, limits in {
             "1 live parameter": {"stage3_max_live_parameters": 1},
             "reuse distance 0": {"stage3_max_reuse_distance": 0},
-            "both limits small": {"stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 20_000},
         }.items()
     ),
     Case(name="ZeRO 1, EMA", strategy=_zero(1), worlds=(2,), changes=_EMA),
