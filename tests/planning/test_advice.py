@@ -206,3 +206,22 @@ def test_changes_that_would_take_too_long_are_listed() -> None:
     assert [change.partition(",")[0].partition(" ")[0] for change in advice.untried] == [
         "activation_checkpointing=True", "reshard_after_forward=True", "batch_size=1",
     ]  # fmt: skip
+
+
+def test_a_change_that_is_already_planned_is_neither_planned_again_nor_listed_twice() -> None:
+    """FSDP with activation checkpointing is among the strategies, so only the other options are planned."""
+    each, planned = estimates(
+        step("FSDP", HALF, options={"mixed_precision": "bfloat16"}),
+        step("FSDP", SHARDED, options={"mixed_precision": "bfloat16", "activation_checkpointing": True}),
+    )
+    tried: list[Any] = []
+
+    def replan(_: StepPlan, changes: Any, micro_batch: int | None) -> None:
+        tried.append((dict(changes), micro_batch))
+
+    advice = advise(each, [each, planned], replan)
+    assert ({"activation_checkpointing": True}, None) not in tried
+    assert ({"cpu_offload": True}, None) in tried
+    (suggestion,) = advice.suggestions
+    assert suggestion.change == "activation_checkpointing=True, which computes activations twice"
+    assert suggestion.saves == each.step.memory.total - planned.step.memory.total

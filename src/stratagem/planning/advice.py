@@ -203,8 +203,9 @@ def advise(each: Estimate, others: Sequence[Estimate], replan: Replan | None) ->
     """
     parts = segments_of(each.step.memory)
     largest = max((name for name in parts if name != "driver"), key=parts.__getitem__)
-    tried = [] if replan is None else _variants(each, replan)
-    suggestions = [*_other_strategies(each, others), *_savings(each, tried)]
+    tried = [] if replan is None else _variants(each, _reusing([other.step for other in others], replan))
+    variants = [variant for _, variant in tried]
+    suggestions = [*_other_strategies(each, others, variants), *_savings(each, tried)]
     return Advice(
         estimate=each,
         largest=largest,
@@ -214,8 +215,23 @@ def advise(each: Estimate, others: Sequence[Estimate], replan: Replan | None) ->
     )
 
 
-def _other_strategies(each: Estimate, others: Sequence[Estimate]) -> list[Suggestion]:
-    """Return the strategy that needs the least memory, if it needs less."""
+def _reusing(known: Sequence[StepPlan], replan: Replan) -> Replan:
+    """Return a function that plans a variant only if it is not one of the known plans."""
+
+    def plan(step: StepPlan, changes: Mapping[str, Any], micro_batch: int | None) -> StepPlan | None:
+        own = (step.strategy, {**step.options, **changes}, step.world, micro_batch or step.micro_batch)
+        for each in known:
+            if (each.strategy, each.options, each.world, each.micro_batch) == own:
+                return each
+        return replan(step, changes, micro_batch)
+
+    return plan
+
+
+def _other_strategies(
+    each: Estimate, others: Sequence[Estimate], variants: Sequence[StepPlan | None]
+) -> list[Suggestion]:
+    """Return the strategy that needs the least memory, if it needs less and is not one of the variants."""
     comparable = [
         other
         for other in others
@@ -225,6 +241,8 @@ def _other_strategies(each: Estimate, others: Sequence[Estimate]) -> list[Sugges
         return []
     least = min(comparable, key=lambda other: other.step.memory.total)
     saves = each.step.memory.total - least.step.memory.total
+    if any(least.step is variant for variant in variants):
+        return []
     return [Suggestion(change=f"use {least.step.label}", saves=saves, fits=least.fits)] if saves > 0 else []
 
 
