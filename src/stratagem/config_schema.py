@@ -451,7 +451,7 @@ def _check_resume(config: Config) -> None:
     )
 
 
-_SETTINGS = ("launcher", "work_dir", "env_cfg", "randomness", "auto_scale_lr")
+_SETTINGS = ("launcher", "work_dir", "experiment_name", "env_cfg", "randomness", "auto_scale_lr", "log_level")
 
 # The rules that concern several sections, each of which calls the function that building calls.
 RULES: Sequence[JointRule] = (

@@ -168,7 +168,7 @@ class Runner:
         launcher: the launcher that started the processes; detected by default.
         env_cfg: ``cudnn_benchmark``, ``cudnn_allow_tf32``, ``float32_matmul_precision``, ``mp_cfg``, ``dist_cfg``,
             ``resource_limit``.
-        log_level: the logging level.
+        log_level: the logging level; ``"INFO"`` by default.
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.
         default_scope: the registry scope in which names are looked up first.
@@ -214,7 +214,7 @@ class Runner:
         new_parameters: Sequence[str] = (),
         launcher: str | None = None,
         env_cfg: Mapping[str, Any] | None = None,
-        log_level: str | int = "INFO",
+        log_level: str | int | None = None,
         randomness: Mapping[str, Any] | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
@@ -281,7 +281,8 @@ class Runner:
                 strategy,
                 launcher=launcher,
                 work_dir=work_dir,
-                experiment_name=experiment_name or (Path(self.cfg.filename).stem if self.cfg.filename else None),
+                experiment_name=experiment_name,
+                default_name=Path(self.cfg.filename).stem if self.cfg.filename else None,
                 env_cfg=env_cfg,
                 randomness=randomness,
                 auto_scale_lr=auto_scale_lr,

@@ -248,7 +248,7 @@ def test_what_cannot_be_tried_is_rejected(make_runner: MakeRunner, tmp_path: Pat
     """A strategy that is already built cannot be built again, and without training there is nothing to try."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path / "own")
     with pytest.raises(ConfigValueError, match="the strategy is already built"):
-        make_runner(strategy=strategy, randomness=None).dry_run()
+        make_runner(strategy=strategy, randomness=None, log_level=None).dry_run()
     with pytest.raises(ConfigValueError, match="there is no train_cfg"):
         make_runner(train_dataloader=None, train_cfg=None, optim_wrapper=None, **TEST).dry_run()
 

@@ -194,6 +194,8 @@ def test_a_strategy_can_be_given_by_name(make_runner: MakeRunner):
         {"env_cfg": {}},
         {"randomness": {"seed": 1}},
         {"auto_scale_lr": {}},
+        {"experiment_name": "first"},
+        {"log_level": "INFO"},
     ],
     ids=lambda argument: next(iter(argument)),
 )

@@ -32,7 +32,8 @@ def choose_strategy(
     env_cfg: Mapping[str, Any] | None,
     randomness: Mapping[str, Any] | None,
     auto_scale_lr: Mapping[str, Any] | None,
-    log_level: str | int,
+    log_level: str | int | None,
+    default_name: str | None = None,
 ) -> BaseStrategy:
     """Return the given strategy, or build one from its configuration or name.
 
@@ -45,7 +46,8 @@ def choose_strategy(
         env_cfg: additional ``env_kwargs`` for the strategy.
         randomness: the seed and the other randomness settings.
         auto_scale_lr: how learning rates are scaled with the batch size; see :class:`BaseStrategy`.
-        log_level: the logging level.
+        log_level: the logging level; ``"INFO"`` by default.
+        default_name: the name of the run if ``experiment_name`` is None; unused if the strategy is already built.
 
     Raises:
         ConfigValueError: if the strategy is already built and other arguments would therefore be ignored.
@@ -53,7 +55,13 @@ def choose_strategy(
     """
     if isinstance(strategy, BaseStrategy):
         refuse_ignored(
-            launcher=launcher, work_dir=work_dir, env_cfg=env_cfg, randomness=randomness, auto_scale_lr=auto_scale_lr
+            launcher=launcher,
+            work_dir=work_dir,
+            experiment_name=experiment_name,
+            env_cfg=env_cfg,
+            randomness=randomness,
+            auto_scale_lr=auto_scale_lr,
+            log_level=log_level,
         )
         return strategy
     if strategy is None:
@@ -63,10 +71,10 @@ def choose_strategy(
         cfg = {**cfg, "type": require_strategy_name(cfg["type"])}
     defaults = {
         "work_dir": work_dir or "work_dirs",
-        "experiment_name": experiment_name,
+        "experiment_name": experiment_name or default_name,
         "auto_scale_lr": auto_scale_lr,
         "env_kwargs": _env_kwargs(launcher, randomness, env_cfg),
-        "log_kwargs": {"log_level": log_level},
+        "log_kwargs": {"log_level": "INFO" if log_level is None else log_level},
     }
     built = STRATEGIES.build(cfg, default_args=defaults)
     if not isinstance(built, BaseStrategy):
