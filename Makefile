@@ -17,6 +17,8 @@ BASE ?= HEAD
 ONLY ?=
 # For `make bench-gpu` and `make bench-peers`.
 OPTIONS ?=
+# Tests start hundreds of processes, which would otherwise compile all modules, and pytest all tests, each time.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 PROOF_PLAN_ENV := PYTHONPATH=src:. OMP_NUM_THREADS=1

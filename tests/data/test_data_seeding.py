@@ -6,10 +6,12 @@ import copy
 import functools
 import gc
 import importlib.util
+import multiprocessing
 import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import gauss as imported_gauss
 from random import random as imported_random
@@ -318,8 +320,8 @@ class CountedMT19937(np.random.MT19937):
         super()._legacy_seeding(seed)
 
 
-def test_pythons_generator_is_not_seeded_for_a_sample_that_does_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its methods are replaced while samples are loaded, and are back in place once one of them was called."""
+def samples_that_look() -> tuple[list[list[bool]], list[list[bool]]]:
+    """Return for each sample of two batches whether the methods of the generator are the original ones; sample 5 uses it."""
     kind = type(random.random)
 
     def look(index: int) -> list[bool]:
@@ -328,12 +330,21 @@ def test_pythons_generator_is_not_seeded_for_a_sample_that_does_not_use_it(monke
             random.random()
         return found
 
-    monkeypatch.setitem(DRAWS, "look", look)
-    loaded = batches(Drawing("look"), epochs=1, batch_size=7, shuffle=False)
-    # The first batch contains samples 0 to 6, and nothing draws in the second one.
-    assert [found for batch in loaded for _, found in batch] == [[False, False]] * 6 + [[True, True]] + [
-        [False, False]
-    ] * 7
+    DRAWS["look"] = look
+    first, second = batches(Drawing("look"), epochs=1, batch_size=7, shuffle=False)
+    return [found for _, found in first], [found for _, found in second]
+
+
+@pytest.mark.slow
+def test_pythons_generator_is_not_seeded_for_a_sample_that_does_not_use_it() -> None:
+    """Its methods are replaced while samples are loaded, and are back in place once one of them was called.
+
+    This requires that only modules refer to them, as in a new process; other tests may have created other references.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new_process:
+        first, second = new_process.submit(samples_that_look).result()
+    assert first == [[False, False]] * 6 + [[True, True]]
+    assert second == [[False, False]] * 7
 
 
 def test_an_unknown_value_of_streams_is_rejected() -> None:
