@@ -70,7 +70,7 @@ def port(
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Rewrite CONFIG, a Python file for MMEngine's Runner, for this package. Comments stay.
+    """Rewrite CONFIG, a Python file that MMEngine's Runner reads, for this package. Comments stay.
 
     If CONFIG has bases, --out is a folder, which receives all files in the same structure.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from stratagem.checkpoint.catalog.inspection import CheckpointInfo
@@ -19,6 +20,7 @@ __all__ = [
     "find_latest_checkpoint",
     "list_checkpoints",
     "record_checkpoint_folder",
+    "resumable_first",
     "update_last_checkpoint",
 ]
 
@@ -32,11 +34,16 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
     A checkpoint gets its name only when it is complete, so an interrupted save is never found. Directories and single
     files that were saved by a run or a strategy are found regardless of their names. Checkpoints with NaN or Inf in
-    their weights are skipped. Checkpoints that the MMEngine layer saved without the optimizer are only returned if there is no
-    other one. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
+    their weights are skipped. Checkpoints that the MMEngine layer saved without the optimizer are returned only if all others are
+    unusable. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
     """
     usable = [found for found in list_checkpoints(folder) if not found.fault]
-    return next((found.path for found in sorted(usable, key=lambda each: each.is_weights_only)), None)
+    return next((found.path for found in resumable_first(usable)), None)
+
+
+def resumable_first(found: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+    """Return checkpoints in the same order, except that those saved without the optimizer are last."""
+    return sorted(found, key=lambda each: each.is_weights_only)
 
 
 def find_best_checkpoint(

@@ -8,7 +8,7 @@ from typing import Any, Final, Self, final
 
 __all__ = ["WEIGHTS_ONLY", "RetentionTag"]
 
-# The group of checkpoints that were saved without the optimizer, from which a run resumes only if there is no other one.
+# The group of checkpoints that were saved without the optimizer; see resumable_first().
 WEIGHTS_ONLY: Final = "weights_only"
 
 # Key in a checkpoint's meta -> (field, type).

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
 from stratagem.checkpoint import CheckpointInfo, StateTree, list_checkpoints
+from stratagem.checkpoint.catalog.find import resumable_first
 from stratagem.distributed import RankGroup
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
@@ -102,6 +103,8 @@ class Resuming:
 def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], logger: Logger) -> T:
     """Resume from the first checkpoint that is readable on every rank, and return what ``resume`` returns. Collective.
 
+    Checkpoints that were saved without the optimizer are tried last.
+
     Args:
         found: at least one checkpoint, newest first, the same on every rank.
         resume: a function that resumes from the given path.
@@ -110,8 +113,7 @@ def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], 
     Raises:
         CheckpointDamagedError: if none is readable.
     """
-    # From checkpoints without the optimizer, only if there is no other one.
-    for candidate in sorted(found, key=lambda each: each.is_weights_only):
+    for candidate in resumable_first(found):
         fault = candidate.fault
         if not fault:
             try:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import atexit
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, final
 
-import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import RetentionTag, StateTree, save_checkpoint
 from stratagem.checkpoint.catalog.retention_tag import WEIGHTS_ONLY
-from stratagem.checkpoint.tree.flatten import flatten_state
 from stratagem.compat.mmengine.logging import HistoryBuffer, MMLogger
 from stratagem.compat.mmengine.runner.foreign_state import read_foreign_state
 from stratagem.compat.mmengine.runner.positioned_loader import PositionedLoader, position_of, sampler_of
 from stratagem.compat.mmengine.runner.rank0_state import rank0_state
 from stratagem.compat.mmengine.runner.state_values import (
+    by_index,
+    equal_values,
     history_arguments,
     load_scheduler_states,
     plain_history,
     scheduler_states,
+    storable,
 )
 from stratagem.compat.mmengine.runner.validation_state import ValidationState
 from stratagem.data import report_dead_workers
-from stratagem.errors import CheckpointError
+from stratagem.data.rank_share import length_of
 from stratagem.model.weights import broadcast_weights
 from stratagem.strategies import BaseStrategy
 from stratagem.train import Run
@@ -168,7 +168,7 @@ class RunSession:
             self.strategy.model,
             optim_wrapper=optim_wrapper,
             dispatch_kwargs={
-                "epoch_length": _length(loader),
+                "epoch_length": length_of(loader),
                 "max_epochs": runner.max_epochs,
                 "max_iters": runner.max_iters,
                 "train_micro_batch_size_per_gpu": getattr(loader.batch_sampler, "batch_size", None),
@@ -336,7 +336,7 @@ class RunSession:
         runner = self.runner
         checkpoint["meta"] = {**checkpoint["meta"], **runner.checkpoint_meta(), **self._meta}
         if "optimizer" in checkpoint:
-            checkpoint["optimizer"] = _by_index(checkpoint["optimizer"])
+            checkpoint["optimizer"] = by_index(checkpoint["optimizer"])
         schedulers = runner.param_schedulers
         if self._saves_schedulers and schedulers is not None:
             checkpoint["param_schedulers"] = scheduler_states(schedulers)
@@ -354,7 +354,7 @@ class RunSession:
         }
         runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         for name in list(checkpoint):
-            checkpoint[name] = _storable(checkpoint[name], name, runner.logger)
+            checkpoint[name] = storable(checkpoint[name], name, runner.logger)
 
     def _train_loader(self) -> Any:
         return getattr(self.runner.train_loop_or_none, "dataloader", None)
@@ -412,7 +412,7 @@ class RunSession:
     def _compare_datasets(self, meta: Mapping[str, Any]) -> None:
         saved = meta.get("dataset_meta")
         own = getattr(self.runner.train_loop.dataloader.dataset, "metainfo", None)
-        if saved is not None and own is not None and not _equal(saved, own):
+        if saved is not None and own is not None and not equal_values(saved, own):
             self.runner.logger.warning(
                 "The metainfo of the training data differs from that in the checkpoint. Check that the data is the same."
             )
@@ -423,7 +423,7 @@ class RunSession:
         position = position_of(loop.dataloader)
         if position is None:
             return
-        length = _length(loop.dataloader)
+        length = length_of(loop.dataloader)
         if own is not None and own.get("loader") is not None:
             epoch, batch = own["loader"]
         elif runner.counts_epochs:
@@ -454,53 +454,3 @@ def change_seed(loader: Any, seed: int) -> None:
         sampler.seed = seed
     if isinstance(loader, PositionedLoader):
         loader.reseed(seed)
-
-
-def _equal(saved: Any, own: Any) -> bool:
-    """Return whether two values are equal; arrays may have become tensors, and tuples lists."""
-    if isinstance(own, Mapping):
-        return (
-            isinstance(saved, Mapping)
-            and saved.keys() == own.keys()
-            and all(_equal(saved[key], own[key]) for key in own)
-        )
-    if isinstance(own, list | tuple):
-        if not isinstance(saved, list | tuple) or len(saved) != len(own):
-            return False
-        return all(_equal(*pair) for pair in zip(saved, own, strict=True))
-    return bool(np.array_equal(np.asarray(saved), np.asarray(own)))
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
-def _by_index(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer state whose keys are the indices of parameters instead of their names, as in torch's state dicts."""
-    if "param_groups" not in state:
-        return {name: _by_index(each) if isinstance(each, Mapping) else each for name, each in state.items()}
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    index = {name: number for number, name in enumerate(names)}
-    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
-    slots = {index.get(name, name): value for name, value in state["state"].items()}
-    return {**state, "state": slots, "param_groups": groups}
-
-
-def _storable(value: Any, where: str, logger: logging.Logger) -> Any:
-    """Return a value without the entries that cannot be read without executing code from the file; log them."""
-    try:
-        flatten_state(value)
-    except CheckpointError as error:
-        if not isinstance(value, Mapping):
-            raise
-        kept: dict[Any, Any] = {}
-        for key, entry in value.items():
-            try:
-                kept[key] = _storable(entry, f"{where}.{key}", logger)
-            except CheckpointError:
-                logger.warning(f"The checkpoint does not contain {where}.{key}, a {type(entry).__name__}: {error}")
-        return kept
-    return value

@@ -15,6 +15,7 @@ from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.compat.mmengine.logging import HistoryBuffer
 from stratagem.compat.mmengine.runner.loops import ValLoop
 from stratagem.compat.mmengine.runner.state_values import history_arguments, plain_history, scheduler_states
+from stratagem.data.rank_share import length_of
 from stratagem.distributed import RankGroup, all_gather_object
 from stratagem.errors import CheckpointError
 from stratagem.utils import generator_state, restore_generator_state
@@ -27,9 +28,9 @@ _BUILT_IN: Final = "stratagem."
 
 @final
 class ValidationState:
-    """What a validation changes, and the state before it.
+    """Stops a validation in the middle, and records the changes of a complete one.
 
-    A checkpoint is saved after an epoch, before its validation. When the validation is complete, what it has changed is written
+    A checkpoint is saved after an epoch, before its validation. When the validation is complete, its changes are written
     to a small file in the log directory, so that a run that resumes from the checkpoint need not repeat it. If other parts of
     the checkpoint may have changed, such as a schedule that depends on a metric, there is no such file, and the resumed run
     repeats the validation.
@@ -56,7 +57,7 @@ class ValidationState:
         """Record the random states before a validation, and whether a signal can stop it. Collective."""
         loop = self._runner.val_loop
         loader = getattr(loop, "dataloader", None)
-        length = None if isinstance(getattr(loader, "dataset", None), IterableDataset) else _length(loader)
+        length = None if isinstance(getattr(loader, "dataset", None), IterableDataset) else length_of(loader)
         is_plain = getattr(type(loop), "run", None) is ValLoop.run
         lengths = set(all_gather_object(length if is_plain else None))
         # The ranks stop after the same number of batches, so all must have the same number. Hooks of users may have replaced the
@@ -172,10 +173,3 @@ def _is_part(name: str, scalars: Mapping[str, Any], hub: Mapping[str, Any]) -> b
 
 def _count(history: HistoryBuffer) -> int:
     return len(history.data[0])
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
