@@ -50,8 +50,8 @@ def train(optim_of: Callable[[nn.Module], Any], batch_size: int, **options: Any)
     return runner, model
 
 
-def by_hand(optim_of: Callable[[nn.Module], torch.optim.Optimizer], record: ByHand):
-    """Run the same training in a plain loop."""
+def by_hand(optim_of: Callable[[nn.Module], torch.optim.Optimizer], record: ByHand, ranks: int = 1):
+    """Run the same training in a plain loop, with the mean of the gradients of ``ranks`` parts of each batch."""
     training, validation = data()
     model = network()
     optim = optim_of(model)
@@ -62,7 +62,9 @@ def by_hand(optim_of: Callable[[nn.Module], torch.optim.Optimizer], record: ByHa
     for _ in range(EPOCHS):
         for images, labels in loader:
             record.samples((images, labels))
-            nn.functional.cross_entropy(model(images), labels).backward()
+            for rank in range(ranks):
+                loss = nn.functional.cross_entropy(model(images[rank::ranks]), labels[rank::ranks])
+                (loss / ranks).backward()
             optim.step()
             optim.zero_grad()
     if switch:
