@@ -54,24 +54,6 @@ def test_a_module_that_reads_a_parameter_of_another_one_needs_it() -> None:
     assert needed["network.linear"] == (1, 2)
 
 
-@pytest.mark.parametrize(
-    ("limits", "accumulation", "is_noted"),
-    [({"stage3_max_live_parameters": 10}, 2, True), ({"stage3_max_live_parameters": 10}, 1, False), ({}, 2, False)],
-    ids=["limit and accumulation", "limit", "accumulation"],
-)
-def test_the_plan_mentions_limits_with_accumulated_micro_batches(
-    limits: dict[str, int], accumulation: int, is_noted: bool
-) -> None:
-    """ZeRO 3 may gather differently than planned only with accumulation and a limit that is smaller than the model."""
-    make_model, make_batch = MODELS["images"]
-    strategy = {"type": "deepspeed", "zero_optimization": {"stage": 3, **limits}}
-    wrapper = {**ADAMW, "accumulative_counts": accumulation}
-    [step] = stratagem.plan(
-        make_model(), optim_wrapper=wrapper, batch=make_batch(), strategies=[strategy], worlds=[2]
-    ).steps
-    assert any("stage3_max_live_parameters" in note for note in step.notes) is is_noted
-
-
 def test_deepspeed_keeps_buffers_in_float32() -> None:
     """In bfloat16, the buffers of DeepSpeed still have 2 x 8 x 4 + 8 bytes, and those of ColossalAI 2 x 8 x 2 + 8."""
     deepspeed = planned({"type": "deepspeed", "zero_optimization": {"stage": 1}, "bf16": True})

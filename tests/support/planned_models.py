@@ -73,7 +73,49 @@ def image_batch() -> tuple[Tensor, Tensor]:
     return torch.zeros(BATCH, 1, 14, 14), torch.zeros(BATCH, dtype=torch.int64)
 
 
-MODELS = {"language": (Language, language_batch), "images": (image_model, image_batch)}
+class Pair(nn.Module):
+    """A module with two inputs and two outputs, and a layer that another module has as well."""
+
+    def __init__(self, shared: nn.Linear) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(WIDTH, 8))
+        self.shared = shared
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query(x) + y @ self.scale @ self.scale.t(), self.shared(self.key(x) * self.value(y))
+
+
+class Irregular(BaseModel):
+    """A model that calls a block twice, shares a layer between modules, does not call one, and has frozen layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(LENGTH, WIDTH)
+        self.block = Block()
+        self.unused = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        shared = nn.Linear(WIDTH, WIDTH)
+        self.pairs = nn.ModuleList(Pair(shared) for _ in range(2))
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        x = y = self.block(self.block(self.first(x)))
+        for pair in self.pairs:
+            x, y = pair(x, y)
+        out = self.head(self.frozen(x) + y)
+        return {"loss": out.square().mean()} if mode == "loss" else out
+
+
+def irregular_batch() -> dict[str, Tensor]:
+    return {"x": torch.zeros(BATCH, LENGTH)}
+
+
+MODELS = {
+    "language": (Language, language_batch),
+    "images": (image_model, image_batch),
+    "irregular": (Irregular, irregular_batch),
+}
 
 
 class Allocations(TorchDispatchMode):

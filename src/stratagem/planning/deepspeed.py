@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+from stratagem.planning.deepspeed_gathers import (
+    GatherObserver,
+    GatherRules,
+    ParameterCoordinator,
+    Releases,
+    model_visits,
+)
 from stratagem.planning.ledger import EngineStep, Ledger
 from stratagem.planning.timeline import Timeline, Visit
 
@@ -308,135 +314,62 @@ def sub_groups(numels: Sequence[int], world: int, largest: int) -> list[int]:
 
 
 @final
-class Stage3(_DeepSpeedStep):
+class Stage3(_DeepSpeedStep, GatherObserver):
     """Each parameter is divided among the ranks, and gathered before the modules that use it.
 
-    The order of the gathers follows that of DeepSpeed's ``PartitionedParameterCoordinator``, which knows the order of the
-    modules after the first steps.
+    Args:
+        job: the engine.
+        ledger: the record of the step.
+        timeline: a micro-batch of the model.
+        rules: when parameters are gathered and released.
+        releases: the decisions of ``first_releases``.
     """
 
-    def __init__(self, job: ZeroJob, ledger: Ledger, timeline: Timeline, persistent: frozenset[int]) -> None:
+    def __init__(
+        self, job: ZeroJob, ledger: Ledger, timeline: Timeline, rules: GatherRules, releases: Releases
+    ) -> None:
         super().__init__(job, ledger, timeline)
-        self._modules = timeline.modules
-        self._persistent = persistent
-        visits = [event for event in timeline.events if isinstance(event, Visit) and event.enters]
-        # A module that runs before the model itself, such as its data preprocessor, is not part of DeepSpeed's trace.
-        self._enters = visits[next((at for at, visit in enumerate(visits) if visit.module == 0), 0) :]
-        self._order = [
-            (parameter, step)
-            for step, visit in enumerate(self._enters)
-            for parameter in sorted(self._modules[visit.module])
-        ]
-        self._gathered: set[int] = set()
-        self._in_flight: dict[int, tuple[int, ...]] = {}
+        self._persistent = rules.persistent
+        visits = model_visits(timeline)
+        self._first = visits[0] if visits else None
+        self._is_running = False
         self._bucket: list[int] = []
         self._held: dict[int, int] = {}
-        self._start()
-
-    def _start(self) -> None:
-        """Begin a forward pass."""
-        self._is_running = False
-        self._step = 0
-        self._queue = deque(self._order)
-        self._fetched_for: dict[int, int] = {}
-        self._live = 0
-        self._active: dict[int, set[int]] = {}
+        self._gathers = ParameterCoordinator(rules, visits, self, releases)
+        self._gathers.end_step()
 
     # ---- gathering --------------------------------------------------------------------------------------------------
-
-    def _is_available(self, parameter: int) -> bool:
-        return parameter in self._gathered or parameter in self._persistent
 
     def _share(self, parameter: int) -> int:
         return math.ceil(self.job.numels[parameter] / self.job.world)
 
+    def _full_bytes(self, parameters: Iterable[int]) -> int:
+        return sum(map(self._share, parameters)) * self.job.world * self.job.itemsize
+
     def visit(self, visit: Visit) -> None:
-        self._is_running = self._is_running or visit.module == self._enters[0].module
-        if not self._is_running:
-            return
-        if visit.enters:
-            self._fetch(visit.module)
-        else:
-            self._release(visit.module)
+        self._is_running = self._is_running or visit is self._first
+        if self._is_running:
+            self._gathers.visit(visit)
 
-    def _gather(self, parameters: Iterable[int]) -> None:
-        missing = [each for each in parameters if not self._is_available(each) and each not in self._in_flight]
-        if not missing:
-            return
-        self._live += sum(self.job.numels[each] for each in missing)
-        nbytes = sum(map(self._share, missing)) * self.job.world * self.job.itemsize
-        if self.job.world == 1:
-            # The parameters are views of the partitions.
-            self._gathered.update(missing)
-            return
-        self.ledger.send("all_gather", nbytes, self.job.world)
-        self.ledger.add("communication", nbytes)
-        self._in_flight.update(dict.fromkeys(missing, tuple(missing)))
+    # With one rank, parameters are views of the partitions.
 
-    def _wait(self, parameter: int) -> None:
-        """Copy the parameters of a message to their own storages."""
-        together = self._in_flight.get(parameter)
-        if together is None:
-            return
-        for each in together:
-            del self._in_flight[each]
-            self._gathered.add(each)
-            self.ledger.add("gathered parameters", self._full_bytes(each))
-        nbytes = sum(map(self._share, together)) * self.job.world * self.job.itemsize
-        self.ledger.add("communication", -nbytes)
+    def on_gather(self, parameters: Sequence[int]) -> None:
+        if self.job.world > 1:
+            self.ledger.send("all_gather", self._full_bytes(parameters), self.job.world)
+            self.ledger.add("communication", self._full_bytes(parameters))
 
-    def _full_bytes(self, parameter: int) -> int:
-        return self._share(parameter) * self.job.world * self.job.itemsize
+    def on_arrival(self, parameters: Sequence[int]) -> None:
+        if self.job.world > 1:
+            for each in parameters:
+                self.ledger.add("gathered parameters", self._full_bytes([each]))
+            self.ledger.add("communication", -self._full_bytes(parameters))
 
-    def _fetch(self, module: int) -> None:
-        needed = set(self._modules[module])
-        self._gather(sorted(needed))
-        for each in sorted(needed):
-            self._active.setdefault(each, set()).add(module)
-            self._wait(each)
-        new = {each for each in needed if self._fetched_for.get(each, -1) < self._step}
-        passed: set[int] = set()
-        while self._queue and len(passed) < len(new):
-            parameter, step = self._queue.popleft()
-            self._fetched_for[parameter] = step
-            passed.add(parameter)
-        self._prefetch()
-        self._step += 1
+    def on_release(self, parameter: int) -> None:
+        if self.job.world > 1:
+            self.ledger.add("gathered parameters", -self._full_bytes([parameter]))
 
-    def _prefetch(self) -> None:
-        options = self.job.options
-        most = min(options.max_live_parameters - self._live, options.prefetch_bucket_size)
-        chosen: list[int] = []
-        numel = 0
-        while self._queue and numel < most:
-            parameter, step = self._queue.popleft()
-            self._fetched_for[parameter] = max(self._fetched_for.get(parameter, -1), step)
-            if not self._is_available(parameter) and parameter not in self._in_flight and parameter not in chosen:
-                chosen.append(parameter)
-                numel += self.job.numels[parameter]
-        self._gather(chosen)
-
-    def _release(self, module: int) -> None:
-        released = {each for each in self._modules[module] if each not in self._persistent}
-        released -= {each for each in released if self._fetched_for.get(each, -1) > self._step}
-        passed = 0
-        for visit in self._enters[self._step :] if released else ():
-            if passed >= self.job.options.max_reuse_distance:
-                break
-            for each in self._modules[visit.module]:
-                released.discard(each)
-                passed += self.job.numels[each]
-        for each in self._modules[module]:
-            self._active.get(each, set()).discard(module)
-            if each in released and not self._active.get(each):
-                self._free(each)
-
-    def _free(self, parameter: int) -> None:
-        if parameter in self._gathered:
-            self._gathered.discard(parameter)
-            self._live -= self.job.numels[parameter]
-            if self.job.world > 1:
-                self.ledger.add("gathered parameters", -self._full_bytes(parameter))
+    def carried(self) -> Hashable:
+        return self._gathers.available
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -473,13 +406,12 @@ class Stage3(_DeepSpeedStep):
     def end_backward(self, *, last: bool) -> None:
         self.ledger.phase = "update"
         self._reduce()
-        for each in sorted(self._in_flight):
-            self._wait(each)
-        # Between micro-batches, parameters stay that a module did not release because they are used again soon.
-        for each in sorted(self._gathered):
-            if last or self._active.get(each):
-                self._free(each)
-        self._start()
+        self._gathers.end_backward()
+        if last:
+            self._gathers.end_step()
+        else:
+            self._gathers.begin_forward()
+        self._is_running = False
 
     def update(self) -> None:
         counts = [
@@ -497,4 +429,4 @@ class Stage3(_DeepSpeedStep):
                 self.ledger.add("gradients", -4 * count)
         if self.job.world > 1:
             for each in sorted(self._persistent):
-                self.ledger.send("all_gather", self._full_bytes(each), self.job.world)
+                self.ledger.send("all_gather", self._full_bytes([each]), self.job.world)

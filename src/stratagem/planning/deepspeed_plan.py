@@ -12,11 +12,12 @@ from torch import Tensor
 
 from stratagem.errors import PlacementError
 from stratagem.planning.deepspeed import ALIGNMENT, Stage0, Stage3, Stages12, ZeroJob, ZeroOptions, sub_groups
+from stratagem.planning.deepspeed_gathers import GatherRules, Releases, first_releases, model_visits
 from stratagem.planning.engines import EngineRequest, EngineStatic, batch_bytes, finish, state_bytes
 from stratagem.planning.fake_world import fake_copies, new_fake_mode
 from stratagem.planning.ledger import EngineStep, Ledger
 from stratagem.planning.result import MemoryPlan, StepPlan
-from stratagem.planning.timeline import Timeline
+from stratagem.planning.timeline import Timeline, Visit
 from stratagem.planning.trace import storage_bytes
 from stratagem.strategies.base import require_master_weights
 from stratagem.strategies.setup.building import build_optim_wrapper
@@ -25,10 +26,6 @@ from stratagem.utils import import_object
 __all__ = ["plan_deepspeed"]
 
 _NOTE: Final = "Computed by the rules of DeepSpeed from a simulated forward and backward pass. The peak is an estimate."
-_GATHERS_NOTE: Final = (
-    "The model has more elements than stage3_max_live_parameters or stage3_max_reuse_distance. With accumulated micro-batches, "
-    "DeepSpeed may then keep some parameters gathered for longer, so a step sends less and needs more memory than planned."
-)
 
 
 def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
@@ -57,16 +54,18 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         )
         groups = [[each for each in group["params"] if each.requires_grad] for group in wrapper.optimizer.param_groups]
         averages = [] if request.average is None else list(request.average.build_average(model).averages.values())
+        numels = tuple(each.numel() for each in model.parameters())
         updated, at_rest, gradients = _layout(groups, options, zero, base.world)
         state, temporary = state_bytes(wrapper.optimizer, updated)
         masters = 4 * sum(each.numel() for group in updated for each in group)
         itemsize = _item_size(options)
-        frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
+        frozen = [each.numel() for each in model.parameters() if not each.requires_grad]
         saved = sum(each.nbytes for each in (*model.state_dict().values(), *averages))
         index = {id(each): number for number, each in enumerate(model.parameters())}
-        numels = tuple(each.numel() for each in model.parameters())
         indices = tuple(tuple(index[id(each)] for each in group) for group in groups)
         largest = max((each.numel() for group in groups for each in group), default=0)
+    persistent = _persistent(zero, numels)
+    at_rest += itemsize * _untrained(zero, frozen, [numels[each] for each in persistent], base.world)
     owns_masters = options.stage > 0 or options.dtype is not None
     partitions = sum(each.numel() for group in updated for each in group)
     sizes = {"gradients": gradients, "optimizer state": state, "master weights": masters if owns_masters else 0}
@@ -83,7 +82,7 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
             buckets += largest * itemsize
             host["copies for updates"] = (largest + partitions) * itemsize
     memory = MemoryPlan(
-        parameters=at_rest + frozen * itemsize,
+        parameters=at_rest,
         gradients=sizes["gradients"],
         optimizer_state=sizes["optimizer state"],
         master_weights=sizes["master weights"],
@@ -102,7 +101,6 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         offloads=options.offloads_optimizer,
         temporary=temporary,
     )
-    persistent = _persistent(zero, [index for group in indices for index in group], numels)
     static = EngineStatic(
         memory=memory,
         buckets=buckets,
@@ -110,7 +108,7 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         dtype=options.dtype,
         keeps_buffers=True,
         accumulation=int(wrapper.accumulative_counts),
-        make=_step_of(job, persistent),
+        make=_step_of(job, persistent, int(wrapper.accumulative_counts)),
     )
     base = replace(
         base,
@@ -118,17 +116,30 @@ def plan_deepspeed(request: EngineRequest, base: StepPlan) -> list[StepPlan]:
         checkpoint_bytes=saved + state * (base.world if options.stage else 1),
         compute_dtype=str(options.dtype or torch.float32).removeprefix("torch."),
     )
-    is_limited = min(zero.max_live_parameters, zero.max_reuse_distance) < sum(numels)
-    if options.stage == 3 and static.accumulation > 1 and is_limited:
-        base = replace(base, notes=(*base.notes, _GATHERS_NOTE))
     return finish(request, base, static, _NOTE)
 
 
-def _step_of(job: ZeroJob, persistent: frozenset[int]) -> Callable[[Ledger, Timeline], EngineStep]:
+def _step_of(job: ZeroJob, persistent: frozenset[int], accumulation: int) -> Callable[[Ledger, Timeline], EngineStep]:
+    # The search for the largest micro-batch replays the same visits with other sizes.
+    known: dict[tuple[Visit, ...], Releases] = {}
+
     def make(ledger: Ledger, timeline: Timeline) -> EngineStep:
         if job.options.stage == 0:
             return Stage0(job, ledger, timeline)
-        return Stages12(job, ledger, timeline) if job.options.stage < 3 else Stage3(job, ledger, timeline, persistent)
+        if job.options.stage < 3:
+            return Stages12(job, ledger, timeline)
+        rules = GatherRules(
+            numels=job.numels,
+            modules=timeline.modules,
+            persistent=persistent,
+            prefetch_bucket_size=job.options.prefetch_bucket_size,
+            max_live_parameters=job.options.max_live_parameters,
+            max_reuse_distance=job.options.max_reuse_distance,
+        )
+        visits = model_visits(timeline)
+        if visits not in known:
+            known[visits] = first_releases(rules, visits, accumulation)
+        return Stage3(job, ledger, timeline, rules, known[visits])
 
     return make
 
@@ -137,21 +148,40 @@ def _item_size(options: Any) -> int:
     return 4 if options.dtype is None else int(options.dtype.itemsize)
 
 
-def _persistent(zero: ZeroOptions, trainable: Sequence[int], numels: Sequence[int]) -> frozenset[int]:
-    """Return the parameters that stage 3 keeps on all ranks."""
+def _persistent(zero: ZeroOptions, numels: Sequence[int]) -> frozenset[int]:
+    """Return the parameters that stage 3 keeps on all ranks, even if they are frozen."""
     chosen: set[int] = set()
     total = 0
-    for index in sorted(trainable):
-        if numels[index] + total <= zero.model_persistence_threshold and numels[index] <= zero.persistence_threshold:
+    for index, numel in enumerate(numels):
+        if numel + total <= zero.model_persistence_threshold and numel <= zero.persistence_threshold:
             chosen.add(index)
-            total += numels[index]
+            total += numel
     return frozenset(chosen)
+
+
+def _untrained(zero: ZeroOptions, frozen: Sequence[int], persistent: Sequence[int], world: int) -> int:
+    """Return the elements of frozen parameters, and of those that stage 3 keeps on all ranks in addition to their shares.
+
+    Args:
+        zero: the options of ZeRO.
+        frozen: the number of elements of each frozen parameter.
+        persistent: the number of elements of each parameter that stage 3 keeps on all ranks.
+        world: the number of ranks.
+    """
+    if zero.stage < 3:
+        return sum(frozen)
+    shares = sum(math.ceil(numel / world) for numel in frozen)
+    # With a single rank, the parameters are views of the partitions.
+    return shares + (sum(math.ceil(numel / world) * world for numel in persistent) if world > 1 else 0)
 
 
 def _layout(
     groups: Sequence[Sequence[Tensor]], options: Any, zero: ZeroOptions, world: int
 ) -> tuple[list[list[Tensor]], int, int]:
-    """Return the tensors that the optimizer of a rank updates, by group, and the bytes of parameters and gradients."""
+    """Return the tensors that the optimizer of a rank updates, by group, and the bytes of these parameters and their gradients.
+
+    The parameters that stage 3 keeps on all ranks are not included.
+    """
     size = _item_size(options)
     if options.stage == 0:
         numel = sum(each.numel() for group in groups for each in group)
@@ -168,14 +198,8 @@ def _layout(
         for group in groups
     ]
     partitions = sum(each.numel() for group in updated for each in group)
-    numels = [each.numel() for group in groups for each in group]
-    # With a single rank, the parameters are views of the partitions.
-    persistent = 0
-    if world > 1:
-        kept = _persistent(zero, range(len(numels)), numels)
-        persistent = sum(math.ceil(numels[index] / world) * world for index in kept)
     # Gradients are collected in a buffer in the dtype of the computation, and copied to float32 for the update.
-    return updated, (partitions + persistent) * size, partitions * (size + 4)
+    return updated, partitions * size, partitions * (size + 4)
 
 
 def _flat_gradients(groups: Sequence[Sequence[Tensor]], padded: Sequence[int], world: int, *, exact: bool) -> int:

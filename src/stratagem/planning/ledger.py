@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import final
 
 from stratagem.planning.result import Collective
@@ -24,7 +24,6 @@ class Ledger:
 
     Attributes:
         phase: the part of the step.
-        repeated: how often the current micro-batch counts.
         totals: the sum of all sizes after each change.
         at_peak: the sizes at the largest sum by kind.
         peak_phase: the part of the step with the largest sum.
@@ -36,7 +35,6 @@ class Ledger:
         self._ranks_per_node = ranks_per_node
         self._sent: dict[tuple[str, int, int, str], list[int]] = {}
         self.phase = "forward"
-        self.repeated = 1
         self.totals = [sum(persistent.values())]
         self._best = self.totals[0]
         self.at_peak: dict[str, int] = dict(self._live)
@@ -72,7 +70,16 @@ class Ledger:
             stride: the distance between the ranks of the group.
         """
         near = len(range(0, min(ranks * stride, self._ranks_per_node), stride))
-        self._sent.setdefault((kind, ranks, near, self.phase), []).extend([nbytes] * self.repeated)
+        self._sent.setdefault((kind, ranks, near, self.phase), []).append(nbytes)
+
+    def sent(self) -> dict[tuple[str, int, int, str], int]:
+        """Return the number of collectives so far by kind, number of ranks, ranks on a node, and phase."""
+        return {key: len(sizes) for key, sizes in self._sent.items()}
+
+    def repeat_since(self, sent: Mapping[tuple[str, int, int, str], int], times: int) -> None:
+        """Count the collectives since ``sent`` was returned several more times."""
+        for key, sizes in self._sent.items():
+            sizes.extend(sizes[sent.get(key, 0) :] * times)
 
     def collectives(self) -> tuple[Collective, ...]:
         return tuple(
@@ -115,31 +122,44 @@ class EngineStep(ABC):
     def visit(self, visit: Visit) -> None:  # noqa: B027 -- only engines that gather parameters use it
         """Handle that a module is entered or left."""
 
+    def carried(self) -> Hashable:
+        """Return what a micro-batch leaves to the next one and what changes its collectives; gradients do not."""
+        return None
+
 
 def replay(timeline: Timeline, engine: EngineStep, accumulation: int) -> None:
     """Run an optimizer step of an engine on the timeline of a micro-batch.
 
-    If more than three micro-batches are accumulated, three are replayed: the second counts as often as there are others.
+    If a micro-batch after the first one leaves the same to the next one as the micro-batch before, its collectives count as often
+    as there are others, except the last one.
     """
     ledger = engine.ledger
-    replayed = min(accumulation, 3)
-    for index in range(replayed):
-        last = index == replayed - 1
-        ledger.repeated = accumulation - 2 if index == 1 and accumulation > 3 else 1
-        for event in timeline.events:
-            if isinstance(event, Change):
-                ledger.phase = "backward" if event.phase == "update" else event.phase
-                ledger.add(event.kind, event.nbytes)
-            elif isinstance(event, GradientReady):
-                ledger.phase = "backward"
-                engine.gradient_ready(event.parameter, event.nbytes, last=last)
-            elif isinstance(event, Sent):
-                ledger.send(event.kind, event.nbytes, event.ranks)
-            else:
-                ledger.phase = event.phase
-                engine.visit(event)
-        for kind in ("activations", "temporary"):
-            ledger.set(kind, 0)
-        engine.end_backward(last=last)
-    ledger.phase, ledger.repeated = "update", 1
+    left = accumulation
+    while left:
+        before, sent = engine.carried(), ledger.sent()
+        _run_micro_batch(timeline, engine, last=left == 1)
+        left -= 1
+        if left > 1 and left < accumulation - 1 and engine.carried() == before:
+            ledger.repeat_since(sent, left - 1)
+            left = 1
+    ledger.phase = "update"
     engine.update()
+
+
+def _run_micro_batch(timeline: Timeline, engine: EngineStep, *, last: bool) -> None:
+    ledger = engine.ledger
+    for event in timeline.events:
+        if isinstance(event, Change):
+            ledger.phase = "backward" if event.phase == "update" else event.phase
+            ledger.add(event.kind, event.nbytes)
+        elif isinstance(event, GradientReady):
+            ledger.phase = "backward"
+            engine.gradient_ready(event.parameter, event.nbytes, last=last)
+        elif isinstance(event, Sent):
+            ledger.send(event.kind, event.nbytes, event.ranks)
+        else:
+            ledger.phase = event.phase
+            engine.visit(event)
+    for kind in ("activations", "temporary"):
+        ledger.set(kind, 0)
+    engine.end_backward(last=last)

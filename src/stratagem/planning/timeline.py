@@ -9,7 +9,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from stratagem.planning.fake_world import replaced
 from stratagem.planning.sharded_layers import shard_linear_layers
@@ -318,34 +318,87 @@ def _gradients(trace: StepTrace, parameters: Sequence[nn.Parameter]) -> Iterator
             hook.remove()
 
 
+@final
+class _Passage(torch.autograd.Function):
+    """Return an alias of a tensor, and call a function in the backward pass when the gradient of the alias is complete."""
+
+    @staticmethod
+    def forward(tensor: Tensor, _: Callable[[], None]) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Callable[[], None]], _: Tensor) -> None:
+        ctx.call = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return gradients[0], None
+
+
+def _with_passages(values: Any, call: Callable[[], None]) -> Any:
+    """Return values with aliases of all differentiable tensors, which call a function; dictionaries are changed in place."""
+    if isinstance(values, Tensor):
+        return _Passage.apply(values, call) if values.requires_grad else values  # type: ignore[no-untyped-call]
+    if isinstance(values, dict):
+        for key, value in values.items():
+            values[key] = _with_passages(value, call)
+    elif isinstance(values, tuple | list):
+        changed = [_with_passages(each, call) for each in values]
+        return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
+    return values
+
+
 @contextmanager
 def _visits(trace: StepTrace, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Note when modules are entered and left: in the backward pass, when the gradients of outputs and inputs are complete."""
+    """Note when modules are entered and left, in the backward pass as DeepSpeed does.
 
-    def enter(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any) -> None:
+    A module is entered when the gradient of one of its outputs is complete, again for every output. It is left when the gradients
+    of all positional inputs are complete; if it was called several times, only those of the last call.
+    """
+    missing = dict.fromkeys(range(len(modules)), 0)
+
+    def enter(number: int) -> Callable[..., Any]:
+        def left() -> None:
+            missing[number] -= 1
+            if missing[number] == 0:
+                trace.mark(Visit(number, False, False, trace.phase))
+
+        def hook(_: nn.Module, args: Any) -> Any:
             trace.mark(Visit(number, True, True, trace.phase))
-            _after_all(args, lambda: trace.mark(Visit(number, False, False, trace.phase)))
+            missing[number] = _count_differentiable(args)
+            return _with_passages(args, left)
 
         return hook
 
-    def leave(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+    def leave(number: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
             trace.mark(Visit(number, False, True, trace.phase))
-            _before_first(output, lambda: trace.mark(Visit(number, True, False, trace.phase)))
+            return _with_passages(output, lambda: trace.mark(Visit(number, True, False, trace.phase)))
 
         return hook
 
+    index = {module: number for number, module in enumerate(modules)}
     hooks = [
         each
-        for number, module in enumerate(modules)
-        for each in (module.register_forward_pre_hook(enter(number)), module.register_forward_hook(leave(number)))
+        for module in _with_shared(modules[0])
+        for each in (
+            module.register_forward_pre_hook(enter(index[module])),
+            module.register_forward_hook(leave(index[module])),
+        )
     ]
     try:
         yield
     finally:
         for each in hooks:
             each.remove()
+
+
+def _with_shared(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its descendants, those with several parents once for each: DeepSpeed registers hooks in this way."""
+    for child in module.children():
+        yield from _with_shared(child)
+    yield module
 
 
 @contextmanager
@@ -384,32 +437,8 @@ def _reads(modules: Sequence[nn.Module], read: dict[nn.Module, list[nn.Parameter
             each.remove()
 
 
-def _differentiable(values: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.requires_grad]
-
-
-def _after_all(values: Any, call: Callable[[], None]) -> None:
-    """Call a function when the gradients of all tensors have been computed."""
-    tensors = _differentiable(values)
-    missing = [len(tensors)]
-
-    def note(_: Tensor) -> None:
-        missing[0] -= 1
-        if missing[0] == 0:
-            call()
-
-    for each in tensors:
-        each.register_hook(note)
-
-
-def _before_first(values: Any, call: Callable[[], None]) -> None:
-    """Call a function when the first gradient of some tensors has been computed."""
-    called: list[bool] = []
-
-    def note(_: Tensor) -> None:
-        if not called:
-            called.append(True)
-            call()
-
-    for each in _differentiable(values):
-        each.register_hook(note)
+def _count_differentiable(values: Any) -> int:
+    if isinstance(values, Tensor):
+        return int(values.requires_grad)
+    children = values.values() if isinstance(values, dict) else values if isinstance(values, tuple | list) else ()
+    return sum(map(_count_differentiable, children))

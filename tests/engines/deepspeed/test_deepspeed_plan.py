@@ -97,6 +97,26 @@ def test_plans_split_messages_like_real_runs(four: Ranks, folder: Path) -> None:
     _require_all_equal(four, folder, _SPLIT)
 
 
+_NO_LIVE = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0}
+_LIMITS = [
+    ("language", _strategy({"stage": 3, "stage3_param_persistence_threshold": 0, **_NO_LIVE}, {}), 3),
+    *(
+        ("irregular", _strategy({"stage": 3, "stage3_param_persistence_threshold": 100, **limits}, {}), accumulation)
+        for limits, accumulation in (
+            ({}, 1),
+            (_NO_LIVE, 5),
+            ({"stage3_max_live_parameters": 3000, "stage3_max_reuse_distance": 500}, 3),
+            ({"stage3_prefetch_bucket_size": 1000, "stage3_max_reuse_distance": 0}, 2),
+        )
+    ),
+]
+
+
+def test_plans_of_stage_3_gather_like_real_runs(two: Ranks, folder: Path) -> None:
+    """Limits, accumulated micro-batches, reused and shared layers and frozen parameters lead to the gathers of real runs."""
+    _require_all_equal(two, folder, _LIMITS)
+
+
 def test_plans_of_an_offloaded_optimizer_are_those_of_real_runs(two: Ranks, folder: Path) -> None:
     """Gradients, master weights and optimizer state are in the memory of the host, and messages are the same."""
     strategy = _strategy({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"bf16": True})
