@@ -59,10 +59,10 @@ def _fsdp(**options: Any) -> Mapping[str, Any]:
 
 def _zero(stage: int, *, zero: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Mapping[str, Any]:
     """Return DeepSpeedStrategy with buckets that are smaller than the models."""
-    section = {"stage": stage, "reduce_bucket_size": 40_000, **zero}
+    section = {"stage": stage, "reduce_bucket_size": 40_000}
     if stage == 3:
         section |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 40_000}
-    return MappingProxyType({"type": "DeepSpeedStrategy", "zero_optimization": section, **options})
+    return MappingProxyType({"type": "DeepSpeedStrategy", "zero_optimization": {**section, **zero}, **options})
 
 
 def _plugin(name: str, precision: str = "fp32", **options: Any) -> Mapping[str, Any]:
@@ -97,25 +97,30 @@ CASES: Final = (
     Case(name="HSDP, 2 replicas", strategy=_fsdp(replicate=2), worlds=(4,)),
     Case(name="TP x2", strategy=_fsdp(tp=2), worlds=(2, 4)),
     *(Case(name=f"ZeRO {stage}", strategy=_zero(stage)) for stage in range(4)),
-    *(Case(name=f"ZeRO {stage}, bfloat16", strategy=_zero(stage, bf16=True), worlds=(2,)) for stage in range(4)),
-    Case(name="ZeRO 2, float16", strategy=_zero(2, fp16={"enabled": True, "initial_scale_power": 0}), worlds=(2,)),
-    Case(name="ZeRO 2, 3 micro-batches", strategy=_zero(2), worlds=(2,), accumulation=3),
-    Case(name="ZeRO 3, 3 micro-batches", strategy=_zero(3), worlds=(2,), accumulation=3),
+    *(Case(name=f"ZeRO {stage}, bfloat16", strategy=_zero(stage, bf16=True)) for stage in range(4)),
+    Case(name="ZeRO 2, float16", strategy=_zero(2, fp16={"enabled": True, "initial_scale_power": 0})),
+    Case(name="ZeRO 2, 3 micro-batches", strategy=_zero(2), accumulation=3),
+    Case(name="ZeRO 3, 3 micro-batches", strategy=_zero(3), accumulation=3),
     *(
-        Case(name=f"ZeRO 3, 3 micro-batches, {name}", strategy=_zero(3, zero=limits), worlds=(2,), accumulation=3)
+        Case(name=f"ZeRO 3, 3 micro-batches, {name}", strategy=_zero(3, zero=limits), accumulation=3)
         for name, limits in {
             "1 live parameter": {"stage3_max_live_parameters": 1},
             "reuse distance 0": {"stage3_max_reuse_distance": 0},
+            "limits of 20,000": {"stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 20_000},
+            "nothing persistent": {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 1,
+                "stage3_max_reuse_distance": 0,
+            },
         }.items()
     ),
-    Case(name="ZeRO 1, EMA", strategy=_zero(1), worlds=(2,), changes=_EMA),
+    Case(name="ZeRO 1, EMA", strategy=_zero(1), changes=_EMA),
     Case(
         name="ZeRO 2, offloaded optimizer",
         strategy=_zero(2, zero={"offload_optimizer": {"device": "cpu"}}, bf16=True),
-        worlds=(2,),
     ),
     Case(name="torch-ddp", strategy=_plugin("torch-ddp")),
-    Case(name="torch-ddp, EMA", strategy=_plugin("torch-ddp"), worlds=(2,), changes=_EMA),
+    Case(name="torch-ddp, EMA", strategy=_plugin("torch-ddp"), changes=_EMA),
     *(
         Case(name=f"lowlevel-zero {stage}", strategy=_plugin("lowlevel-zero", stage=stage, **_SMALL_BUCKETS))
         for stage in (1, 2)
@@ -124,14 +129,12 @@ CASES: Final = (
         Case(
             name=f"lowlevel-zero {stage}, bfloat16",
             strategy=_plugin("lowlevel-zero", "bf16", stage=stage, **_SMALL_BUCKETS),
-            worlds=(2,),
         )
         for stage in (1, 2)
     ),
     Case(
         name="lowlevel-zero 2, 3 micro-batches",
         strategy=_plugin("lowlevel-zero", stage=2, **_SMALL_BUCKETS),
-        worlds=(2,),
         accumulation=3,
     ),
     Case(name="hybrid-parallel, tp_size=2", strategy=_plugin("hybrid-parallel", "bf16", tp_size=2), worlds=(2, 4)),
