@@ -35,6 +35,7 @@ from stratagem.cli.plan.command import _resized
             "The link 'nvlnk4' is not in the table. Did you mean 'nvlink4'",
         ),
         (("--links", "missing.json"), "missing.json cannot be read"),
+        (("--strategy", "ddp,fdsp"), "strategy: unknown name 'fdsp'. Did you mean 'fsdp'"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(
@@ -74,3 +75,66 @@ def test_a_plan_of_a_configuration(stratagem: Callable[..., Any], config: str, t
     assert (tmp_path / "plan.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert (tmp_path / "plan.png").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.png"]
+
+
+TALKATIVE = """
+import torch
+from stratagem.registry import DATASETS, MODELS
+from torch import nn
+
+
+@MODELS.register_module()
+class Talkative(nn.Linear):
+    def forward(self, x):
+        print("a line of the model")
+        return super().forward(x)
+
+
+@DATASETS.register_module()
+class TalkativeSamples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        print("a line of the dataset")
+        return torch.zeros(2), torch.zeros(2)
+"""
+TALKATIVE_CONFIG = """
+custom_imports = dict(imports=["talkative_parts"])
+network = dict(type="Talkative", in_features=2, out_features=2)
+model = dict(type="SupervisedModel", network=network, loss=dict(type="MSELoss"))
+train_dataloader = dict(batch_size=2, dataset=dict(type="TalkativeSamples"))
+optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1))
+del network
+"""
+
+
+@pytest.mark.slow
+def test_what_the_model_prints_is_not_part_of_the_json(stratagem: Callable[..., Any], tmp_path: Path) -> None:
+    """The output of the model and the dataset goes to stderr, so stdout is valid JSON."""
+    (tmp_path / "talkative_parts.py").write_text(TALKATIVE, encoding="utf-8")
+    (tmp_path / "talkative.py").write_text(TALKATIVE_CONFIG, encoding="utf-8")
+    outcome = stratagem("plan", "talkative.py", "--world", "1", "--json")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["sections"][0]["world"] == 1
+    assert "a line of the model" in outcome.err
+    assert "a line of the dataset" in outcome.err
+
+
+@pytest.mark.slow
+def test_a_strategy_that_is_given_twice_has_one_row(stratagem: Callable[..., Any], config: str) -> None:
+    """Equal names are planned once."""
+    outcome = stratagem("plan", config, "--world", "2", "--strategy", "ddp,ddp", "--json")
+    (section,) = json.loads(outcome.out)["sections"]
+    assert [each["label"] for each in section["strategies"]] == ["DDP"]
+
+
+@pytest.mark.slow
+def test_a_picture_without_bars_is_an_error(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
+    """If the strategy does not suit the number of ranks, the report has the reason, and the missing picture is an error."""
+    strategy = ("--set", "strategy.type=fsdp", "--set", "strategy.replicate=3")
+    outcome = stratagem("plan", config, "--world", "2", *strategy, "--out", "plan.png")
+    assert "replicate=3 x tp=1 does not divide the 2 processes" in outcome.out
+    assert "plan.png was not written: no strategy can train this model" in " ".join(outcome.err.split())
+    assert outcome.status == 2
+    assert not (tmp_path / "plan.png").exists()

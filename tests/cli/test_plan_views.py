@@ -16,7 +16,7 @@ from stratagem.cli.plan.facts import bar_chart
 from stratagem.cli.plan.html import html_of, write_html
 from stratagem.cli.plan.terminal import print_report
 from stratagem.cli.plot.bars import Bar, BarChart, BarGroup, print_bars, write_bars_png
-from stratagem.errors import ConfigFileError
+from stratagem.errors import ConfigFileError, ConfigValueError
 from stratagem.planning.report import Report, build_report
 from stratagem.planning.result import MemoryPlan
 from tests.planning.plans import GIB, collective, memory, plan, step
@@ -203,6 +203,18 @@ def test_the_picture(tmp_path: Path) -> None:
     assert contents.groups[0].limit == 80
     write_bars_png(contents, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_a_usable_strategy_has_no_bars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Text and HTML show why no strategy can be used, and a picture without bars is refused instead of failing in max()."""
+    refused = build_report("all", [(CLUSTER, plan(step("DDP", ZERO, refusal="a reason")))], replan=None)
+    print_report(refused)
+    lines = capsys.readouterr().out.splitlines()
+    assert "No strategy can train this model at this number of ranks." in lines
+    assert "Note: DDP: cannot be used: a reason" in lines
+    assert "cannot be used: a reason" in html_of(refused)
+    with pytest.raises(ConfigValueError, match="there are no bars to draw"):
+        write_bars_png(bar_chart(refused), tmp_path / "plan.png")
 
 
 def test_json_has_exact_bytes() -> None:

@@ -32,3 +32,10 @@ def test_a_batch_that_cannot_be_parsed_is_refused(text: str) -> None:
     """The error shows an example."""
     with pytest.raises(ConfigValueError, match="tokens=int64"):
         parse_batch(text)
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    """A step without samples has no time per sample, so no dimension may be 0."""
+    with pytest.raises(ConfigValueError, match=r"float32\[0,16\] has no elements"):
+        parse_batch("float32[0,16],int64[0]")
+    assert parse_batch("float32[10,16]").size == 10

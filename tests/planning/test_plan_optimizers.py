@@ -76,6 +76,8 @@ def test_float16_with_a_loss_scale_is_planned() -> None:
     parameters = (16 * 32 + 32 + 32 * 8 + 8) * 4
     assert (step.memory.gradients, step.memory.optimizer_state) == (parameters, 2 * parameters + 4 * 4)
     assert step.compute_dtype == "float16"
+    # What the scaler reads is not a property of AdamW.
+    assert step.notes == ()
 
 
 def test_an_optimizer_that_fails_is_refused_in_its_plan() -> None:

@@ -86,6 +86,9 @@ def parse_batch(text: str) -> BatchSpec:
         or 0 < names.count(None) < len(names)
     ):
         raise ConfigValueError(f"batch={text!r} is not a list of tensors such as {_EXAMPLE}.")
+    for match in found:
+        if "0" in match["shape"].split(","):
+            raise ConfigValueError(f"batch: {match[0]} has no elements. All dimensions of a tensor must be at least 1.")
     tensors = [_meta_tensor(match["dtype"], match["shape"]) for match in found]
     if names[0] is not None:
         return BatchSpec.of(dict(zip(names, tensors, strict=True)), source="the option batch")

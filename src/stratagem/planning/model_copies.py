@@ -9,16 +9,28 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from stratagem.errors import ConfigValueError
 from stratagem.parallel.deferred_init.materialize import named_tensors
 
 __all__ = ["ModelCopies", "meta_copy"]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with parameters and buffers on the meta device; shared ones stay shared."""
+    """Return a copy of a model with parameters and buffers on the meta device; shared ones stay shared.
+
+    Raises:
+        ConfigValueError: if the shape of a tensor is unknown.
+    """
     known: dict[int, Any] = {}
-    for tensor in named_tensors(model).values():
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise ConfigValueError(
+                f"The shape of {name!r} is unknown until the first forward pass, because its module is lazy, and planning needs "
+                "it. Specify the number of its inputs (such as Linear instead of LazyLinear), or pass a model to "
+                "stratagem.plan() that has run once."
+            )
         empty = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
             parameter = nn.Parameter(empty, requires_grad=tensor.requires_grad)

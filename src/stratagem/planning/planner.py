@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stratagem.config import Config
-from stratagem.errors import ConfigTypeError, ConfigValueError, StratagemError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StratagemError
 from stratagem.optim import OptimSpec
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
@@ -25,7 +25,7 @@ from stratagem.planning.simulate import Job
 from stratagem.planning.simulated import PlanRequest, plan_simulated
 from stratagem.planning.timelines import Timelines
 from stratagem.registry import HOOKS, switch_scope
-from stratagem.registry.strategy_names import full_strategy_name
+from stratagem.registry.strategy_names import full_strategy_name, require_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
 from stratagem.train.hooks.averaging import EMAHook
 
@@ -81,6 +81,7 @@ def plan(
 
     Raises:
         ConfigTypeError: if the model has no ``train_step``.
+        ConfigKeyError: if a strategy is unknown.
         ConfigValueError: if an argument is invalid.
     """
     if not callable(getattr(model, "train_step", None)):
@@ -174,10 +175,10 @@ def _plan(request: PlanRequest, strategies: Sequence[StrategySpec] | None, world
     for world in worlds:
         if isinstance(world, bool) or not isinstance(world, int) or world < 1:
             raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
+    jobs = [(own, _name(own), world) for own, world in _jobs(strategies, worlds)]
     facts = _facts(request)
     steps = []
-    for own, world in _jobs(strategies, worlds):
-        name = full_strategy_name(own["type"]) if isinstance(own.get("type"), str) else own["type"].__name__
+    for own, name, world in jobs:
         steps += _plan_step(request, own, name, world)
     if strategies is DEFAULT_STRATEGIES:
         has_plan = bool(getattr(request.job.make_model(), "tp_plan", None))
@@ -193,9 +194,26 @@ def _jobs(strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> I
         yield from (({"type": "single" if world == 1 else "ddp"}, world) for world in worlds)
         return
     for strategy in strategies:
+        if not isinstance(strategy, str | Mapping):
+            raise ConfigTypeError(
+                f"Planning creates the strategy for each number of ranks, so it needs its name or its configuration, such as "
+                f"dict(type='fsdp'), instead of an object of the class {type(strategy).__name__}."
+            )
         own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
-        is_single = isinstance(own["type"], str) and full_strategy_name(own["type"]) == "SingleDeviceStrategy"
+        is_single = _name(own) == "SingleDeviceStrategy"
         yield from ((own, world) for world in ((1,) if is_single else worlds))
+
+
+def _name(strategy: Mapping[str, Any]) -> str:
+    """Return the name of the class of a strategy, given its configuration.
+
+    Raises:
+        ConfigKeyError: if the configuration has no type, or if its name is unknown.
+    """
+    kind = strategy.get("type")
+    if kind is None:
+        raise ConfigKeyError(f"strategy: {dict(strategy)} has no key 'type'. Example: dict(type='fsdp').")
+    return require_strategy_name(kind) if isinstance(kind, str) else str(kind.__name__)
 
 
 def _strategies_for(world: int, ranks_per_node: int, *, has_plan: bool) -> list[dict[str, Any]]:

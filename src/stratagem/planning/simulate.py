@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, cast, final
@@ -150,7 +150,7 @@ class Simulation:
             for parameter in trainable:
                 parameter.grad = torch.zeros_like(parameter)
             gradients += [parameter.grad for parameter in trainable]
-            with self._reads:
+            with self._reads, self._reads.counting(wrapper.optimizer):
                 wrapper.optimizer.step()
             wrapper.optimizer.zero_grad()
         return storage_bytes(gradients)
@@ -274,7 +274,7 @@ def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None,
         if trace is not None:
             trace.label(gradients, "gradients")
         seen.extend(gradients)
-        with reads:
+        with reads, reads.counting(wrapper.optimizer):
             return original(**kwargs)
 
     wrapper.step = step
@@ -330,6 +330,7 @@ def simulating(
         for owner, name, value in _replacements(mode, stack):
             stack.enter_context(replaced(owner, name, value))
         model = job.make_model()
+        stack.enter_context(_uncompiled())
         if kind is None or kind.__name__ != "FSDPStrategy":
             fake_copies(mode, model, built.world.device)
             stack.enter_context(mode)
@@ -340,6 +341,12 @@ def simulating(
                 # The reducer expects a result of each all-reduce, which the simulated process group does not have.
                 module.register_comm_hook(None, lambda _, bucket: _all_reduced(bucket.buffer()))
         yield Simulation(built)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled functions and modules without the compiler, whose kernels need memory."""
+    # Importing the compiler takes a second, and nothing is compiled before it is imported.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _guard_against_nonfinite(strategy: BaseStrategy) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Final, final
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["UpdateReads"]
@@ -20,12 +24,35 @@ class UpdateReads(TorchDispatchMode):
     """Returns a number for each unknown value that is read inside the ``with`` block; sizes of states rarely depend on it.
 
     Attributes:
-        count: the number of unknown values that were read.
+        count: the number of unknown values that the updates of optimizers read; not those that a loss scaler reads.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.count = 0
+        self._updates = 0
+
+    @contextmanager
+    def counting(self, optimizer: Optimizer) -> Iterator[None]:
+        """Count the values that the update of an optimizer reads inside the ``with`` block."""
+        original, attribute = optimizer.step, vars(optimizer).get("step")
+
+        @wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._updates += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._updates -= 1
+
+        optimizer.step = step  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if attribute is None:
+                del optimizer.step
+            else:
+                optimizer.step = attribute  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
@@ -35,6 +62,6 @@ class UpdateReads(TorchDispatchMode):
         try:
             return func(*args)
         except DataDependentOutputException:
-            self.count += 1
+            self.count += self._updates > 0
             dtype = args[0].dtype
             return True if dtype == torch.bool else _FRACTION if dtype.is_floating_point else 1

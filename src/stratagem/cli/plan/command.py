@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -89,6 +91,7 @@ def plan(
 
     Raises:
         ConfigError: or a subclass, if the configuration or an option is invalid.
+        ConfigValueError: if ``out`` is given and no strategy can train the model.
         MissingDependencyError: if ``out`` is given and matplotlib is not installed.
     """
     cluster_options = _cluster_options(settings)
@@ -100,7 +103,8 @@ def plan(
 
     # The same simulations serve all amounts of memory.
     limits = list(dict.fromkeys(cluster.memory for cluster in clusters if cluster.memory is not None))
-    with status("Planning"):
+    # What the model or the dataset prints is not part of the result.
+    with status("Planning"), redirect_stdout(sys.stderr):
         planned = plan_config(
             config,
             strategies=strategies,
@@ -126,15 +130,20 @@ def _for_memory(planned: Plan, memory: int | None) -> Plan:
 def _write(report: Report, *, as_json: bool, html: Path | None, out: Path | None) -> None:
     if html is not None:
         write_html(report, html)
-    if out is not None:
-        write_bars_png(bar_chart(report), out)
+    chart = bar_chart(report)
+    if out is not None and chart.groups:
+        write_bars_png(chart, out)
     if as_json:
         print_json(report.as_dict())
-        return
-    print_report(report)
-    for path in (html, out):
-        if path is not None:
-            echo(f"Saved {path}")
+    else:
+        print_report(report)
+        for path in (html, out if chart.groups else None):
+            if path is not None:
+                echo(f"Saved {path}")
+    if out is not None and not chart.groups:
+        raise ConfigValueError(
+            f"{out} was not written: no strategy can train this model, so there are no bars to draw."
+        )
 
 
 def _cluster_options(settings: PlanSettings) -> ClusterOptions:
@@ -181,7 +190,7 @@ def _strategies(settings: PlanSettings) -> Sequence[StrategySpec] | None:
 
 
 def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
 def _replanner(config: Config, settings: PlanSettings, planned: Plan) -> Replan:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stratagem.cli.plot.png import PALETTE, save_png, styled_figures
+from stratagem.errors import ConfigValueError
 from stratagem.utils.printable import printable_name
 
 __all__ = ["Bar", "BarChart", "BarGroup", "end_of_axis", "print_bars", "visible_limit", "write_bars_png"]
@@ -95,6 +96,8 @@ def print_bars(chart: BarChart, console: Console) -> None:
 
 
 def _lines(chart: BarChart, width: int, *, colored: bool) -> Iterator[Text]:
+    if not chart.groups:
+        return
     label_width = min(width // 2, max(len(bar.label) for group in chart.groups for bar in group.bars))
     text_width = max(len(bar.text) for group in chart.groups for bar in group.bars)
     cells = max(20, width - label_width - text_width - 3)
@@ -165,7 +168,10 @@ def write_bars_png(chart: BarChart, path: Path) -> None:
     Raises:
         MissingDependencyError: if matplotlib is not installed.
         ConfigFileError: if the file cannot be written.
+        ConfigValueError: if the chart has no bars.
     """
+    if not chart.groups:
+        raise ConfigValueError(f"{path} was not written: there are no bars to draw.")
     with styled_figures() as figures:
         counts = [len(group.bars) for group in chart.groups]
         figure = figures.Figure(
