@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, final
 
@@ -31,6 +31,14 @@ _DEADLINE_S = 100.0
 # Each process group that a test creates leaves threads of Gloo, which wake up continuously, so idle ranks with hundreds of them
 # slow down all tests. Ranks with more threads than this are replaced.
 _MAX_THREADS = 120
+# Importing these modules takes several seconds in each rank. A server imports them once, and ranks are forked from it.
+_PRELOADED = [
+    "stratagem.runner", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torchmetrics",
+]  # fmt: skip
+_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+if _START_METHOD == "forkserver":
+    # Each process has one server, which data loaders and other tests may start before the first ranks.
+    set_forkserver_preload(_PRELOADED)
 # The time that other ranks may take after one has failed, because they may be waiting for it in a collective.
 _GRACE_S = 3.0
 
@@ -67,7 +75,7 @@ class Ranks:
 
     def __init__(self, size: int = 2) -> None:
         self.size = size
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -103,12 +111,12 @@ class Ranks:
         self._kill()
 
     def _start(self) -> None:
-        spawn = get_context("spawn")
+        context: Any = get_context(_START_METHOD)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for rank in range(self.size):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there, rank, self.size, port), name=f"rank {rank}")
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.size, port), name=f"rank {rank}")
             process.start()
             there.close()
             self._processes.append(process)

@@ -92,9 +92,8 @@ def test_a_run_with_workers_equals_the_uninterrupted_run(tmp_path: Path) -> None
 
 def in_processes(drawn: Drawn, folder: Path, stop: Stop | None, *, size: int) -> list[int | None]:
     """Train part of a run in new processes, one per rank, and return their exit codes."""
-    # The fork server imports the slow modules once, so each rank starts quickly; it does not train.
+    # The fork server has imported the slow modules (tests.support.ranks), so each rank starts quickly; it does not train.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stratagem.runner", "torchmetrics"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [context.Process(target=one_rank, args=(drawn, folder, stop, rank, size, port)) for rank in range(size)]
