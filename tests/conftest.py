@@ -37,11 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests that use rank processes as slow, run slow tests last, and deselect tests whose marker was not requested."""
-    for marker in ELSEWHERE:
-        if marker not in config.option.markexpr:
-            apart = [item for item in items if item.get_closest_marker(marker)]
-            items[:] = [item for item in items if item not in apart]
-            config.hook.pytest_deselected(items=apart)
+    excluded = {marker for marker in ELSEWHERE if marker not in config.option.markexpr}
+    elsewhere = [item for item in items if any(marker.name in excluded for marker in item.iter_markers())]
+    config.hook.pytest_deselected(items=elsewhere)
+    deselected = set(elsewhere)
+    items[:] = [item for item in items if item not in deselected]
     for item in items:
         if not {"ranks", "four"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("slow")

@@ -166,6 +166,7 @@ def test_greedy_decoding(model: BaseModel) -> None:
     assert torch.equal(model.generate(prompt, **options(6, top_k=1)), greedy)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_temperature(model: BaseModel) -> None:
     """4,000 samples with ``top_k=3`` and temperature 0.5 match the probabilities within 4 standard deviations."""
     prompt = torch.randint(67, (1, 4))

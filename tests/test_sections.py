@@ -164,6 +164,7 @@ def with_key(path: tuple[Any, ...], wrong: str) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_the_full_configuration_has_no_problems() -> None:
     """A configuration with every documented key has no problems."""
     assert check(Config(FULL), SECTIONS) == []

@@ -35,6 +35,7 @@ def cut(array: np.ndarray, box: TensorBox) -> np.ndarray:
     return array[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
 
 
+@pytest.mark.slow
 @given(cuts())
 def test_runs_are_the_elements_in_order(case: tuple[tuple[int, ...], TensorBox]) -> None:
     """The concatenated runs are the elements of the box in row-major order."""

@@ -87,6 +87,7 @@ def test_show_lists_tensors_with_their_range(stratagem: Command, run: Path) -> N
     assert ["state_dict/x", "float32", "[3]", "-2", "1.5", "1"] in rows
 
 
+@pytest.mark.slow
 def test_show_and_diff_print_json(stratagem: Command, run: Path) -> None:
     """``--json`` prints the same information for other programs, also if there are no differences."""
     shown = json.loads(stratagem("ckpt", "show", run / "epoch_2", "--tensors", "--json").out)
@@ -117,6 +118,7 @@ def test_verify_names_the_damaged_tensor(stratagem: Command, run: Path) -> None:
     assert "1 of 2 checkpoints are damaged" in verified.err
 
 
+@pytest.mark.slow
 def test_diff_prints_differences(stratagem: Command, run: Path) -> None:
     """`ckpt diff` prints each difference and exits with 1; without differences it exits with 0."""
     different = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2")
@@ -141,6 +143,7 @@ def test_convert_lists_omitted_parts(stratagem: Command, run: Path, tmp_path: Pa
     assert "left out: meta, average" in converted.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["convert", "consolidate"])
 def test_exported_weights_are_those_that_the_run_evaluated(
     stratagem: Command, run: Path, tmp_path: Path, command: str
@@ -153,6 +156,7 @@ def test_exported_weights_are_those_that_the_run_evaluated(
     assert load_file(tmp_path / "raw.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.slow
 def test_contradicting_options_for_the_exported_weights_are_rejected(
     stratagem: Command, run: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +168,7 @@ def test_contradicting_options_for_the_exported_weights_are_rejected(
     assert list(tmp_path.glob("a.*")) == []
 
 
+@pytest.mark.slow
 def test_consolidate_finds_the_average_of_a_run(stratagem: Command, config: str, tmp_path: Path) -> None:
     """`ckpt consolidate --averaged` finds the averages that EMAHook saves; their names used to differ."""
     folder = tmp_path / "averaging"
@@ -212,6 +217,7 @@ def test_prune_keeps_the_last_and_manual_checkpoints(stratagem: Command, tmp_pat
     assert "Removed 2 checkpoints." in pruned.out
 
 
+@pytest.mark.slow
 def test_prune_asks_for_confirmation(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--dry-run removes nothing, and without --yes the command asks for confirmation."""
     save_run(tmp_path / "run", 3)

@@ -66,6 +66,7 @@ def two_runs(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "all" / "first"), str(tmp_path / "all" / "second")
 
 
+@pytest.mark.slow
 def test_ls_lists_the_metrics_of_runs(stratagem: Command, two_runs: tuple[str, str], tmp_path: Path):
     """`runs ls --metrics` has a row for each run, in the order of their starts, with the last and the best values."""
     listed = stratagem("runs", "ls", tmp_path / "all", "--metrics")
@@ -108,6 +109,7 @@ def test_compare_prints_results_and_configurations_side_by_side(
     assert found["results"]["iterations"] == [4, 2]
 
 
+@pytest.mark.slow
 def test_compare_rejects_unknown_values_and_single_runs(stratagem: Command, two_runs: tuple[str, str]):
     """An unknown value is an error that suggests a known one, and so is a single run."""
     unknown = stratagem("runs", "compare", *two_runs, "--metric", "train/los")
@@ -167,6 +169,7 @@ def vars_of(outcome: Outcome) -> dict[str, Any]:
     return {name: getattr(outcome, name) for name in ("how", "epoch", "iter", "at")}
 
 
+@pytest.mark.slow
 def test_watch_prints_the_state_once(stratagem: Command, two_runs: tuple[str, str]):
     """`--once` prints the last records and the loss; a finished run is a success, a failed one is not."""
     state = json.loads(stratagem("watch", two_runs[0], "--once", "--json").out)
@@ -180,6 +183,7 @@ def test_watch_prints_the_state_once(stratagem: Command, two_runs: tuple[str, st
     assert stratagem("watch", two_runs[1]).status == 1
 
 
+@pytest.mark.slow
 def test_predictions_after_a_run_are_not_sessions_of_it(stratagem: Command, two_runs: tuple[str, str]):
     """The folder of a later test or prediction, which has no record, does not change the state and the metrics of the run."""
     later = Path(two_runs[0]) / "20260103_000000"
@@ -211,6 +215,7 @@ def test_watch_follows_the_run_that_wrote_last(stratagem: Command, two_runs: tup
     assert json.loads(stratagem("watch", "all", "--once", "--json").out)["run"] == "first"
 
 
+@pytest.mark.slow
 def test_no_run_is_an_error(stratagem: Command, tmp_path: Path):
     """A folder without runs is an error for each of the commands."""
     for words in (("watch",), ("runs", "ls", "--metrics")):

@@ -61,6 +61,7 @@ def test_inputs_can_be_described(stratagem: Callable[..., Any], config: str, che
     assert found["files"] == ["m.pt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

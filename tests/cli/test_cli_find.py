@@ -41,6 +41,7 @@ def test_rates_that_are_too_large_give_no_suggestion(stratagem: Command, config:
     assert "steepest" not in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "texts"),
     [

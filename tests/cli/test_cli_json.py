@@ -64,6 +64,7 @@ def test_the_changes_of_a_value_are_a_list(value: Callable[..., Any], config: st
     assert found["changes"][0]["where"].rpartition(":")[0].endswith("toy_config.py")
 
 
+@pytest.mark.slow
 def test_the_problems_of_a_configuration_are_a_list(value: Callable[..., Any], config: str):
     """`config check --json` lists the problems, with exit status 2 if there are any."""
     assert value("config", "check", config) == []
@@ -87,6 +88,7 @@ def test_the_values_of_a_schedule_are_lists(value: Callable[..., Any], config: s
     assert len(rates["values"]) == len(found["iterations"])
 
 
+@pytest.mark.slow
 def test_the_measured_values_of_a_search_are_objects(value: Callable[..., Any], config: str):
     """`find lr --json` has the curve and the suggestions, and `find batch --json` the trials."""
     rates = value("find", "lr", config, "--steps", 5)

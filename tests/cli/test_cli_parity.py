@@ -194,6 +194,7 @@ def test_an_invalid_strategy(stratagem: Command, config: str, names: str, text: 
     assert text in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
@@ -234,6 +235,7 @@ def test_a_comparison_that_is_impossible(
         assert text in done.err
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_cannot_be_compared(stratagem: Command, config: str):
     """If training raises an error, the exit code is 2, and the message names the variant and the error."""
     done = stratagem("parity", config, *ALONE, "--set", f"model={{_delete_: true, type: {__name__}.Failing}}")
@@ -353,6 +355,7 @@ def test_batch_normalization_is_not_comparable(tmp_path: Path):
     assert report.dependence.describe() == "normalizes over the batch in 1 layers"
 
 
+@pytest.mark.slow
 def test_batch_normalization_in_evaluation_mode_is_equal(tmp_path: Path):
     """With --eval-layers, the rest of a model with batch normalization is compared, and is equal."""
     config = toy()
@@ -362,6 +365,7 @@ def test_batch_normalization_in_evaluation_mode_is_equal(tmp_path: Path):
     assert report.exit_status == 0
 
 
+@pytest.mark.slow
 def test_a_summed_loss_is_detected(tmp_path: Path):
     """A loss with reduction="sum" is detected, because micro-batches and ranks are averaged: half of the sum of four samples."""
     report = compare(toy(**{"model.loss.reduction": "sum"}), tmp_path, settings())

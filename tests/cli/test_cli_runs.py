@@ -25,6 +25,7 @@ def session_folders(stratagem: Command, config: str, tmp_path: Path, monkeypatch
     return sorted(record.parent for record in (tmp_path / "run").glob(f"*/{RECORD}"))
 
 
+@pytest.mark.slow
 def test_the_second_session_records_the_first(session_folders: list[Path]) -> None:
     """A session records the checkpoint, the position, and the changes in the configuration."""
     history, outcome = read_record(session_folders[1])

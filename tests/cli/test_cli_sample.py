@@ -70,6 +70,7 @@ def written(tmp_path: Path) -> tuple[str, str]:
     return str(config), str(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_model_uses_the_weights_of_the_checkpoint(stratagem: Command, written: tuple[str, str]) -> None:
     """The model uses the weights of the given checkpoint, or of the latest in a run folder."""
     config, run = written
@@ -98,6 +99,7 @@ def test_the_seed_determines_the_samples(stratagem: Command, written: tuple[str,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -125,6 +127,7 @@ def test_a_model_that_cannot_generate_is_rejected(
     assert done.out == ""
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
     stratagem: Command, written: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -139,6 +142,7 @@ def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
     assert (other.status, str(tmp_path / "other") in other.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_the_command_to_sample(stratagem: Command, config: str) -> None:
     """If the configuration has a tokenizer, the summary after training contains the command to generate text."""
     changes = ("--set", "train_cfg.max_epochs=1", "--set", "tokenizer.type=Letters")

@@ -65,6 +65,7 @@ def test_a_schedule_that_depends_on_metrics_is_constant(stratagem: Command, conf
     assert "ReduceOnPlateauLR depends on validation metrics" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "texts"),
     [
@@ -92,6 +93,7 @@ def test_a_plot_is_written_on_request(stratagem: Command, config: str, tmp_path:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_unwritable_path(stratagem: Command, config: str):
     """The error for a path that is not writable contains it and what to do."""
     pytest.importorskip("matplotlib")
@@ -100,6 +102,7 @@ def test_an_unwritable_path(stratagem: Command, config: str):
     assert "missing/folder" in done.err
 
 
+@pytest.mark.slow
 def test_a_missing_matplotlib_is_reported(
     stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

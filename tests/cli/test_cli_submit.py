@@ -42,6 +42,7 @@ def test_the_script_is_written_to_the_run_folder(stratagem: Callable[..., Any], 
     assert f"sbatch {file}" in outcome.out
 
 
+@pytest.mark.slow
 def test_without_accelerators_there_is_one_rank_per_node(stratagem: Callable[..., Any], config: str) -> None:
     """Without accelerators, there is one rank per node, or the given number."""
     out = stratagem("submit", config, "--nodes", 3, "--print").out
@@ -73,6 +74,7 @@ def test_submitting_without_slurm(stratagem: Callable[..., Any], config: str, mo
     assert "sbatch is not installed" in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [

@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_modules_of_a_configuration_are_printed(stratagem: Callable[..., Any], config: str) -> None:
     """In a pipe, each module is one line; the totals follow."""
     found = stratagem("summary", config)

@@ -32,12 +32,14 @@ def test_training_ends_with_a_summary(stratagem: Command, config: str, tmp_path:
     assert (tmp_path / "run" / "toy_config.py").is_file()
 
 
+@pytest.mark.slow
 def test_the_work_dir_is_named_after_the_configuration(stratagem: Command, config: str, tmp_path: Path):
     """The default work dir is named after the configuration file."""
     assert stratagem("train", config, "--set", "train_cfg.max_epochs=1").status == 0
     assert (tmp_path / "work_dirs" / "toy_config" / "epoch_1").is_dir()
 
 
+@pytest.mark.slow
 def test_the_summary_of_one_epoch(stratagem: Command, config: str):
     """The summary uses the singular for one epoch, and the suggested command has no repeated option."""
     done = stratagem(
@@ -49,6 +51,7 @@ def test_the_summary_of_one_epoch(stratagem: Command, config: str):
     assert done.out.rstrip().endswith(again)
 
 
+@pytest.mark.slow
 def test_a_run_of_max_steps_is_extended_by_max_steps(stratagem: Command, config: str):
     """The suggested command sets the key that the configuration uses; ``max_steps`` and ``max_iters`` exclude each other."""
     cfg = "train_cfg={_delete_: true, max_steps: 2}"
@@ -83,6 +86,7 @@ def test_an_interrupted_and_resumed_run_matches_an_uninterrupted_one(stratagem: 
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_resume_without_a_checkpoint_starts_from_scratch(stratagem: Command, config: str):
     """--resume without an existing checkpoint starts from scratch, so the same command always works."""
     done = stratagem("train", config, "--work-dir", "run", "--resume")
@@ -143,6 +147,7 @@ def test_version(stratagem: Command):
     assert stratagem("--version").out == f"stratagem {__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -204,6 +209,7 @@ def test_a_dry_run_that_fails_has_an_exit_status(stratagem: Command, config: str
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_limits_are_set_on_the_command_line(stratagem: Command, config: str):
     """``--set`` limits the batches of an epoch and of a validation."""
     limits = ("--set", "limit_train_batches=0.4", "--set", "limit_val_batches=1")

@@ -52,6 +52,7 @@ def test_explain_lists_every_file_and_line(stratagem: Callable, family: Path) ->
     assert [line.rstrip().rsplit(" ", 1)[1] for line in lines[1:]] == ["0.1", "0.2", "0.3"]
 
 
+@pytest.mark.slow
 def test_diff_compares_two_files(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config diff` prints the differences, or that there are none."""
     different = stratagem("config", "diff", family.with_name("base.py"), family)
@@ -112,6 +113,7 @@ def test_check_lists_invalid_arguments_of_a_data_file(stratagem: Callable, tmp_p
         assert f"{path} (run.yaml:{line}): a data file cannot set" in checked.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".py", ".yaml"])
 def test_the_command_names_the_file_the_line_and_the_key(stratagem: Callable, tmp_path: Path, suffix: str) -> None:
     """``stratagem config check`` exits with status 2 and prints where the value was set, also if it is an option."""

@@ -54,6 +54,7 @@ def test_equal_traces_have_exit_code_0(stratagem: Command, tmp_path: Path):
     assert "bitwise identical" in done.out
 
 
+@pytest.mark.slow
 def test_traces_with_rounding_are_equal_within_the_tolerance(stratagem: Command, tmp_path: Path):
     """A relative difference of 1e-5 is rounding by default, and a difference with --tolerance 1e-6."""
     files = write(tmp_path / "a.json"), write(tmp_path / "b.json", factor=1 + 1e-5)
@@ -81,6 +82,7 @@ def test_a_learning_rate_of_0_is_found_in_a_trace(stratagem: Command, tmp_path: 
     assert "WRONG, schedule: a.json: no parameter moved in 2 steps" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "text"),
     [

@@ -196,6 +196,7 @@ def test_the_html_file_has_all_parts(tmp_path: Path) -> None:
         write_html(report(), tmp_path / "plan.html" / "inside")
 
 
+@pytest.mark.slow
 def test_the_picture(tmp_path: Path) -> None:
     """The PNG file is written; strategies that cannot be used have no bar."""
     contents = bar_chart(report())

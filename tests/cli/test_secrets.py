@@ -240,6 +240,7 @@ def test_a_saved_configuration_can_resume_its_run(secret_run: Callable[..., str]
     assert "Trained 2 epochs" in secret_run(*again, "--set", "custom_hooks.0.login=anything")
 
 
+@pytest.mark.slow
 def test_a_configuration_in_the_run_folder_is_not_overwritten(secret_run: Callable[..., str], tmp_path: Path) -> None:
     """A configuration in the run folder is not overwritten by the masked copy."""
     secret_run("train", "source/run.py", "--work-dir", "source")

@@ -229,6 +229,7 @@ PLAIN |= {"own IntEnum", "StrEnum", "IntFlag", "empty", "mixed list"} | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_strings_and_numbers_of_all_kinds_can_be_written(tmp_path: Path, suffix: str):
     """Strings that look like numbers, NumPy scalars and enums of numbers and strings can be dumped in every language."""

@@ -42,6 +42,7 @@ def _without_none(value):
     return value
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(data=SECTIONS)
 def test_a_toml_dump_loads_with_the_same_content(tmp_path_factory, data):

@@ -104,6 +104,7 @@ lengths = st.integers(1, 60)
 restarts = st.lists(st.builds(Piece, st.integers(1, 5), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(1500), deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
 def test_any_restarts_give_each_sample_once_in_order(
@@ -124,6 +125,7 @@ def test_any_restarts_give_each_sample_once_in_order(
     assert all(len({len(batch) for batch in step}) == 1 for step in steps)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(700), deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
 def test_grouped_batches_give_each_sample_once_over_any_restarts(
@@ -146,6 +148,7 @@ def test_grouped_batches_give_each_sample_once_over_any_restarts(
         assert {index for batch in batches for index in batch} == set(range(length))
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(150), deadline=None)
 @given(lengths, restarts)
 def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, pieces: list[Piece]) -> None:
@@ -159,6 +162,7 @@ def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, 
     assert batches[: len(whole)] == [step[0] for step in whole]
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 30), restarts)
 def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> None:

@@ -201,6 +201,7 @@ def test_auto_equals_always_after_a_resume(draw: str) -> None:
     assert batches(Drawing(draw), done=2, epochs=1) == whole[2:]
 
 
+@pytest.mark.slow
 def test_auto_equals_always_without_batching() -> None:
     """Samples that are not batched have the same streams."""
     options = {"batch_size": None, "collate_fn": mixed}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 
+import pytest
+
 from docs.site.stage import ROOT
 
 # Names with underscores, and the others that are known.
@@ -52,6 +54,7 @@ def documented_variables() -> set[str]:
     return {name for name in re.findall(r"`([^`\s]+)`", text) if is_variable(name, set())}
 
 
+@pytest.mark.slow
 def test_every_environment_variable_is_documented() -> None:
     """A variable that the package reads or sets is on the page, and the page lists no variable that it does not use."""
     read, documented = read_variables(), documented_variables()

@@ -55,6 +55,7 @@ def test_outputs_are_compared_with_a_tolerance_for_measured_values_only(printed:
     assert (Output("file", 0.02, "step 20: accuracy 0.98\n").differences(printed) == []) is equal
 
 
+@pytest.mark.slow
 def test_links_lead_to_where_the_pages_of_the_site_are(tmp_path: Path) -> None:
     """Links to sections of the guide, to files of the repository and names of classes are rewritten; code is unchanged."""
     site = Site(tmp_path, {"averaged-weights": "guide/iterations-and-steps.md"})

@@ -47,6 +47,7 @@ def build(chain: list[tuple[Callable[..., ParamScheduler], int, int]]) -> tuple[
     return optim, [make(optim, begin, begin + length) for make, begin, length in chain]
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(60), deadline=None)
 @given(gradients=st.lists(st.integers(-8, 8), min_size=1, max_size=12), counts=st.integers(1, 5))
 def test_every_update_uses_the_mean_gradient_of_its_window(gradients: list[int], counts: int) -> None:

@@ -54,6 +54,7 @@ def test_a_module_that_reads_a_parameter_of_another_one_needs_it() -> None:
     assert needed["network.linear"] == (1, 2)
 
 
+@pytest.mark.slow
 def test_deepspeed_keeps_buffers_in_float32() -> None:
     """In bfloat16, the buffers of DeepSpeed still have 2 x 8 x 4 + 8 bytes, and those of ColossalAI 2 x 8 x 2 + 8."""
     deepspeed = planned({"type": "deepspeed", "zero_optimization": {"stage": 1}, "bf16": True})
@@ -80,6 +81,7 @@ def test_labels_are_short() -> None:
 class TestMicroBatchesOfOtherSizes:
     """The micro-batches of other sizes follow from two that were simulated."""
 
+    @pytest.mark.slow
     def test_they_equal_simulated_ones(self) -> None:
         """A micro-batch of 11 samples on the lines through those of 2 and 4 samples is the simulated one."""
         make_model, make_batch = MODELS["language"]
@@ -88,6 +90,7 @@ class TestMicroBatchesOfOtherSizes:
         two, four, eleven = (record_timeline(job, batch.resized(size), None) for size in (2, 4, 11))
         assert interpolated(two, four, (11 - 2) / 2) == eleven
 
+    @pytest.mark.slow
     def test_each_engine_does_not_simulate_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With three engines, the model is simulated with its batch, with two other sizes, and with one that checks them."""
         sizes: list[int] = []

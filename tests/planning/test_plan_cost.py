@@ -20,6 +20,7 @@ BATCH = (torch.zeros(2, 4), torch.zeros(2, 4))
 ADAMW = {"optimizer": {"type": "AdamW"}}
 
 
+@pytest.mark.slow
 def test_trial_updates_of_a_plan_are_small_at_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1,024 ranks, the trial updates of an optimizer have no tensor with more than 1,000 elements."""
     sizes: list[int] = []

@@ -63,12 +63,14 @@ def test_the_state_of_optimizers_that_read_values_is_that_of_a_real_run(name: st
     assert {name: getattr(step.memory, name) for name in real} == real
 
 
+@pytest.mark.slow
 def test_a_plan_states_that_an_optimizer_reads_values() -> None:
     """The note names the optimizer; other optimizers have no note."""
     notes = [_planned({"optimizer": {"type": name}}, "single", 1).notes for name in ("Adafactor", "AdamW")]
     assert notes == [("Adafactor reads values of tensors in its update. Sizes that depend on them may differ.",), ()]
 
 
+@pytest.mark.slow
 def test_float16_with_a_loss_scale_is_planned() -> None:
     """The scaler reads whether gradients are finite; the plan assumes that they are, and that the update happens."""
     step = _planned(AMP, "single", 1)

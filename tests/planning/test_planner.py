@@ -61,6 +61,7 @@ def test_sizes_of_a_linear_layer_are_those_computed_by_hand() -> None:
     assert sum(single.at_peak.values()) == single.peak
 
 
+@pytest.mark.slow
 def test_bytes_of_a_save_and_of_resuming_are_those_computed_by_hand() -> None:
     """A checkpoint has 80 + 168 bytes. Rank 0 copies what it has of it, and reads that and half of all bytes to resume."""
     model = SupervisedModel(nn.Linear(4, 4), nn.MSELoss())

@@ -206,6 +206,7 @@ def test_a_failed_publication_leaves_the_old_or_the_new_contents(
     assert count > 2 * 17
 
 
+@pytest.mark.slow
 def test_a_failed_removal_never_restores_old_contents(sources: dict[str, Path], tmp_path: Path) -> None:
     """A failed or killed removal leaves the newest publication or nothing, but never an older one."""
     for number, kills in faults():

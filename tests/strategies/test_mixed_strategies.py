@@ -81,6 +81,7 @@ def results(folder: str) -> dict[str, list[str]]:
     return {placement: differing(placement, folder) for placement in ("DDP x2", "FSDP x2")}
 
 
+@pytest.mark.slow
 def test_a_single_process_has_the_bits_of_two_separate_optimizers(tmp_path: Path) -> None:
     """With schedules, every parameter equals that of torch's Muon and AdamW after 10 steps."""
     assert differing("single", str(tmp_path)) == []
@@ -92,6 +93,7 @@ def test_ddp_and_fsdp_have_the_bits_of_two_separate_optimizers(ranks: Ranks, tmp
         assert found == {"DDP x2": [], "FSDP x2": []}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_bits_in_the_middle_of_an_accumulation_window(tmp_path: Path) -> None:
     """Losses, norms, parameters, averages and the state of both parts equal those of an uninterrupted run."""
     whole = trained("single", str(tmp_path / "whole"), optim=CLIPPED)

@@ -163,6 +163,7 @@ def test_averaged_weights_are_rejected() -> None:
         check_hooks({"checkpoint": {"save_frozen": False}}, [{"type": "EMAHook"}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_run_saves_and_resumes_without_frozen_parameters(tmp_path: Path, *, background: bool) -> None:
     """The option of CheckpointHook applies to all its checkpoints, and a resumed run ends with the same weights."""

@@ -103,6 +103,7 @@ def test_the_order_of_preparation(single: Make, monkeypatch: Any) -> None:
     assert order == names
 
 
+@pytest.mark.slow
 def test_a_compiled_model_can_be_trained(single: Make) -> None:
     """The losses of a compiled model match those of the original."""
     losses = []

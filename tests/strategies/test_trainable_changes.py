@@ -94,6 +94,7 @@ def test_resuming_after_unfreezing_equals_the_uninterrupted_run(ranks: Ranks, tm
             assert compare(whole, resumed) == 0, setting
 
 
+@pytest.mark.slow
 def test_resuming_in_one_process_after_unfreezing_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     """The resumed run trains the parameters that were trainable, with the same bits."""
     for whole, resumed in resume_everywhere("single", str(tmp_path), str(tmp_path), write=True).values():

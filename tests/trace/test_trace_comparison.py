@@ -337,6 +337,7 @@ def summarized(folder: Path, name: str, tensor: Tensor, *, full: bool = False) -
     return writer.close()
 
 
+@pytest.mark.slow
 def test_the_difference_of_a_single_element_of_a_large_tensor_is_found_in_summaries(tmp_path: Path) -> None:
     """The estimated size is of the order of the norm of the difference, distributed over all elements."""
     large = torch.randn(100_000, generator=torch.Generator().manual_seed(0))

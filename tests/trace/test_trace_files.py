@@ -66,6 +66,7 @@ def test_large_tensors_are_stored_as_summaries_of_fixed_size(tmp_path: Path) -> 
     assert value.largest == 999_999
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_difference_is_estimated_from_summaries() -> None:
     """For differences at 1000 random positions of several chunks, the estimates are within 30 % of the norms."""
     generator = torch.Generator().manual_seed(0)

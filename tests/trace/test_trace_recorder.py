@@ -145,6 +145,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", list(FAULTS))
 def test_a_fault_in_a_hand_written_loop_is_found_in_its_part_and_step(tmp_path: Path, part: Part) -> None:
     """The loops differ in one statement of step 2."""

@@ -83,6 +83,7 @@ def test_a_network_trains_in_lower_precision(make_runner: MakeRunner, digits: An
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
+@pytest.mark.slow
 def test_the_loss_scale_is_resumed(make_runner: MakeRunner, digits: Any, tmp_path: Path):
     """The scale grows after every third step, also across a resume, and losses are bit-identical."""
     optim = amp("float16", loss_scale={"init_scale": 1024.0, "growth_interval": 3})

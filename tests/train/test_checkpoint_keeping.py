@@ -91,6 +91,7 @@ def test_only_the_last_checkpoints_are_kept(make_runner: MakeRunner, way: dict):
     assert runner.latest_checkpoint() == folder / f"epoch_4{suffix}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_run_resumes_exactly_from_either_way_of_saving(make_runner: MakeRunner, tmp_path: Path, way: dict):
     """Saving does not change the run, and the checkpoint holds the state of its own step."""
@@ -139,6 +140,7 @@ def test_the_best_checkpoint_of_several_metrics_needs_a_name(make_runner: MakeRu
     assert best.name == "best_loss_epoch_1"
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_does_not_have_the_best_checkpoint(make_runner: MakeRunner, tmp_path: Path):
     """The best checkpoints of an earlier run in the same work directory do not belong to this run."""
     train(make_runner, {"save_best": "acc"}, 1, work_dir=tmp_path / "one", **scored(0.75))
@@ -152,6 +154,7 @@ def test_a_resumed_run_continues_to_remove_old_checkpoints(make_runner: MakeRunn
     assert names(train(make_runner, {"max_keep_ckpts": 2}, 4, resume=True)) == {"epoch_3", "epoch_4"}
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_another_run_are_kept(make_runner: MakeRunner):
     """A new run in the directory of an old one does not remove the old run's checkpoints."""
     train(make_runner, {}, 2)
@@ -182,6 +185,7 @@ def test_a_checkpoint_saved_on_an_interrupt_is_removed_like_the_others(make_runn
     assert names(train(make_runner, {"max_keep_ckpts": 1}, 2, resume=True)) == {"epoch_2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_epoch", [True, False])
 def test_every_minutes_saves_after_an_iteration(make_runner: MakeRunner, *, by_epoch: bool):
     """``every_minutes`` saves after an iteration; with gradient accumulation, only after an optimizer step."""
@@ -193,6 +197,7 @@ def test_every_minutes_saves_after_an_iteration(make_runner: MakeRunner, *, by_e
     assert names(runner) >= {"iter_2", "iter_4", "iter_6"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_time_is_the_default_and_the_next_checkpoint_replaces_it(
     make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ):
@@ -213,6 +218,7 @@ def test_checkpoints_by_time_can_be_disabled(make_runner: MakeRunner, monkeypatc
     assert not any(name.startswith("iter") for name in names(train(make_runner, hook, 1)))
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time_do_not_count_as_the_last_ones(make_runner: MakeRunner):
     """``max_keep_ckpts`` counts the checkpoints of epochs; those that ``keep_timed`` limits are extra."""
     hook = {"max_keep_ckpts": 2, "every_minutes": 1e-9, "keep_timed": 2}
@@ -230,6 +236,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_last(make_runner: MakeRu
     assert names(runner) == {"best_acc_epoch_2", "epoch_4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "name", "scores", "best"),
     [
@@ -270,6 +277,7 @@ def test_the_same_name_counts_before_a_part_of_it():
     assert infer_rule("loss_acc", ["acc"], ["loss"]) == "greater"
 
 
+@pytest.mark.slow
 def test_the_best_survives_a_resume(make_runner: MakeRunner):
     """A worse score after the resume does not replace the best checkpoint."""
     hook = {"save_best": "auto", "max_keep_ckpts": 1}
@@ -277,6 +285,7 @@ def test_the_best_survives_a_resume(make_runner: MakeRunner):
     assert names(train(make_runner, hook, 3, resume=True, **scored(0.7))) == {"best_acc_epoch_2", "epoch_3"}
 
 
+@pytest.mark.slow
 def test_the_best_score_is_restored_from_the_manifest(make_runner: MakeRunner, tmp_path: Path):
     """The best score is read from the manifest of the best checkpoint, even if the resumed checkpoint is older."""
     hook = {"save_best": "acc"}
@@ -344,6 +353,7 @@ def test_only_the_best_scores_are_kept():
     assert scores.state_dict() == {"scores": {"acc": {0: 3.0, 2: 2.0}}}
 
 
+@pytest.mark.slow
 def test_parts_are_published_after_training(make_runner: MakeRunner, tmp_path: Path):
     """``published_keys`` of the last and the best checkpoint are saved after training unless it was interrupted."""
     hook = {"save_best": "acc", "published_keys": ["meta", "state_dict"], "max_keep_ckpts": 1, "async_save": True}

@@ -113,6 +113,7 @@ def whole_and_pieces(
     return outcome(runner, pieces), whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_run_with_augmentation_resumes_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
     """A run with dropout that is stopped within and between epochs, and resumed with other workers, is bit-identical."""
@@ -143,6 +144,7 @@ def test_every_sampler_resumes_bit_for_bit(make_runner: MakeRunner, tmp_path: Pa
     assert found == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2, 2 * EPOCH)], ids=str)
 def test_a_stateful_stream_resumes_without_rereading(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
@@ -159,6 +161,7 @@ def test_a_stateful_stream_resumes_without_rereading(
     assert sum(stream.reads for stream in streams[1:]) == streams[0].reads == 3 * SAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2)], ids=str)
 def test_the_state_of_a_loader_is_that_of_the_batches_trained_on(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
@@ -222,6 +225,7 @@ def as_samples(rows: list[dict[str, Any]]) -> Any:
     return default_collate([(torch.tensor(row["x"]), torch.tensor(row["y"]), row["number"]) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_stream_with_a_shuffle_buffer_resumes_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
     """The state of a stream with a shuffle buffer lacks the samples in the buffer, so the epoch is read again instead."""

@@ -312,6 +312,7 @@ def test_required_reading_ahead_conflicts_with_blocking_copies() -> None:
     assert list(device_batches.device_batches(run, built, iter([1]))) == [1]
 
 
+@pytest.mark.slow
 def test_recomputing_batch_norm_reads_ahead(tmp_path: Path) -> None:
     """The BatchNorm statistics of averaged weights are those of a run that does not read ahead."""
     with copying_ahead(always=True) as calls:

@@ -133,6 +133,7 @@ def test_the_training_weights_are_restored_if_a_validation_fails(make_runner: Ma
     assert torch.equal(runner.strategy.unwrap_model().get_parameter(NAME), weights.trained[-1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_weights_and_the_average_under_the_same_names(make_runner: MakeRunner, tmp_path: Path):
     """A checkpoint contains the training weights and the average, even if it is saved while the average is applied."""
 

@@ -62,6 +62,7 @@ def expected(layer: nn.Module, *, autocast: bool) -> float:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim", "cfg", "autocast"),
     [
@@ -93,6 +94,7 @@ def test_validation_has_the_precision_of_the_training(
     alone.close()
 
 
+@pytest.mark.slow
 def test_averaged_weights_and_the_best_checkpoint_are_evaluated_under_autocast(make_runner: MakeRunner, tmp_path: Path):
     """The score of the best checkpoint is that of the averaged weights under autocast, and ``test`` repeats it bit for bit."""
     average = {"type": "EMAHook", "momentum": 0.5}

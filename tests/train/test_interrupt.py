@@ -46,6 +46,7 @@ class SignalIn(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_validation_aborts_it(make_runner: MakeRunner, tmp_path: Path) -> None:
     """A signal during a validation aborts it; the resumed run validates again and is bit-identical."""
     whole, pieces = Recorder(), Recorder()

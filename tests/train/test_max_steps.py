@@ -42,6 +42,7 @@ def test_a_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None:
     assert used == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3, 0.0])
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_made_up_for(make_runner: MakeRunner, tmp_path: Path) -> None:
     """If the step of one window is skipped because of non-finite gradients, the run takes one more window."""
     losses = []

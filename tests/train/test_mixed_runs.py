@@ -31,6 +31,7 @@ SCHEDULE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_with_averaged_weights_resumes_exactly_and_logs_the_rate_of_each_part(
     make_runner: MakeRunner, tmp_path: Path
 ):

@@ -92,6 +92,7 @@ def test_a_skipped_step_changes_nothing_and_schedules_wait(spoiled: Make):
     assert len(recorder.rows) == 2 * EPOCH
 
 
+@pytest.mark.slow
 def test_the_check_does_not_change_a_finite_run(spoiled: Make):
     """The check does not change any results, whether it runs at each step or at intervals."""
     weights = []
@@ -142,6 +143,7 @@ def test_a_batch_that_changed_buffers_cannot_be_skipped(spoiled: Make):
         runner.train()
 
 
+@pytest.mark.slow
 def test_a_rollback_continues_after_the_bad_batch(spoiled: Make):
     """Training continues from the weights of iteration 4 with the batch after the bad sixth one."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 4, "save_last": False}}
@@ -155,6 +157,7 @@ def test_a_rollback_continues_after_the_bad_batch(spoiled: Make):
     assert runner.run.optim_wrapper.num_steps_applied == 12
 
 
+@pytest.mark.slow
 def test_a_rollback_restores_everything_in_the_checkpoint(spoiled: Make, tmp_path: Path):
     """The rollback restores weights, momentum, and averaged weights, as a new process would."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 4, "save_last": False}}
@@ -283,6 +286,7 @@ class Overflows(Hook):
 FP16 = {"type": "AmpOptimWrapper", "dtype": "float16", "optimizer": {"type": "SGD", "lr": 0.1}}
 
 
+@pytest.mark.slow
 def test_float16_can_search_for_its_loss_scale(spoiled: Make):
     """Twenty skips in a row are allowed under any policy; twenty-five raise an error."""
     cfg = {"train_cfg": {"max_epochs": 5}, "optim_wrapper": FP16}

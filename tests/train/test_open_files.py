@@ -68,6 +68,7 @@ def test_a_method_that_has_returned_keeps_no_file_open(runner: Runner, tmp_path:
     assert open_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_after_an_error_appends_to_its_files(runner: Runner):
     """The log and the records contain both calls to train() in order."""
     with pytest.raises(RuntimeError):

@@ -58,6 +58,7 @@ def test_resume_param_scheduler_false_continues_with_the_configured_schedule(mak
     assert "The checkpoint overrides the configuration" not in log
 
 
+@pytest.mark.slow
 def test_a_different_number_or_type_of_schedules_must_be_requested(make_runner: MakeRunner):
     """Different schedules raise an error unless ``resume_param_scheduler=False``; then they start at the current position."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
@@ -73,6 +74,7 @@ def test_a_different_number_or_type_of_schedules_must_be_requested(make_runner: 
     assert rates == [0.1 * 0.5 * 0.5] * EPOCH + [0.1 * 0.25 * 0.5] * (EPOCH - 1) + [0.1 * 0.25]
 
 
+@pytest.mark.slow
 def test_without_schedules_the_differing_options_are_logged(make_runner: MakeRunner):
     """The checkpoint's options are kept; on request the configured ones are used and the momentum buffers are kept."""
     train(make_runner, train_cfg={"max_epochs": 1})
@@ -147,6 +149,7 @@ def test_invalid_patterns_are_rejected(make_runner: MakeRunner, given: Any, kind
         make_runner(new_parameters=given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", [["dcp"], ["pth"], ["dcp", "stratagem"], ["pth", "dcp", "stratagem"]], ids="-".join)
 def test_a_converted_checkpoint_resumes(make_runner: MakeRunner, tmp_path: Path, chain: list[str]):
     """A run that resumes from a checkpoint converted to another format is bit-identical."""

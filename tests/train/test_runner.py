@@ -108,6 +108,7 @@ def test_a_configuration_without_a_model_is_rejected(tmp_path: Path):
         Runner.from_cfg(Config.fromfile(file))
 
 
+@pytest.mark.slow
 def test_from_cfg_passes_on_every_key(tmp_path: Path):
     """``from_cfg`` passes on every key, ``compile`` included, and works without ``env_cfg``."""
     calls = []

@@ -95,6 +95,7 @@ def test_validations_and_checkpoints_use_the_evaluation_weights(make_runner: Mak
     torch.testing.assert_close(saved["state_dict"][NAME], torch.stack(means.z[:4]).mean(0))
 
 
+@pytest.mark.slow
 def test_validating_and_saving_do_not_affect_training(make_runner: MakeRunner, tmp_path: Path):
     """Validating and saving restore the training weights bit for bit, so they do not affect training."""
     plain, disturbed = Recorder(), Recorder()
@@ -142,6 +143,7 @@ def test_a_checkpoint_saved_during_validation_has_all_three_weights(make_runner:
     assert torch.equal(saved["average"]["averages"][NAME], hook.average.averages[NAME])
 
 
+@pytest.mark.slow
 def test_the_schedulefree_library_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path):
     """AdamW from schedulefree, configured by its qualified name, resumes exactly, including validations and checkpoints."""
     pytest.importorskip("schedulefree")

@@ -157,6 +157,7 @@ def test_a_run_is_recorded_in_all_parts(tmp_path: Path) -> None:
     assert set(group.parameters) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recording_does_not_change_a_run(tmp_path: Path, dropout: float) -> None:
     """With and without the hook, all bits of the model are equal, and a second recording is equal to the first."""
@@ -193,6 +194,7 @@ def test_the_hook_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "a.json").num_steps == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_two_micro_batches_equal_one_batch(tmp_path: Path, weighted: bool) -> None:
     """Losses and gradients are (weighted) means over the micro-batches, so they differ only by rounding."""
@@ -230,6 +232,7 @@ def test_the_hook_can_be_configured_by_name(tmp_path: Path) -> None:
     assert (trace.num_steps, trace.label) == (1, "mine")
 
 
+@pytest.mark.slow
 def test_a_window_that_began_before_the_recording_is_recorded_without_its_micro_batches(tmp_path: Path) -> None:
     """A run that resumes after the first of two micro-batches has not seen its samples, loss and gradients."""
     options: dict[str, Any] = {
@@ -274,6 +277,7 @@ class Fault(Hook):
             data_batch["labels"].fill_(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [Part.START, Part.FORWARD, Part.CLIP, Part.SCHEDULE])
 def test_a_fault_in_a_run_is_found_in_its_part_and_step(tmp_path: Path, part: Part) -> None:
     """The runs differ in one statement of step 2."""

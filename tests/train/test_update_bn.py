@@ -69,6 +69,7 @@ def by_hand(weights: dict[str, Tensor], averages: dict[str, Tensor], parts: int 
     return model.body[0][0]
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_torch(tmp_path: Path):
     """At the end, the statistics are recomputed for the averaged weights, saved, and used by the last and later validations."""
     metrics, _, weights, averages, statistics = train(str(tmp_path), hook={"update_bn": True})

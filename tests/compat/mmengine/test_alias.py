@@ -32,6 +32,7 @@ def test_modules_of_mmengine_are_modules_of_the_layer(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_loaded_submodules_have_both_names(tmp_path: Path) -> None:
     """Otherwise a finder that comes first, such as pytest's, loads a second copy of a module that it rewrites."""
     source = FIRST_LINE + (
@@ -42,6 +43,7 @@ def test_loaded_submodules_have_both_names(tmp_path: Path) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_spawned_workers_import_the_layer(tmp_path: Path) -> None:
     """A spawned worker imports the main script, and so ``mmengine``, before anything of Stratagem."""
     source = (

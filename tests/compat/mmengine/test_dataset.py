@@ -47,6 +47,7 @@ def load(folder: Path, **options: Any) -> Categories:
     return Categories("ann.json", data_root=str(folder), data_prefix={"img_path": "imgs"}, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("serialize_data", [True, False])
 def test_a_sample_has_its_path_and_index(folder: Path, serialize_data: bool) -> None:
     """Paths are joined with the root and the prefix, and a negative index counts from the end."""
@@ -56,6 +57,7 @@ def test_a_sample_has_its_path_and_index(folder: Path, serialize_data: bool) -> 
     assert dataset[-4]["sample_idx"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("serialize_data", [True, False])
 @pytest.mark.parametrize(("indices", "expected"), [(2, [0, 1]), (-1, [3]), ([3, -3], [3, 1])])
 def test_subsets_contain_the_chosen_samples(
@@ -69,6 +71,7 @@ def test_subsets_contain_the_chosen_samples(
     assert len(dataset) == 4
 
 
+@pytest.mark.slow
 def test_another_sample_replaces_one_without_result(folder: Path) -> None:
     """If the transforms return None, another sample is tried, but not in test mode."""
     only_last = [lambda info: info if info["category"] else None]
@@ -95,6 +98,7 @@ def test_datasets_are_combined(folder: Path) -> None:
     assert [balanced[number]["sample_idx"] for number in range(len(balanced))] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_different_metainfo_is_refused(folder: Path) -> None:
     """Datasets with different classes cannot be concatenated, unless the key is ignored."""
     datasets = [load(folder), load(folder, metainfo={"classes": ["c"]})]

@@ -245,6 +245,7 @@ def test_fsdp1_as_a_wrapper_is_refused(tmp_path: Path) -> None:
         Runner(**arguments(tmp_path, cfg={"model_wrapper_cfg": {"type": "MMFullyShardedDataParallel"}}))
 
 
+@pytest.mark.slow
 def test_compile_and_activation_checkpointing_do_not_change_the_training(tmp_path: Path) -> None:
     """A flexible runner with both options gives the weights of a run without them."""
 

@@ -190,6 +190,7 @@ def test_an_error_of_the_script_is_printed_as_python_prints_it(folder: Path) -> 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

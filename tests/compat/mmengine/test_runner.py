@@ -189,6 +189,7 @@ def test_a_killed_run_with_a_compiled_model_resumes_exactly(tmp_path):
     assert names == ["linear.weight", "linear.bias"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly_with_a_loader_of_the_user(tmp_path):
     """A shuffled DataLoader that the user has built continues within its epoch."""
     whole = losses_of_whole(tmp_path / "whole", data=loader_of_user())
@@ -201,12 +202,14 @@ def loader_of_user():
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_global_random_numbers_resumes_exactly(tmp_path):
     """With MMEngine's data order, samples draw from the global generators, whose state is part of the checkpoint."""
     section = {"cfg": {"stratagem": {"data_order": "mmengine"}}}
     assert losses_of_resumed(tmp_path / "killed", **section) == losses_of_whole(tmp_path / "whole", **section)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_run_and_ends_the_program(tmp_path):
     """After SIGTERM, the run is saved at once, and the exit code is that of the signal."""
     with pytest.raises(SystemExit) as caught:
@@ -219,6 +222,7 @@ def test_a_signal_saves_the_run_and_ends_the_program(tmp_path):
     assert min(record.losses) == latest
 
 
+@pytest.mark.slow
 def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
     """A checkpoint is saved at the end of an epoch before its validation, so the resumed run validates first."""
     validation = {
@@ -240,6 +244,7 @@ def test_a_validation_that_a_kill_prevented_is_repeated(tmp_path):
     assert record.validated == [5, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["stratagem", "mmengine"])
 def test_a_run_killed_after_a_validation_does_not_repeat_it(tmp_path, order):
     """The resumed run continues after the validation, with its values and with the random numbers that it has left."""
@@ -264,6 +269,7 @@ def test_a_run_killed_after_a_validation_does_not_repeat_it(tmp_path, order):
     assert values.tolist() == finished.message_hub.get_scalar("val/x/mean").data[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", ["early stopping", "plateau", "hook"])
 def test_a_validation_that_may_have_changed_the_checkpoint_is_repeated(tmp_path, cause):
     """The checkpoint was saved before; a stopped run, a schedule that follows a metric or a hook's entry needs the repetition."""
@@ -294,6 +300,7 @@ def test_a_validation_that_may_have_changed_the_checkpoint_is_repeated(tmp_path,
     assert second.validated[0] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averages", [False, True])
 def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeated(tmp_path, averages):
     """The run is saved with the random states before the validation, so the resumed run equals one without interruption."""
@@ -368,6 +375,7 @@ def test_checkpoints_have_the_layout_of_mmengine_and_contain_no_code(tmp_path):
     assert list(checkpoint["state_dict"]) == ["linear.weight", "linear.bias"]
 
 
+@pytest.mark.slow
 def test_histories_of_a_checkpoint_of_mmengine_are_restored(tmp_path):
     """MMEngine pickles histories as objects and has no data position; both are restored from the file and the iteration."""
     build(tmp_path / "saved", Record(), loop={"by_epoch": False, "max_iters": 6}).train()
@@ -425,6 +433,7 @@ class Averaging(BaseTTAModel):
         return [samples[0] for samples in data_samples_list]
 
 
+@pytest.mark.slow
 def test_load_from_loads_the_model_inside_a_test_time_augmentation_model(tmp_path):
     """The test scripts of OpenMMLab wrap the model and set ``load_from`` to the checkpoint of the model inside."""
     trained = build(tmp_path / "trained", Record())
