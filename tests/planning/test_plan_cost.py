@@ -12,8 +12,8 @@ import stratagem
 from stratagem import SupervisedModel
 from stratagem.optim import probe
 from stratagem.planning import timelines
-from stratagem.planning.planner import DEFAULT_STRATEGIES
 from stratagem.planning.simulate import Simulation
+from stratagem.planning.tasks import DEFAULT_STRATEGIES
 from tests.support.planned_models import MODELS, Language, language_batch
 
 BATCH = (torch.zeros(2, 4), torch.zeros(2, 4))

@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from stratagem.config import Config
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StratagemError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import OptimSpec
 from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.planning.batch import BatchSpec, describe_batch, first_batch, parse_batch, without_network
-from stratagem.planning.colossalai_plan import plan_colossalai
-from stratagem.planning.deepspeed_plan import plan_deepspeed
-from stratagem.planning.engines import EngineRequest
 from stratagem.planning.model_copies import ModelCopies, meta_copy
 from stratagem.planning.repeated_blocks import BlockFinder
-from stratagem.planning.result import MemoryPlan, ModelFacts, Plan, StepPlan
+from stratagem.planning.result import ModelFacts, Plan
 from stratagem.planning.simulate import Job
-from stratagem.planning.simulated import PlanRequest, plan_simulated
+from stratagem.planning.simulated import PlanRequest
+from stratagem.planning.tasks import DEFAULT_STRATEGIES, PlanAll, StrategySpec, plan_in_turn, tasks_for, tasks_of
 from stratagem.planning.timelines import Timelines
 from stratagem.registry import HOOKS, switch_scope
-from stratagem.registry.strategy_names import full_strategy_name, require_strategy_name
 from stratagem.strategies.setup.building import build_model, with_preprocessor
 from stratagem.train.hooks.averaging import EMAHook
 
-__all__ = ["DEFAULT_STRATEGIES", "StrategySpec", "model_factory", "plan", "plan_config"]
-
-StrategySpec = str | Mapping[str, Any]
-
-# The strategies that are compared by default, from the least to the most sharded. HSDP and tensor parallelism, whose options
-# depend on the number of ranks, are added to them.
-DEFAULT_STRATEGIES: Final[tuple[StrategySpec, ...]] = (
-    "single",
-    "ddp",
-    "fsdp",
-    {"type": "fsdp", "reshard_after_forward": False},
-    {"type": "fsdp", "mixed_precision": "bfloat16"},
-    {"type": "fsdp", "mixed_precision": "bfloat16", "activation_checkpointing": True},
-    {"type": "fsdp", "cpu_offload": True},
-    *({"type": "deepspeed", "zero_optimization": {"stage": stage}, "bf16": True} for stage in range(4)),
-    *(
-        {"type": "colossalai", "plugin": {"type": "lowlevel-zero", "stage": stage}, "mixed_precision": "bf16"}
-        for stage in (1, 2)
-    ),
-)
-# The largest number of ranks that the layers of a model are sharded across by default.
-_MOST_TENSOR_PARALLEL: Final = 8
-# Options whose values are clear without the key.
-_SELF_EXPLANATORY: Final = frozenset({"type", "plugin", "mixed_precision"})
-_ENGINES: Final = {"DeepSpeedStrategy": plan_deepspeed, "ColossalAIStrategy": plan_colossalai}
+__all__ = ["model_factory", "plan", "plan_config", "requested"]
 
 
 def plan(
@@ -92,7 +64,7 @@ def plan(
     spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
     job = Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper)
     request = _request(job, spec, strategies, gpus_per_node, memory, None)
-    return _plan(request, strategies, worlds)
+    return _plan(request, strategies, worlds, plan_in_turn)
 
 
 def plan_config(
@@ -103,6 +75,7 @@ def plan_config(
     gpus_per_node: int = 8,
     memory: int | Sequence[int] | None = None,
     batch: str | None = None,
+    plan_all: PlanAll = plan_in_turn,
 ) -> Plan:
     """Plan the training that a configuration describes.
 
@@ -117,6 +90,29 @@ def plan_config(
         memory: the memory of a device in bytes, for the search for the largest micro-batch. With several values, each gets its
             own plan.
         batch: a description of the batch, such as ``"tokens=int64[8,1024]"``.
+        plan_all: plans the strategies, by default one after the other.
+
+    Raises:
+        ConfigError: (or a subclass) if a section is missing or invalid.
+        StateError: if building the model or reading the data needs the network.
+    """
+    if not strategies and config.get("strategy") is not None:
+        strategies = [config["strategy"]]
+    spec = None if batch is None else parse_batch(batch)
+    with requested(config, spec, strategies=strategies, gpus_per_node=gpus_per_node, memory=memory) as request:
+        return _plan(request, strategies, worlds, plan_all)
+
+
+@contextmanager
+def requested(
+    config: Config,
+    batch: BatchSpec | None,
+    *,
+    strategies: Sequence[StrategySpec] | None,
+    gpus_per_node: int,
+    memory: int | Sequence[int] | None,
+) -> Iterator[PlanRequest]:
+    """Yield what a configuration asks to plan, in the scope of its registries; for the arguments, see :func:`plan_config`.
 
     Raises:
         ConfigError: (or a subclass) if a section is missing or invalid.
@@ -126,18 +122,14 @@ def plan_config(
         if config.get(section) is None:
             raise ConfigValueError(f"Planning requires the section {section!r} in the configuration.")
     with switch_scope(config.get("default_scope")):
-        spec = parse_batch(batch) if batch is not None else None
-        if spec is None and config.get("train_dataloader") is not None:
-            spec = first_batch(config["train_dataloader"])
+        if batch is None and config.get("train_dataloader") is not None:
+            batch = first_batch(config["train_dataloader"])
         job = Job(
             make_model=ModelCopies(model_factory(with_preprocessor(config["model"], config.get("data_preprocessor")))),
             optim_wrapper=config["optim_wrapper"],
             randomness=config.get("randomness"),
         )
-        request = _request(job, spec, strategies, gpus_per_node, memory, _averaging_hook(config))
-        if not strategies and config.get("strategy") is not None:
-            strategies = [config["strategy"]]
-        return _plan(request, strategies, worlds)
+        yield _request(job, batch, strategies, gpus_per_node, memory, _averaging_hook(config))
 
 
 def model_factory(model: Any) -> Callable[[], nn.Module]:
@@ -171,63 +163,18 @@ def _averaging_hook(config: Config) -> EMAHook | None:
     return None
 
 
-def _plan(request: PlanRequest, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Plan:
+def _plan(
+    request: PlanRequest, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int], plan_all: PlanAll
+) -> Plan:
     for world in worlds:
         if isinstance(world, bool) or not isinstance(world, int) or world < 1:
             raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
-    jobs = [(own, _name(own), world) for own, world in _jobs(strategies, worlds)]
+    tasks = list(tasks_of(strategies, worlds))
     facts = _facts(request)
-    steps = []
-    for own, name, world in jobs:
-        steps += _plan_step(request, own, name, world)
     if strategies is DEFAULT_STRATEGIES:
         has_plan = bool(getattr(request.job.make_model(), "tp_plan", None))
-        for world in worlds:
-            for own in _strategies_for(world, request.ranks_per_node, has_plan=has_plan):
-                steps += _plan_step(request, own, full_strategy_name(own["type"]), world)
-    return Plan(model=facts, steps=tuple(steps))
-
-
-def _jobs(strategies: Sequence[StrategySpec] | None, worlds: Sequence[int]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the configuration of each strategy with each number of ranks; without strategies, that of a run without any."""
-    if not strategies:
-        yield from (({"type": "single" if world == 1 else "ddp"}, world) for world in worlds)
-        return
-    for strategy in strategies:
-        if not isinstance(strategy, str | Mapping):
-            raise ConfigTypeError(
-                f"Planning creates the strategy for each number of ranks, so it needs its name or its configuration, such as "
-                f"dict(type='fsdp'), instead of an object of the class {type(strategy).__name__}."
-            )
-        own: dict[str, Any] = {"type": strategy} if isinstance(strategy, str) else dict(strategy)
-        is_single = _name(own) == "SingleDeviceStrategy"
-        yield from ((own, world) for world in ((1,) if is_single else worlds))
-
-
-def _name(strategy: Mapping[str, Any]) -> str:
-    """Return the name of the class of a strategy, given its configuration.
-
-    Raises:
-        ConfigKeyError: if the configuration has no type, or if its name is unknown.
-    """
-    kind = strategy.get("type")
-    if kind is None:
-        raise ConfigKeyError(f"strategy: {dict(strategy)} has no key 'type'. Example: dict(type='fsdp').")
-    return require_strategy_name(kind) if isinstance(kind, str) else str(kind.__name__)
-
-
-def _strategies_for(world: int, ranks_per_node: int, *, has_plan: bool) -> list[dict[str, Any]]:
-    """Return the strategies of the default comparison whose options depend on the number of ranks."""
-    found: list[dict[str, Any]] = []
-    half = {"mixed_precision": "bfloat16"}
-    if world > ranks_per_node and world % ranks_per_node == 0:
-        found.append({"type": "fsdp", "replicate": world // ranks_per_node, **half})
-    size = min(world, ranks_per_node, _MOST_TENSOR_PARALLEL)
-    if has_plan and size > 1 and world % size == 0:
-        found.append({"type": "fsdp", "tp": size, **half})
-        plugin = {"type": "hybrid-parallel", "tp_size": size}
-        found.append({"type": "colossalai", "plugin": plugin, "mixed_precision": "bf16"})
-    return found
+        tasks += [task for world in worlds for task in tasks_for(world, request.ranks_per_node, has_plan=has_plan)]
+    return Plan(model=facts, steps=tuple(step for steps in plan_all(request, tasks) for step in steps))
 
 
 def _facts(request: PlanRequest) -> ModelFacts:
@@ -242,41 +189,6 @@ def _facts(request: PlanRequest) -> ModelFacts:
         batch=() if request.batch is None else describe_batch(request.batch.batch),
         batch_source="no batch was given" if request.batch is None else request.batch.source,
     )
-
-
-def _plan_step(request: PlanRequest, strategy: Mapping[str, Any], name: str, world: int) -> list[StepPlan]:
-    """Return a plan for each memory limit."""
-    start = time.process_time()
-    options = {key: value for key, value in strategy.items() if key != "type"}
-    base = StepPlan(
-        label=_label(name, options),
-        strategy=name,
-        options=options,
-        world=world,
-        gpus_per_node=request.ranks_per_node,
-        dp_size=world,
-        micro_batch=None if request.batch is None else request.batch.size,
-        accumulation=1,
-        memory=MemoryPlan(parameters=0, gradients=0, optimizer_state=0),
-    )
-    try:
-        if name in _ENGINES:
-            return _plan_engine(request, base, start)
-        planned = plan_simulated(request, {**strategy, "type": name}, base)
-    except StratagemError as error:
-        planned = [replace(base, memory_limit=limit, refusal=str(error)) for limit in request.memory_limits]
-    except Exception as error:  # noqa: BLE001 -- of the optimizer or the model, as at the start of a training
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        planned = [replace(base, memory_limit=limit, refusal=reason) for limit in request.memory_limits]
-    return [replace(each, seconds=time.process_time() - start) for each in planned]
-
-
-def _plan_engine(request: PlanRequest, base: StepPlan, start: float) -> list[StepPlan]:
-    own = EngineRequest(
-        job=request.job, timelines=request.timelines, limits=request.memory_limits, average=request.average
-    )
-    return [replace(each, seconds=time.process_time() - start) for each in _ENGINES[base.strategy](own, base)]
 
 
 def _request(
@@ -301,19 +213,3 @@ def _request(
 
 def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:
     return (memory,) if memory is None or isinstance(memory, int) else tuple(memory) or (None,)
-
-
-def _label(name: str, options: Mapping[str, Any]) -> str:
-    short = name.removesuffix("Strategy").removesuffix("Device")
-    return " ".join([short, *_words(options)])
-
-
-def _words(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield short forms of options: names and dtypes without their key, and the options of sections without the section."""
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from [key] if value == {"enabled": True} else _words(value)
-        elif value is True:
-            yield key
-        else:
-            yield str(value) if key in _SELF_EXPLANATORY and isinstance(value, str) else f"{key}={value}"

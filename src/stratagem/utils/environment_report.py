@@ -12,6 +12,7 @@ import sys
 import torch
 
 from stratagem._version import __version__
+from stratagem.utils.processes import usable_cores
 
 __all__ = ["collect_env"]
 
@@ -48,8 +49,7 @@ def collect_env() -> dict[str, str]:
 def _describe_cpu() -> str:
     model = platform.processor() or platform.machine()
     # Containers and job schedulers often provide fewer cores than the machine has.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {usable} of {os.cpu_count()} cores usable"
+    return f"{model}, {usable_cores()} of {os.cpu_count()} cores usable"
 
 
 def _describe_memory() -> str:

@@ -1,4 +1,4 @@
-"""Look up processes on this machine."""
+"""Look up processes on this machine, and the cores that they may use."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["child_processes", "continue_stopped", "is_stopped", "process_exists", "read_process_stat"]
+__all__ = ["child_processes", "continue_stopped", "is_stopped", "process_exists", "read_process_stat", "usable_cores"]
 
 _SYNCHRONIZE = 0x00100000  # from winnt.h
 _ERROR_INVALID_PARAMETER = 87  # from winerror.h; OpenProcess fails with it if there is no such process
 _WAIT_OBJECT_0 = 0  # from winbase.h; a process is signaled once it has exited
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_exists(pid: int) -> bool:

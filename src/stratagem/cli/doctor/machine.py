@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -16,6 +15,7 @@ from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding
 from stratagem.cli.doctor.gpus import check_gpus
 from stratagem.utils import digit_version
+from stratagem.utils.processes import usable_cores
 
 try:
     import resource
@@ -68,12 +68,11 @@ def check_requirement(name: str, installed: str | None, least: str) -> Finding:
 
 
 def _devices() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         build = "a CPU build" if not torch.backends.cuda.is_built() else "a CUDA build, which finds no device"
         advice = "If this machine has an accelerator, check its driver, and install a build of torch that supports it."
-        return [Finding.warning("devices", f"no accelerator; {cores} CPU cores (torch is {build})", advice)]
+        return [Finding.warning("devices", f"no accelerator; {usable_cores()} CPU cores (torch is {build})", advice)]
     return [_try_device(torch.device(kind.type, index)) for index in range(torch.accelerator.device_count())]
 
 

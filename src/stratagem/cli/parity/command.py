@@ -17,11 +17,12 @@ from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.parity.comparing import compare_all, compare_files, note_failure
 from stratagem.cli.parity.output import show
-from stratagem.cli.parity.processes import ProgressLine, read_settings, train_in_processes
+from stratagem.cli.parity.processes import read_settings, train_in_processes
 from stratagem.cli.parity.report import ParityReport
 from stratagem.cli.parity.schedules import schedules_in_steps
 from stratagem.cli.parity.training import train_variant
 from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, run_length, variants_for
+from stratagem.cli.progress_line import ProgressLine
 from stratagem.config import Config
 from stratagem.config_schema import require_valid
 from stratagem.data import build_dataloader

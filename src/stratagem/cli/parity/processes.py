@@ -6,60 +6,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, final
-
-from rich.text import Text
+from typing import Any, Final
 
 from stratagem.cli.options import RunOptions
-from stratagem.cli.output import echo
 from stratagem.cli.parity.variants import ParitySettings, Variant
+from stratagem.cli.progress_line import ProgressLine
 from stratagem.errors import ParityError
-from stratagem.logging.console import shared_console
-from stratagem.utils.printable import printable_name
 
-__all__ = ["ProgressLine", "read_settings", "train_in_processes"]
+__all__ = ["read_settings", "train_in_processes"]
 
 _POLL_S: Final = 0.2
 _SETTINGS: Final = "settings.json"
-
-
-@final
-class ProgressLine:
-    """Shows which variant is trained: as a line with a spinner on a terminal, otherwise as one line for each variant.
-
-    Args:
-        total: the number of variants.
-        quiet: whether to show nothing.
-    """
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total = total
-        self._quiet = quiet
-        self._done = 0
-        self._status = shared_console().status(Text(""))
-        self._is_live = shared_console().is_terminal and not quiet
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the line during the context."""
-        if not self._is_live:
-            yield
-            return
-        with self._status:
-            yield
-
-    def start(self, name: str) -> None:
-        """Show that a variant is trained."""
-        self._done += 1
-        text = f"[{self._done}/{self._total}] {name}"
-        if self._is_live:
-            self._status.update(Text(printable_name(text)))
-        elif not self._quiet:
-            echo(text, err=True)
 
 
 def train_in_processes(

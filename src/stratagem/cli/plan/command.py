@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.output import echo, print_json, status
+from stratagem.cli.output import echo, print_json
 from stratagem.cli.plan.facts import bar_chart
 from stratagem.cli.plan.html import write_html
+from stratagem.cli.plan.processes import PlanSource, TaskPlanner
 from stratagem.cli.plan.terminal import print_report
 from stratagem.cli.plot.bars import write_bars_png
+from stratagem.cli.progress_line import ProgressLine
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigValueError
 from stratagem.hardware import parse_bytes, parse_duration, parse_rate
 from stratagem.planning.advice import Replan
 from stratagem.planning.clusters import ClusterOptions, clusters_of
-from stratagem.planning.planner import DEFAULT_STRATEGIES, StrategySpec, plan_config
+from stratagem.planning.planner import plan_config
 from stratagem.planning.report import Report, build_report
 from stratagem.planning.result import Plan, StepPlan
+from stratagem.planning.tasks import DEFAULT_STRATEGIES, PlanTask, StrategySpec
 
 __all__ = ["PlanSettings", "plan"]
 
@@ -103,8 +106,12 @@ def plan(
 
     # The same simulations serve all amounts of memory.
     limits = list(dict.fromkeys(cluster.memory for cluster in clusters if cluster.memory is not None))
+    progress = ProgressLine(0, quiet=False, text="Planning")
+    source = PlanSource(
+        options=options, strategies=strategies, gpus_per_node=settings.gpus_per_node, memory=limits or None
+    )
     # What the model or the dataset prints is not part of the result.
-    with status("Planning"), redirect_stdout(sys.stderr):
+    with progress.shown(), redirect_stdout(sys.stderr):
         planned = plan_config(
             config,
             strategies=strategies,
@@ -112,9 +119,10 @@ def plan(
             gpus_per_node=settings.gpus_per_node,
             memory=limits or None,
             batch=settings.batch,
+            plan_all=TaskPlanner(source, progress),
         )
         pairs = [(cluster, _for_memory(planned, cluster.memory)) for cluster in clusters]
-        report = build_report(str(options.config), pairs, replan=_replanner(config, settings, planned))
+        report = build_report(str(options.config), pairs, replan=_replanner(config, settings, planned, progress))
     _write(report, as_json=as_json, html=html, out=out)
 
 
@@ -193,7 +201,7 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
-def _replanner(config: Config, settings: PlanSettings, planned: Plan) -> Replan:
+def _replanner(config: Config, settings: PlanSettings, planned: Plan, progress: ProgressLine) -> Replan:
     known = planned.steps
     spent = 0.0
 
@@ -207,9 +215,12 @@ def _replanner(config: Config, settings: PlanSettings, planned: Plan) -> Replan:
         if spent + step.seconds > max(_ADVICE_S, 2 * step.seconds):
             return None
         spent += step.seconds
+        own = {"type": step.strategy, **options}
+        progress.expect(1)
+        progress.start(f"what to try: {PlanTask.of(own, step.world).label}")
         variant = plan_config(
             config if size is None or settings.batch is not None else _with_batch_size(config, size),
-            strategies=[{"type": step.strategy, **options}],
+            strategies=[own],
             worlds=[step.world],
             gpus_per_node=step.gpus_per_node,
             batch=_resized(settings.batch, step.micro_batch, size),
