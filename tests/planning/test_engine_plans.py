@@ -114,3 +114,18 @@ class TestMicroBatchesOfOtherSizes:
         assert len(sizes) == 4
         assert sizes[3] == plan.steps[0].largest_micro_batch
         assert len({step.largest_micro_batch for step in plan.steps}) > 1
+
+
+@pytest.mark.parametrize(("dtype", "bucket", "flat_copy"), [("bf16", 20_000, 2 * 8320), (None, 40_000, 0)])
+def test_the_update_of_stage_3_copies_gradients_in_half_precision(
+    dtype: str | None, bucket: int, flat_copy: int
+) -> None:
+    """The update of 2 x (64 x 64 + 64) elements needs the bucket of 10,000 and, in bfloat16, a flat copy of the gradients."""
+    strategy: dict[str, Any] = {"type": "deepspeed", "zero_optimization": {"stage": 3, "reduce_bucket_size": 10_000}}
+    if dtype is not None:
+        strategy[dtype] = True
+    model = SupervisedModel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), nn.MSELoss())
+    batch = (torch.zeros(1, 64), torch.zeros(1, 64))
+    [step] = stratagem.plan(model, optim_wrapper=ADAMW, batch=batch, strategies=[strategy], worlds=[1]).steps
+    assert step.memory.peak_phase == "update"
+    assert step.memory.peak == step.memory.static + step.memory.batch + bucket + flat_copy

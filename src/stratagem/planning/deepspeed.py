@@ -178,7 +178,9 @@ class Stages12(_DeepSpeedStep):
         self._group_of = job.group_of()
         self._starts, self._sizes = self._layout()
         self._own = {index for index in self._group_of if self._overlaps(index)[0][0] == 0}
+        # The gradients of this rank: those of this micro-batch, and the sum of those before.
         self._partition = 0
+        self._sum = 0
 
     def _layout(self) -> tuple[dict[int, int], list[int]]:
         """Return the first position of each parameter in its group, and the number of elements of a rank in each group."""
@@ -277,6 +279,11 @@ class Stages12(_DeepSpeedStep):
                     if parameter in self._held:
                         self._put(parameter)
         self._reduce()
+        if self._sum:
+            self.ledger.add("gradients", -self._partition)
+        else:
+            self._sum = self._partition
+        self._partition = 0
         self.ledger.add("communication", -self._buffer)
         self._buffer = 0
         self.ledger.add("gradients", -sum(self._held.values()))
@@ -292,8 +299,8 @@ class Stages12(_DeepSpeedStep):
             if self.job.itemsize < 4:
                 self.ledger.add("gradients", self.job.itemsize * partition)
                 self.ledger.add("gradients", -self.job.itemsize * partition)
-            self.ledger.add("gradients", -self._partition)
-            self._partition = 0
+            self.ledger.add("gradients", -self._sum)
+            self._sum = 0
             self._run_optimizer()
             self.ledger.set("gradients", 0)
         if self.job.world > 1:
@@ -424,7 +431,11 @@ class Stage3(_DeepSpeedStep, GatherObserver):
         self._check_gradients([4 if self.job.offloads else 8] * len(counts))
         if not self.job.offloads:
             for count in counts:
+                # A flat copy in the dtype of the gradients is converted to float32; with float32, it is not copied again.
+                flat = self.job.itemsize * count if self.job.itemsize < 4 else 0
+                self.ledger.add("gradients", flat)
                 self.ledger.add("gradients", 4 * count)
+                self.ledger.add("gradients", -flat)
                 self._run_optimizer()
                 self.ledger.add("gradients", -4 * count)
         if self.job.world > 1:

@@ -338,8 +338,10 @@ class _Passage(torch.autograd.Function):
 
 def _with_passages(values: Any, call: Callable[[], None]) -> Any:
     """Return values with aliases of all differentiable tensors, which call a function; dictionaries are changed in place."""
+    if not _count_differentiable(values):
+        return values
     if isinstance(values, Tensor):
-        return _Passage.apply(values, call) if values.requires_grad else values  # type: ignore[no-untyped-call]
+        return _Passage.apply(values, call)  # type: ignore[no-untyped-call]
     if isinstance(values, dict):
         for key, value in values.items():
             values[key] = _with_passages(value, call)
