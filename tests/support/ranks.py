@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process, set_forkserver_preload
+from multiprocessing import get_all_start_methods, get_context, parent_process, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,8 +35,7 @@ _MAX_THREADS = 120
 _PRELOADED = [
     "stratagem.runner", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torchmetrics",
 ]  # fmt: skip
-_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-if _START_METHOD == "forkserver":
+if "forkserver" in get_all_start_methods():
     # Each process has one server, which data loaders and other tests may start before the first ranks.
     set_forkserver_preload(_PRELOADED)
 # The time that other ranks may take after one has failed, because they may be waiting for it in a collective.
@@ -111,7 +110,9 @@ class Ranks:
         self._kill()
 
     def _start(self) -> None:
-        context: Any = get_context(_START_METHOD)
+        # CUDA cannot be used in a forked process if a module of the server has looked for GPUs.
+        forks = sys.platform == "linux" and not torch.cuda.is_available()
+        context: Any = get_context("forkserver" if forks else "spawn")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for rank in range(self.size):
