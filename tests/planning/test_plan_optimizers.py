@@ -91,12 +91,48 @@ def test_an_optimizer_that_fails_is_refused_in_its_plan() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Adafactor", "Rprop", "ASGD"])
 def test_the_sharded_state_is_that_of_two_real_ranks(ranks: Ranks, tmp_path: Path, name: str) -> None:
-    """Under FSDP, optimizers whose own step fails on shards update whole parameters, and rank 0 has the bytes of a real run."""
+    """Optimizers whose own step fails on shards update whole parameters; the plan is that of the rank with the most."""
     optim_wrapper = {"optimizer": {"type": name}}
     real = ranks.run(_real, optim_wrapper, {"type": "FSDPStrategy"}, "pytorch", str(tmp_path))
     step = _planned(optim_wrapper, "fsdp", 2)
     assert step.failure is None
-    assert {name: getattr(step.memory, name) for name in real[0]} == real[0]
+    assert {name: getattr(step.memory, name) for name in real[0]} == {
+        name: max(each[name] for each in real) for name in real[0]
+    }
+
+
+class VectorMomentum(torch.optim.Optimizer):
+    """Normalizes each gradient, and keeps momentum only for vectors."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each.grad is None:
+                    continue
+                update = each.grad / (1 + each.grad.norm())
+                if each.ndim == 1:
+                    state = self.state[each]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(each)
+                    update = state["momentum"].mul_(0.9).add_(update)
+                each.sub_(group["lr"] * update)
+
+
+@pytest.mark.slow
+def test_state_on_the_ranks_that_own_a_parameter_is_missing_in_a_plan(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 0 owns the largest matrix and no vector, so the plan has the state of rank 1, and the checkpoint has all of it."""
+    optim_wrapper = {"optimizer": {"type": VectorMomentum}}
+    real = ranks.run(_real, optim_wrapper, {"type": "FSDPStrategy"}, "pytorch", str(tmp_path))
+    states = [each["optimizer_state"] for each in real]
+    step = _planned(optim_wrapper, "fsdp", 2)
+    assert states == [0, (32 + 8) * 4]
+    assert (step.failure, step.memory.optimizer_state) == (None, states[1])
+    assert step.checkpoint_bytes == _planned(optim_wrapper, "single", 1).checkpoint_bytes
+    assert step.memory.at_peak["optimizer state"] == states[1]
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ from stratagem.tensors.dtensor import full_tensor, is_sharded, to_local
 from stratagem.tensors.shard_transport import ShardLayout, ShardTransport, assign_owners, shard_group
 from stratagem.utils.torch_private import step_function
 
-__all__ = ["MATRIX_UPDATES", "MatrixUpdates", "WholeUpdates", "divides_state"]
+__all__ = ["MATRIX_UPDATES", "MatrixUpdates", "StateOwner", "WholeUpdates", "divides_state", "state_owners"]
 
 MatrixUpdates = Literal["owned", "gathered"]
 MATRIX_UPDATES: Final = ("owned", "gathered")
 
-# The optimizers whose state is divided among the ranks, so that saving it is collective.
+# The updates of optimizers whose state is divided among the ranks, so that saving it is collective.
 _DIVIDED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -42,6 +42,22 @@ class _Sharded:
     layout: ShardLayout
     owner: int
     whole: nn.Parameter
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StateOwner:
+    """The rank that stores the optimizer state of a parameter.
+
+    Attributes:
+        key: identifies the group of ranks that the parameter is sharded across.
+        rank: the rank in this group.
+        is_own: whether it is this rank.
+    """
+
+    key: Any
+    rank: int
+    is_own: bool
 
 
 @final
@@ -66,7 +82,7 @@ class WholeUpdates:
     def register(self, optimizer: Optimizer) -> None:
         """Record that the state of an optimizer is divided among the ranks, if it is."""
         if self._form == "owned":
-            _DIVIDED[optimizer] = True
+            _DIVIDED[optimizer] = self
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:
@@ -149,6 +165,15 @@ class WholeUpdates:
                 empty = torch.empty(0, dtype=tensor.dtype, device=to_local(tensor).device)
                 self._sharded[tensor] = _Sharded(key, layout, owner, nn.Parameter(empty))
 
+    def owners(self) -> dict[Tensor, StateOwner]:
+        """Return the owner of each parameter that has been updated."""
+        return {
+            parameter: StateOwner(
+                key=entry.key, rank=entry.owner, is_own=entry.owner == self._transports[entry.key].rank
+            )
+            for parameter, entry in self._sharded.items()
+        }
+
     def _adopt_state(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Gather state that is sharded, as after loading a checkpoint; discard the state of parameters of other ranks.
 
@@ -170,6 +195,12 @@ class WholeUpdates:
 def divides_state(optimizer: Optimizer) -> bool:
     """Return whether the state of each parameter is stored on only one rank of those that the parameter is sharded across."""
     return optimizer in _DIVIDED
+
+
+def state_owners(optimizer: Optimizer) -> dict[Tensor, StateOwner] | None:
+    """Return which rank stores the state of each sharded parameter that has been updated; None if the state is not divided."""
+    update = _DIVIDED.get(optimizer)
+    return None if update is None else update.owners()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -132,6 +132,9 @@ def extended(short: Snapshot, long: Snapshot, times: int) -> Snapshot | None:
     same = ("largest_parameter", "is_sharded", "dp_size", "accumulation", "notes")
     if any(getattr(short, name) != getattr(long, name) for name in same):
         return None
+    if long.state_excess is not None:
+        # Each additional parameter has its state on another rank.
+        return None
     step = None
     if short.step is not None and long.step is not None:
         step = _extended_step(short.step, long.step, times)

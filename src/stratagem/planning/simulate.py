@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 from stratagem.distributed.rendezvous import process_group
 from stratagem.model import loss_weight
 from stratagem.optim import AccumulatingOptimWrapper, DeferredNonFiniteCheck, OptimSpec, nonfinite
+from stratagem.optim.mixed import parts_of
 from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
+from stratagem.planning.divided_state import OtherRanksState, other_ranks_state
 from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
 from stratagem.planning.storage_history import StorageHistory
 from stratagem.planning.trace import CollectiveCall, StepTrace, storage_bytes
@@ -95,6 +97,8 @@ class Simulation:
         self.strategy = strategy
         self._warm = False
         self._reads = UpdateReads()
+        # The parameters that an optimizer has updated.
+        self._updated: set[Tensor] = set()
 
     @property
     def model(self) -> nn.Module:
@@ -114,6 +118,12 @@ class Simulation:
             for each in tree_leaves(dict(wrapper.optimizer.state))
             if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)
         ]
+
+    def other_ranks_state(self) -> OtherRanksState | None:
+        """Return the optimizer state of other ranks; None if no optimizer stores that of a parameter on one rank."""
+        optimizers = [part for wrapper in self._wrappers() for part in parts_of(wrapper.optimizer).values()]
+        with self._reads:
+            return other_ranks_state(optimizers, self._updated)
 
     @property
     def reads_values(self) -> bool:
@@ -149,6 +159,7 @@ class Simulation:
             ]
             for parameter in trainable:
                 parameter.grad = torch.zeros_like(parameter)
+            self._updated.update(trainable)
             gradients += [parameter.grad for parameter in trainable]
             with self._reads, self._reads.counting(wrapper.optimizer):
                 wrapper.optimizer.step()
@@ -235,7 +246,7 @@ class Simulation:
         flops = 0
         with ExitStack() as stack:
             for wrapper in wrappers:
-                stack.enter_context(_noting_gradients(wrapper, seen, trace, self._reads))
+                stack.enter_context(_noting_gradients(wrapper, seen, trace, self._reads, self._updated))
             if trace is not None:
                 stack.enter_context(trace)
             for index in range(self.accumulation - skipped):
@@ -263,14 +274,18 @@ def _skip_micro_batches(wrapper: Any, count: int) -> None:
 
 
 @contextmanager
-def _noting_gradients(wrapper: Any, seen: list[Tensor], trace: StepTrace | None, reads: UpdateReads) -> Iterator[None]:
-    """Note the gradients that an optimizer reads in ``seen``."""
+def _noting_gradients(
+    wrapper: Any, seen: list[Tensor], trace: StepTrace | None, reads: UpdateReads, updated: set[Tensor]
+) -> Iterator[None]:
+    """Note the gradients that an optimizer reads in ``seen``, and their parameters in ``updated``."""
     original = wrapper.step
 
     def step(**kwargs: Any) -> Any:
-        gradients = [
-            each.grad for group in wrapper.optimizer.param_groups for each in group["params"] if each.grad is not None
+        parameters = [
+            each for group in wrapper.optimizer.param_groups for each in group["params"] if each.grad is not None
         ]
+        updated.update(parameters)
+        gradients = [each.grad for each in parameters]
         if trace is not None:
             trace.label(gradients, "gradients")
         seen.extend(gradients)

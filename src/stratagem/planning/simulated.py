@@ -274,6 +274,8 @@ def _memory(request: PlanRequest, sizes: Snapshot, *, offload: bool) -> MemoryPl
     if peak is not None:
         at_peak = {kind: size for kind, size in peak.by_kind.items() if not (offload and kind in _ON_HOST)}
         at_peak |= {"averaged weights": sizes.averages} if sizes.averages else {}
+        if sizes.state_excess and not offload:
+            at_peak["optimizer state"] = at_peak.get("optimizer state", 0) + sizes.state_excess
     if offload:
         host.update(static)
         static = dict.fromkeys(static, 0)
@@ -332,5 +334,6 @@ def _largest_micro_batches(
             known[size] = history(size).running_totals(on_host)
         return known[size]
 
-    found = largest_of_profiles(totals, [limit - sizes.averages - CONTEXT_BYTES for limit in limits], batch.size)
+    fixed = sizes.averages + CONTEXT_BYTES + (0 if offload else sizes.state_excess or 0)
+    found = largest_of_profiles(totals, [limit - fixed for limit in limits], batch.size)
     return dict(zip(limits, found, strict=True))

@@ -21,7 +21,8 @@ class Snapshot:
     Attributes:
         parameters: the size of the parameters.
         gradients: that of the gradients that the optimizer reads.
-        optimizer_state: that of the state of the optimizers.
+        optimizer_state: that of the state of the optimizers, on the rank with the most.
+        state_excess: what this rank has less of it; None if every rank has a shard of all state.
         averages: that of averaged weights.
         buffers: that of the buffers.
         own_checkpoint: what this rank has of a checkpoint.
@@ -37,6 +38,7 @@ class Snapshot:
     parameters: int
     gradients: int
     optimizer_state: int
+    state_excess: int | None
     averages: int
     buffers: int
     own_checkpoint: int
@@ -59,14 +61,18 @@ def snapshot(sim: Simulation, record: StepRecord | None, average: EMAHook | None
     """
     gradients = sim.gradients_only() if record is None else record.gradients
     averages = [] if average is None else list(average.build_average(sim.model).averages.values())
+    others = sim.other_ranks_state()
     return Snapshot(
         parameters=storage_bytes(sim.parameters()),
         gradients=gradients,
-        optimizer_state=storage_bytes(sim.optimizer_state()),
+        optimizer_state=storage_bytes(sim.optimizer_state()) + (0 if others is None else others.excess),
+        state_excess=None if others is None else others.excess,
         averages=storage_bytes(averages),
         buffers=storage_bytes(sim.buffers()),
         own_checkpoint=sim.own_checkpoint_bytes() + sum(to_local(each).nbytes for each in averages),
-        checkpoint=sim.checkpoint_bytes() + sum(each.nbytes for each in averages),
+        checkpoint=sim.checkpoint_bytes()
+        + sum(each.nbytes for each in averages)
+        + (0 if others is None else others.total),
         largest_parameter=max((each.nbytes for each in sim.parameters()), default=0),
         is_sharded=sim.strategy.collective_forward,
         dp_size=sim.strategy.dp_size,
