@@ -221,8 +221,11 @@ class Events:
 
     def __init__(self, hooks: Iterable[Hook]) -> None:
         self.hooks = sorted(hooks, key=lambda hook: get_priority(hook.priority))
+        stages = [set(hook.get_triggered_stages()) for hook in self.hooks]
         self._methods: dict[str, tuple[Callable[..., None], ...]] = {
-            event: tuple(getattr(hook, event) for hook in self.hooks if event in hook.get_triggered_stages())
+            event: tuple(
+                getattr(hook, event) for hook, triggered in zip(self.hooks, stages, strict=True) if event in triggered
+            )
             for event in EVENTS
         }
 
