@@ -80,7 +80,7 @@ class Allocations(TorchDispatchMode):
         return self._largest + self.existing
 
     def begin(self, tensors: Iterable[Tensor], model: nn.Module) -> None:
-        """Count tensors that exist; gathered parameters of the model are not activations."""
+        """Count tensors that exist; parameters of the model that are or will be gathered are not activations."""
         self._model = model
         for storage in storages_of(tensors).values():
             self._meet(storage, is_new=False)
@@ -114,7 +114,7 @@ class Allocations(TorchDispatchMode):
         self._kept = {key for key, reference in self._live.items() if reference() is not None}
 
     def _note_backward(self) -> None:
-        gathered = storages_of(self._model.parameters())
+        gathered = storages_of([*self._model.parameters(), *_messages_to(self._model)])
         created = {
             key: storage.nbytes()
             for key, reference in self._live.items()
@@ -142,6 +142,13 @@ class Allocations(TorchDispatchMode):
                 self._meet(storage, is_new=True)
         self._look()
         return out
+
+
+def _messages_to(model: nn.Module) -> list[Tensor]:
+    """Return the buffers of the parameters that DeepSpeed is gathering."""
+    return _tensors(
+        [getattr(each, "partitions", ()) for each in getattr(model, "ds_inflight_param_registry", {}).values()]
+    )
 
 
 def _has_storage(tensor: Tensor) -> bool:
