@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import stratagem
 from stratagem import BaseModel, ModelWithLoss, SupervisedModel
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.planning.result import StepPlan
 from stratagem.strategies import SingleDeviceStrategy
+from stratagem.strategies.choice import choose_strategy
+from tests.support.planned_models import bytes_of
+from tests.support.ranks import Ranks
 
 SGD = {"optimizer": {"type": "SGD", "lr": 0.1}}
+MOMENTUM = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}}
 
 
 def steps_of(model: nn.Module, batch: str, *strategies: Any) -> tuple[StepPlan, ...]:
@@ -103,6 +108,49 @@ def test_sparse_gradients_are_explained() -> None:
         assert step.failure is not None
         assert "Steps with sparse gradients are not simulated" in step.failure
         assert (step.memory.parameters, step.memory.gradients) == (1600, 1600)
+
+
+class Scaled(BaseModel):
+    """A layer whose output is multiplied by a trainable scalar, like the temperature of CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> dict[str, Tensor]:
+        return {"loss": (self.layer(x) * self.scale).sum()}
+
+
+def _scaled_sizes(strategy: dict[str, Any], folder: str) -> tuple[int, int]:
+    """Train a step; return the bytes of the parameters and of the state of SGD with momentum on this rank."""
+    built = choose_strategy(
+        strategy, launcher="pytorch", work_dir=folder, experiment_name=None, env_cfg=None, randomness=None,
+        auto_scale_lr=None, log_level="ERROR",
+    )  # fmt: skip
+    built.prepare(Scaled(), optim_wrapper=MOMENTUM, dispatch_kwargs={"max_iters": 9})
+    built.model.train_step(torch.ones(3, 4), optim_wrapper=built.optim_wrapper)
+    state = [each for each in tree_leaves(dict(built.optim_wrapper.optimizer.state)) if isinstance(each, Tensor)]
+    found = (bytes_of(built.unwrap_model().parameters()), bytes_of(state))
+    built.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "nbytes"),
+    [({"type": "fsdp"}, 10 * 4 + 4), ({"type": "fsdp", "ignored": ["layer.bias"]}, 8 * 4 + 4 * 4 + 4)],
+)
+def test_parameters_that_fsdp_does_not_shard_are_planned(
+    ranks: Ranks, tmp_path: Path, strategy: dict[str, Any], nbytes: int
+) -> None:
+    """A scalar and an ignored parameter are whole on each rank, as in a real run; planning failed to swap them."""
+    [step] = stratagem.plan(
+        Scaled(), optim_wrapper=MOMENTUM, batch="float32[3,4]", strategies=[strategy], worlds=[2]
+    ).steps
+    assert (step.refusal, step.failure) == (None, None)
+    assert (step.memory.parameters, step.memory.gradients, step.memory.optimizer_state) == (nbytes, nbytes, nbytes)
+    real = ranks.run(_scaled_sizes, {**strategy, "type": "FSDPStrategy"}, str(tmp_path))
+    assert real == [(nbytes, nbytes)] * 2
 
 
 def test_an_unknown_strategy_is_an_error_and_not_a_row() -> None:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stratagem.distributed import close_dist
 from stratagem.errors import StateError
 
-__all__ = ["fake_copies", "fake_world", "new_fake_mode", "replaced", "without_fake_tensors"]
+__all__ = ["fake_copies", "fake_unsharded", "fake_world", "new_fake_mode", "replaced", "without_fake_tensors"]
 
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Collectives on Python objects read bytes from tensors, which fake tensors do not have.
@@ -100,6 +101,30 @@ def fake_copies(mode: FakeTensorMode, model: nn.Module, device: torch.device) ->
                     if id(tensor) not in copies:
                         copies[id(tensor)] = _fake_copy(tensor, device)
                     tensors[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
+
+
+@contextmanager
+def fake_unsharded(model: nn.Module, device: torch.device, copies: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Omit parameters that are not sharded inside the ``with`` block, and replace them with fake parameters after it.
+
+    Args:
+        model: a model on the meta device. A fake tensor mode is active.
+        device: the device of the fake parameters.
+        copies: receives the fake parameter for each original one.
+    """
+    found = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta and not isinstance(parameter, DTensor)
+    ]
+    for parameters, name, _ in found:
+        parameters[name] = None
+    yield
+    for parameters, name, parameter in found:
+        if parameter not in copies:
+            copies[parameter] = _fake_copy(parameter, device)
+        parameters[name] = copies[parameter]  # type: ignore[assignment]  # a parameter for a parameter
 
 
 def _fake_copy(tensor: Tensor, device: torch.device) -> Tensor:

@@ -26,7 +26,14 @@ from stratagem.optim.sharded_updates import prepare_sharded_updates
 from stratagem.parallel.ddp import Replica
 from stratagem.planning.batch import fake_batch
 from stratagem.planning.divided_state import OtherRanksState, other_ranks_state
-from stratagem.planning.fake_world import fake_copies, fake_world, new_fake_mode, replaced, without_fake_tensors
+from stratagem.planning.fake_world import (
+    fake_copies,
+    fake_unsharded,
+    fake_world,
+    new_fake_mode,
+    replaced,
+    without_fake_tensors,
+)
 from stratagem.planning.storage_history import StorageHistory
 from stratagem.planning.trace import CollectiveCall, StepTrace, storage_bytes
 from stratagem.planning.update_reads import UpdateReads
@@ -385,6 +392,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
     fsdp = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
     apply_before = nn.Module._apply
     allocate_before = fsdp._allocate
+    register_before = fsdp._register_parameters
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         with torch.no_grad():
@@ -393,9 +401,16 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
                 return module
         return cast("nn.Module", apply_before(module, function, recurse))  # type: ignore[no-untyped-call]  # torch's
 
+    # Fake parameters that replace those that are not sharded, which torch cannot swap with fake ones.
+    unsharded: dict[Tensor, Tensor] = {}
+
     def allocate(placement: Any, model: nn.Module, world: Any) -> None:
         stack.enter_context(mode)
-        allocate_before(placement, model, world)
+        with fake_unsharded(model, world.device, unsharded):
+            allocate_before(placement, model, world)
+
+    def register(placement: Any, before: Mapping[str, Tensor], model: nn.Module) -> None:
+        register_before(placement, {name: unsharded.get(each, each) for name, each in before.items()}, model)
 
     def skip(*_: Any, **__: Any) -> None:
         """Leave the tensors without values."""
@@ -430,6 +445,7 @@ def _replacements(mode: FakeTensorMode, stack: ExitStack) -> list[tuple[Any, str
         (torch, "set_rng_state", without_fake_tensors(torch.set_rng_state)),
         (nn.Module, "_apply", apply),
         (fsdp, "_allocate", allocate),
+        (fsdp, "_register_parameters", register),
         (fsdp, "_materialize", skip),
         (BaseStrategy, "_init_model_weights", unchanged),
     ]
