@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import stratagem
 from stratagem import BaseModel, ModelWithLoss, SupervisedModel
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.errors import ConfigError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.planning.result import StepPlan
 from stratagem.strategies import SingleDeviceStrategy
 from stratagem.strategies.choice import choose_strategy
@@ -157,6 +157,28 @@ def test_an_unknown_strategy_is_an_error_and_not_a_row() -> None:
     """A misspelled name stops before anything is planned, with similar names."""
     with pytest.raises(ConfigKeyError, match="unknown name 'fdsp'. Did you mean 'fsdp'"):
         steps_of(Constant(), "float32[3,4]", "ddp", "fdsp")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"memory": "80GiB"}, "memory must be a number of bytes >= 1, such as 80 * 2**30, got '80GiB'."),
+        ({"memory": [2**30, -5]}, "memory must be a number of bytes >= 1, such as 80 * 2**30, got -5."),
+        ({"gpus_per_node": 0}, "gpus_per_node must be an integer >= 1, got 0."),
+        ({"worlds": 8}, "worlds must be a list of numbers of ranks, such as [8, 64], got 8."),
+        ({"worlds": [True]}, "A number of ranks must be an integer >= 1, got True."),
+        ({"strategies": "ddp"}, "strategies must be a list of names or configurations, got 'ddp'."),
+        ({"optim_wrapper": None}, "Planning requires an optim_wrapper"),
+    ],
+)
+def test_an_argument_of_plan_that_cannot_be_used_is_an_error_and_not_a_refused_strategy(
+    option: dict[str, Any], message: str
+) -> None:
+    """The error has the value, instead of a TypeError in the row of each strategy."""
+    options: dict[str, Any] = {"optim_wrapper": SGD, "batch": "float32[3,4]", "strategies": ["single"], **option}
+    with pytest.raises(ConfigError) as caught:
+        stratagem.plan(Constant(), **options)
+    assert str(caught.value).startswith(message)
 
 
 def test_a_strategy_without_a_type_is_an_error_with_an_example() -> None:

@@ -52,7 +52,7 @@ def plan(
             own plan.
 
     Raises:
-        ConfigTypeError: if the model has no ``train_step``.
+        ConfigTypeError: if the model has no ``train_step``, or if an argument is not a list.
         ConfigKeyError: if a strategy is unknown.
         ConfigValueError: if an argument is invalid.
     """
@@ -60,6 +60,10 @@ def plan(
         raise ConfigTypeError(
             f"{type(model).__name__} has no train_step. Wrap it, as for training: SupervisedModel(model, loss) or "
             "ModelWithLoss(model)."
+        )
+    if not optim_wrapper:
+        raise ConfigValueError(
+            "Planning requires an optim_wrapper, such as dict(optimizer=dict(type='AdamW', lr=1e-3))."
         )
     spec = parse_batch(batch) if isinstance(batch, str) else None if batch is None else BatchSpec.of(batch)
     job = Job(make_model=lambda: meta_copy(model), optim_wrapper=optim_wrapper)
@@ -166,8 +170,10 @@ def _averaging_hook(config: Config) -> EMAHook | None:
 def _plan(
     request: PlanRequest, strategies: Sequence[StrategySpec] | None, worlds: Sequence[int], plan_all: PlanAll
 ) -> Plan:
+    if isinstance(worlds, int | str):
+        raise ConfigTypeError(f"worlds must be a list of numbers of ranks, such as [8, 64], got {worlds!r}.")
     for world in worlds:
-        if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+        if not _is_count(world):
             raise ConfigValueError(f"A number of ranks must be an integer >= 1, got {world!r}.")
     tasks = list(tasks_of(strategies, worlds))
     facts = _facts(request)
@@ -199,6 +205,10 @@ def _request(
     memory: int | Sequence[int] | None,
     average: EMAHook | None,
 ) -> PlanRequest:
+    if isinstance(strategies, str | Mapping):
+        raise ConfigTypeError(f"strategies must be a list of names or configurations, got {strategies!r}.")
+    if not _is_count(ranks_per_node):
+        raise ConfigValueError(f"gpus_per_node must be an integer >= 1, got {ranks_per_node!r}.")
     # The engines of the default comparison compute in bfloat16.
     dtype = torch.bfloat16 if strategies is DEFAULT_STRATEGIES else None
     return PlanRequest(
@@ -212,4 +222,12 @@ def _request(
 
 
 def _limits(memory: int | Sequence[int] | None) -> tuple[int | None, ...]:
-    return (memory,) if memory is None or isinstance(memory, int) else tuple(memory) or (None,)
+    limits = (memory,) if memory is None or isinstance(memory, int | str | float) else tuple(memory) or (None,)
+    for limit in limits:
+        if limit is not None and not _is_count(limit):
+            raise ConfigValueError(f"memory must be a number of bytes >= 1, such as 80 * 2**30, got {limit!r}.")
+    return limits
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
