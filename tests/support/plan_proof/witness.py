@@ -146,9 +146,10 @@ class Allocations(TorchDispatchMode):
 
 def _messages_to(model: nn.Module) -> list[Tensor]:
     """Return the buffers of the parameters that DeepSpeed is gathering."""
-    return _tensors(
-        [getattr(each, "partitions", ()) for each in getattr(model, "ds_inflight_param_registry", {}).values()]
-    )
+    messages = getattr(model, "ds_inflight_param_registry", {}).values()
+    # A message has one handle for each dtype.
+    handles = [handle for each in messages for handle in getattr(each, "handles", [each])]
+    return _tensors([getattr(each, "partitions", ()) for each in handles])
 
 
 def _has_storage(tensor: Tensor) -> bool:
