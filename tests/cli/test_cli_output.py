@@ -35,6 +35,24 @@ def test_a_table_in_a_pipe_has_one_line_per_row(capsys: pytest.CaptureFixture[st
     assert "word" * 60 in lines[1]
 
 
+def test_a_table_wider_than_the_terminal_has_whole_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Rich cut numbers to "1.2…" and omitted the first column; the lines are longer than the terminal instead."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", overflow="fold", min_width=6)
+    for number in range(9):
+        table.add_column(f"c{number}", no_wrap=True)
+    table.add_row("strategy", *(f"{number}.25 KiB" for number in range(9)))
+    print_table(table)
+    assert Console().is_terminal
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["strategy", *(word for number in range(9) for word in (f"{number}.25", "KiB"))]
+
+
 def test_a_table_as_json_has_one_object_per_row(capsys: pytest.CaptureFixture[str]):
     """The headings are the keys."""
     table = Table("name", "result")

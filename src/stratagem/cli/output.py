@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import rich.table
 import typer
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from stratagem.logging.console import shared_console
@@ -46,6 +47,8 @@ class Table(rich.table.Table):
 def print_table(table: rich.table.Table, *, as_json: bool = False) -> None:
     """Print a table. In a pipe or a file, no cell is wrapped, so that each row is one line and words stay whole.
 
+    If the terminal is too narrow even with wrapped cells, the lines are longer than its width, so that no cell is cut.
+
     Args:
         table: the table, whose cells are strings or ``Text``.
         as_json: print a JSON list of objects with the headings as keys.
@@ -55,12 +58,30 @@ def print_table(table: rich.table.Table, *, as_json: bool = False) -> None:
         return
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
+        console.size = ConsoleDimensions(max(console.width, _least_width(table)), console.height)
         console.print(table)
         return
     console = Console(markup=False, highlight=False, width=_UNLIMITED)
     with console.capture() as captured:
         console.print(table)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _least_width(table: rich.table.Table) -> int:
+    """Return the width at which no cell of a column that is not wrapped is cut; 0 if all columns are wrapped."""
+    if not any(column.no_wrap for column in table.columns):
+        return 0
+    _, right, _, left = table.padding
+    return sum(
+        left
+        + right
+        + (
+            max(cell_len(_plain(each)) for each in (column.header, *column.cells))
+            if column.no_wrap
+            else column.min_width or 1
+        )
+        for column in table.columns
+    )
 
 
 def rows_of(table: rich.table.Table) -> list[dict[str, str]]:
