@@ -68,6 +68,7 @@ def count(monkeypatch: pytest.MonkeyPatch, function: Callable[[], object]) -> Co
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_unchanged_checkpoints_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     """A second pass over a folder opens no file, and looks at one file for each checkpoint."""
@@ -81,6 +82,7 @@ def test_unchanged_checkpoints_are_not_read_again(tmp_path: Path, monkeypatch: p
     assert names(tmp_path) == [f"iter_{number}{suffix}" for number in range(1, 31)]
 
 
+@pytest.mark.slow
 def test_only_a_new_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of files that are opened after a save does not depend on the number of older checkpoints."""
     opened = []

@@ -239,6 +239,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=PLAIN, protocol=st.sampled_from([2, 3, 4, 5]))
 def test_any_plain_value_is_restored(tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int) -> None:
     """Any plain value is restored."""
@@ -259,6 +260,7 @@ def test_only_requested_values_are_read(tmp_path: Path) -> None:
         SingleFileFormat().verify(path)
 
 
+@pytest.mark.slow
 def test_every_changed_bit_of_a_tensor_is_detected(tmp_path: Path) -> None:
     """A flipped bit in a tensor is always detected, although torch ignores the checksums of its files."""
     path = tmp_path / "a.pth"

@@ -132,6 +132,7 @@ def test_a_tensor_that_cannot_be_saved_is_rejected_before_training(
     runner.close()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_complex128_buffer_resumes(tmp_path: Path) -> None:
     """A resumed run restores the buffer."""
     with_buffer = run_with(UNUSUAL["complex128"], tmp_path)

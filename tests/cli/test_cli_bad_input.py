@@ -48,6 +48,7 @@ def test_an_invalid_configuration(stratagem: Command, tmp_path: Path, name: str,
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_missing_configuration(stratagem: Command):
     """The error contains the missing path."""
     assert_refused(stratagem("train", "there/is/none.py"), "there/is/none.py", "No such file")
@@ -92,6 +93,7 @@ def test_an_invalid_value(stratagem: Command, config: str, tmp_path: Path, overr
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -131,6 +133,7 @@ def test_without_a_command_the_help_is_shown(stratagem: Command):
     assert "Commands:" in done.out + done.err
 
 
+@pytest.mark.slow
 def test_a_work_dir_that_cannot_be_created(stratagem: Command, config: str, tmp_path: Path):
     """If the path of the work dir is a file, the error suggests how to choose a different one."""
     (tmp_path / "file").write_text("mine")
@@ -139,6 +142,7 @@ def test_a_work_dir_that_cannot_be_created(stratagem: Command, config: str, tmp_
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
 def test_a_missing_checkpoint(stratagem: Command, config: str, command: str):
     """The error for a missing checkpoint contains its path, for every command."""
@@ -146,6 +150,7 @@ def test_a_missing_checkpoint(stratagem: Command, config: str, command: str):
     assert_refused(stratagem(*words, "--work-dir", "run"), "gone/epoch_1", "no such checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
 def test_a_path_that_is_not_a_checkpoint(stratagem: Command, config: str, tmp_path: Path, command: str):
     """The error for a path that is not a checkpoint describes what a checkpoint is."""
@@ -184,6 +189,7 @@ def test_the_checkpoint_of_a_different_model(stratagem: Command, config: str, tr
     assert_refused(stratagem(*words, "--work-dir", "run", *wider), *expected)
 
 
+@pytest.mark.slow
 def test_an_error_in_user_code(stratagem: Command, config: str):
     """An error in code that the configuration uses exits with 1 and shows its class and location."""
     # The loss reads a class that the model does not predict.

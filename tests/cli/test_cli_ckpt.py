@@ -48,11 +48,13 @@ def test_ls_lists_the_newest_first(stratagem: Command, run: Path) -> None:
     assert all(line[-1] == "complete" for line in lines[1:])
 
 
+@pytest.mark.slow
 def test_ls_searches_the_folders_of_runs(stratagem: Command, run: Path) -> None:
     """`ckpt ls` on a folder of several runs lists the checkpoints of each run."""
     assert "toy/epoch_1" in stratagem("ckpt", "ls", run.parent).out
 
 
+@pytest.mark.slow
 def test_ls_lists_unusable_checkpoints(stratagem: Command, run: Path) -> None:
     """A checkpoint without a manifest is listed with the problem."""
     (run / "epoch_2" / "manifest.json").unlink()
@@ -66,6 +68,7 @@ def test_ls_of_an_empty_folder_is_an_error(stratagem: Command, tmp_path: Path) -
     assert "No checkpoint found in" in listed.err
 
 
+@pytest.mark.slow
 def test_show_prints_parts_and_position(stratagem: Command, run: Path) -> None:
     """`ckpt show` prints the meta without the configuration, and the size of each part."""
     shown = stratagem("ckpt", "show", run / "epoch_2").out
@@ -80,6 +83,7 @@ def test_show_prints_the_configuration(stratagem: Command, run: Path) -> None:
     assert stratagem("ckpt", "show", run / "epoch_1", "--config").out == "lr = 0.1\n\n"
 
 
+@pytest.mark.slow
 def test_show_lists_tensors_with_their_range(stratagem: Command, run: Path) -> None:
     """`ckpt show --tensors` prints the minimum and maximum, and counts NaN and Inf."""
     save_checkpoint({"state_dict": {"x": torch.tensor([1.5, -2.0, float("inf")])}}, run / "odd")
@@ -101,6 +105,7 @@ def test_show_and_diff_print_json(stratagem: Command, run: Path) -> None:
     assert {"where", "first", "second", "difference"} == json.loads(different.out)[0].keys()
 
 
+@pytest.mark.slow
 def test_verify_checks_all_checkpoints_in_a_folder(stratagem: Command, run: Path) -> None:
     """`ckpt verify` lists intact checkpoints with their size and exits with 0."""
     verified = stratagem("ckpt", "verify", run)
@@ -108,6 +113,7 @@ def test_verify_checks_all_checkpoints_in_a_folder(stratagem: Command, run: Path
     assert [line.split()[0] for line in verified.out.splitlines()] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_verify_names_the_damaged_tensor(stratagem: Command, run: Path) -> None:
     """A flipped bit makes `ckpt verify` exit with 1 and name the file and tensor; the others are still checked."""
     damage(run / "epoch_2")
@@ -185,6 +191,7 @@ def test_consolidate_finds_the_average_of_a_run(stratagem: Command, config: str,
     assert any(not torch.equal(written[name], value) for name, value in saved["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_consolidate_without_an_average_is_rejected(stratagem: Command, run: Path, tmp_path: Path) -> None:
     """Without averages, `--averaged` raises an error and writes nothing."""
     save_checkpoint({"state_dict": {"w": torch.ones(1)}}, run / "plain")
@@ -208,6 +215,7 @@ def entries_of(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
 
 
+@pytest.mark.slow
 def test_prune_keeps_the_last_and_manual_checkpoints(stratagem: Command, tmp_path: Path) -> None:
     """`ckpt prune` removes the other checkpoints of the run, lists them, and keeps those saved by hand."""
     save_run(tmp_path / "run", 5)
@@ -228,6 +236,7 @@ def test_prune_asks_for_confirmation(stratagem: Command, tmp_path: Path, monkeyp
     assert entries_of(tmp_path / "run") == {"epoch_1", "epoch_2", "epoch_3", "mine"}
 
 
+@pytest.mark.slow
 def test_prune_does_not_count_a_damaged_checkpoint(stratagem: Command, tmp_path: Path) -> None:
     """A damaged checkpoint does not count as one of the last, so the last intact one is kept."""
     save_run(tmp_path / "run", 3)

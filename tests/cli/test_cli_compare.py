@@ -119,6 +119,7 @@ def test_compare_rejects_unknown_values_and_single_runs(stratagem: Command, two_
     assert "needs two or more runs, got 1" in stratagem("runs", "compare", two_runs[0]).err
 
 
+@pytest.mark.slow
 def test_runs_with_equal_names_are_told_apart(stratagem: Command, tmp_path: Path):
     """If work directories have the same name, their paths are printed."""
     for parent in ("a", "b"):
@@ -127,6 +128,7 @@ def test_runs_with_equal_names_are_told_apart(stratagem: Command, tmp_path: Path
     assert json.loads(done.out)["runs"] == ["a/run", "b/run"]
 
 
+@pytest.mark.slow
 def test_a_curve_ends_where_its_run_ends(stratagem: Command, tmp_path: Path):
     """In the plot, the curve of a shorter run does not continue to the end of the longer one."""
     write_run(tmp_path / "long", losses(*[1.0] * 11))
@@ -138,6 +140,7 @@ def test_a_curve_ends_where_its_run_ends(stratagem: Command, tmp_path: Path):
     assert len(rows[0]) - 13 == pytest.approx((len(rows[-1]) - 13) / 2, abs=2)
 
 
+@pytest.mark.slow
 def test_watch_follows_a_run_until_it_ends(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In a pipe, `watch` prints the last lines of the log, then what is appended, and how the session ended."""
     folder = write_run(tmp_path / "run", losses(2), how=None)
@@ -224,6 +227,7 @@ def test_no_run_is_an_error(stratagem: Command, tmp_path: Path):
         assert "No run found in" in done.err
 
 
+@pytest.mark.slow
 def test_a_work_directory_with_only_tests_contains_no_run(stratagem: Command, tmp_path: Path) -> None:
     """The folders of tests and validations, which have no record of a session, are not a run that was killed."""
     for session, mode in (("20260101_000000", "test"), ("20260101_000001", "val")):

@@ -56,6 +56,7 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
     assert measured.storage is not None
 
 
+@pytest.mark.slow
 def test_a_problem_sets_the_exit_code(stratagem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """If the folder is not writable, the exit code is 1, and the output suggests what to do."""
     monkeypatch.setattr("stratagem.cli.doctor.command._check_local_ranks", lambda nproc, request: [])
@@ -137,6 +138,7 @@ def test_a_measured_link_gives_the_measured_times() -> None:
     assert far.latency == pytest.approx((100e-6 - 3 * 10e-6) / 2)
 
 
+@pytest.mark.slow
 def test_the_storage_is_measured_without_leaving_files(tmp_path: Path) -> None:
     """The rate is that of the closest existing folder, and None where nothing can be written."""
     rate = measure_storage(tmp_path / "a" / "b")

@@ -21,6 +21,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
+@pytest.mark.slow
 def test_a_state_dict_names_the_module_that_it_contains(stratagem: Callable[..., Any], checkpoint: Path) -> None:
     """The command prints the module, and the user's own module loads the file."""
     done = stratagem("ckpt", "convert", checkpoint, "own.pth", "--to", "state_dict")
@@ -29,6 +30,7 @@ def test_a_state_dict_names_the_module_that_it_contains(stratagem: Callable[...,
     nn.Linear(1, 1).load_state_dict(torch.load("own.pth", weights_only=True), strict=True)
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_configuration_names_what_is_missing(
     stratagem: Callable[..., Any], checkpoint: Path
 ) -> None:
@@ -54,6 +56,7 @@ def test_options_that_have_no_effect_are_rejected(
     assert message in done.err
 
 
+@pytest.mark.slow
 def test_a_model_without_transformers_is_refused(stratagem: Callable[..., Any], checkpoint: Path, config: str) -> None:
     """The error names the model and suggests other formats."""
     done = stratagem("ckpt", "convert", checkpoint, "folder", "--to", "huggingface", "--config", config)

@@ -9,6 +9,7 @@ import pytest
 Command = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_a_sweep_plots_the_loss_and_suggests_rates(stratagem: Command, config: str, tmp_path: Path):
     """The loss is plotted over the learning rates, with a table of suggestions, and no run folder is created."""
     done = stratagem("find", "lr", config, "--steps", "30", "--min", "1e-5", "--max", "1")

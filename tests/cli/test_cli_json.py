@@ -42,6 +42,7 @@ def _commands(command: Any, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_command_with_results_can_print_json():
     """All commands have --json, except those that train, generate text or write files."""
     commands = _commands(typer.main.get_command(app))
@@ -56,6 +57,7 @@ def test_the_environment_is_an_object(value: Callable[..., Any]):
     assert all(isinstance(each, str) for each in found.values())
 
 
+@pytest.mark.slow
 def test_the_changes_of_a_value_are_a_list(value: Callable[..., Any], config: str):
     """`config explain --json` has the place, the kind and the whole value of each change."""
     found = value("config", "explain", config, "train_cfg.max_epochs", "--set", "train_cfg.max_epochs=7")
@@ -80,6 +82,7 @@ def test_the_differences_of_configurations_have_both_values(value: Callable[...,
     assert value("config", "diff", "a.py", "b.py") == {"first.rate": {"first": "1", "second": "2"}}
 
 
+@pytest.mark.slow
 def test_the_values_of_a_schedule_are_lists(value: Callable[..., Any], config: str):
     """`schedule --json` has a value of each option for each iteration of the preview."""
     found = value("schedule", config)

@@ -183,6 +183,7 @@ def test_the_json_has_all_results(stratagem: Command, config: str):
     assert found["tolerances"][0]["cap"] == 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "text"),
     [("dpp", "Did you mean 'ddp'"), ("ddp,single", "SingleDeviceStrategy is always included as the reference")],

@@ -79,6 +79,7 @@ def test_a_model_uses_the_weights_of_the_checkpoint(stratagem: Command, written:
         assert (done.status, done.out) == (0, "abcdef\n")
 
 
+@pytest.mark.slow
 def test_options_of_the_training_strategy_are_ignored(stratagem: Command, written: tuple[str, str]) -> None:
     """Options of the training strategy, which a command after sharded training contains, are ignored."""
     config, run = written

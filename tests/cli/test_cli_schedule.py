@@ -9,6 +9,7 @@ import pytest
 Command = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_plotted_over_the_whole_run(stratagem: Command, config: str, tmp_path: Path):
     """2 epochs of 20 samples in batches of 4 give 10 iterations; constant values are printed."""
     done = stratagem("schedule", config)
@@ -25,6 +26,7 @@ def test_the_learning_rate_is_plotted_over_the_whole_run(stratagem: Command, con
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_each_scheduled_option_has_a_panel(stratagem: Command, config: str):
     """Each scheduled option has a panel, and groups with different values have separate lines."""
     done = stratagem(
@@ -44,6 +46,7 @@ def test_each_scheduled_option_has_a_panel(stratagem: Command, config: str):
     ]
 
 
+@pytest.mark.slow
 def test_units_and_processes_are_printed(stratagem: Command, config: str):
     """With two processes, an epoch has 3 batches, and the optimizer steps after every 2; no process is started."""
     done = stratagem("schedule", config, "--nproc", "2", "--set", "optim_wrapper.accumulative_counts=2")

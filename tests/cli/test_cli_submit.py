@@ -28,12 +28,14 @@ def test_options_are_written_to_the_script(stratagem: Callable[..., Any], config
     )
 
 
+@pytest.mark.slow
 def test_printing_writes_nothing(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
     """`--print` prints the script and writes no file."""
     assert stratagem("submit", config, "--print").out.startswith("#!/bin/bash\n")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_script_is_written_to_the_run_folder(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
     """Without --now, the script is written to the run folder, and the command to submit it is printed."""
     outcome = stratagem("submit", config, "--work-dir", "run")
@@ -58,6 +60,7 @@ def test_cores_reach_the_step(stratagem: Callable[..., Any], config: str) -> Non
     assert "export SRUN_CPUS_PER_TASK=" in out
 
 
+@pytest.mark.slow
 def test_an_error_is_found_before_submission(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
     """A configuration that training would reject is rejected before submission."""
     outcome = stratagem("submit", config, "--set", "train_cfg.max_epoch=3")
@@ -66,6 +69,7 @@ def test_an_error_is_found_before_submission(stratagem: Callable[..., Any], conf
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_submitting_without_slurm(stratagem: Callable[..., Any], config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sbatch, the script is written, and the error states where to submit it."""
     monkeypatch.setenv("PATH", "/nowhere")

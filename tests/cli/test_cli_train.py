@@ -18,6 +18,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return CheckpointLoader.load_checkpoint(path)["state_dict"]
 
 
+@pytest.mark.slow
 def test_training_ends_with_a_summary(stratagem: Command, config: str, tmp_path: Path):
     """The summary contains metrics, the checkpoint, and the commands to test it and to continue training."""
     done = stratagem("train", config, "--work-dir", "run")
@@ -60,6 +61,7 @@ def test_a_run_of_max_steps_is_extended_by_max_steps(stratagem: Command, config:
     assert "max_iters=" not in done.out
 
 
+@pytest.mark.slow
 def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config: str, tmp_path: Path):
     """Overrides such as a.b.0.c=value are applied and are in the saved configuration."""
     overrides = ("model.network.1.p=0.0", "param_scheduler.0.end=3", "train_cfg={_delete_: true, max_iters: 2}")
@@ -133,6 +135,7 @@ def test_predictions_are_printed_or_written(stratagem: Command, config: str, tmp
     assert "must be .jsonl, .csv, .npz, .pt" in wrong.err
 
 
+@pytest.mark.slow
 def test_env_prints_the_environment(stratagem: Command):
     """`env` prints one line per fact."""
     done = stratagem("env")
@@ -142,6 +145,7 @@ def test_env_prints_the_environment(stratagem: Command):
     assert "PyTorch" in facts
 
 
+@pytest.mark.slow
 def test_version(stratagem: Command):
     """--version prints the name and version."""
     assert stratagem("--version").out == f"stratagem {__version__}\n"

@@ -23,6 +23,7 @@ def family(tmp_path: Path) -> Path:
     return child
 
 
+@pytest.mark.slow
 def test_show_prints_the_merged_configuration(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config show --as yaml` prints the configuration after merging bases, file and --set."""
     shown = stratagem("config", "show", family, "--as", "yaml", "--set", "log_level=DEBUG")
@@ -34,6 +35,7 @@ def test_show_prints_the_merged_configuration(stratagem: Callable, family: Path)
     }
 
 
+@pytest.mark.slow
 def test_show_rejects_an_unknown_format(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """An unknown format is rejected with the closest name."""
     shown = stratagem("config", "show", family, "--as", "yml")
@@ -41,6 +43,7 @@ def test_show_rejects_an_unknown_format(stratagem: Callable, family: Path) -> No
     assert "Did you mean 'yaml'?" in shown.err
 
 
+@pytest.mark.slow
 def test_explain_lists_every_file_and_line(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config explain` prints the line of the base, the line of the child and the override, in order."""
     explained = stratagem(
@@ -62,6 +65,7 @@ def test_diff_compares_two_files(stratagem: Callable, family: Path) -> None:  # 
     assert stratagem("config", "diff", family, family).out == "No differences.\n"
 
 
+@pytest.mark.slow
 def test_check_lists_all_problems(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config check` exits with 2 and lists each problem with its location and the closest name."""
     valid = family.with_name("valid.py")

@@ -289,6 +289,7 @@ def test_one_gpu_is_not_shared_by_the_ranks_of_the_all_reduce(monkeypatch: pytes
     assert "one device" in finding.found
 
 
+@pytest.mark.slow
 def test_a_machine_with_one_gpu_records_its_storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without other GPUs, the record has no link, and plans then use the data sheets."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

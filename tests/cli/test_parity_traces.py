@@ -47,6 +47,7 @@ def write(path: Path, *, factor: float = 1.0, samples: str = "sample", lr: float
     return path
 
 
+@pytest.mark.slow
 def test_equal_traces_have_exit_code_0(stratagem: Command, tmp_path: Path):
     """Two traces of the same numbers are bitwise identical."""
     done = stratagem("parity", write(tmp_path / "a.json"), write(tmp_path / "b.json"))
@@ -67,6 +68,7 @@ def test_traces_with_rounding_are_equal_within_the_tolerance(stratagem: Command,
     assert [each["tolerance"] for each in other["by_step"]] == [0.0, 1e-6]
 
 
+@pytest.mark.slow
 def test_the_first_difference_of_two_traces_is_shown_with_its_part(stratagem: Command, tmp_path: Path):
     """The table has the step, the part and the size of the first difference, and the factor between the tensors."""
     done = stratagem("parity", write(tmp_path / "a.json"), write(tmp_path / "b.json", factor=2.0))
@@ -75,6 +77,7 @@ def test_the_first_difference_of_two_traces_is_shown_with_its_part(stratagem: Co
     assert "backward" in done.out
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_0_is_found_in_a_trace(stratagem: Command, tmp_path: Path):
     """If nothing moves in a trace, this is wrong by itself, although the other trace is equal."""
     done = stratagem("parity", write(tmp_path / "a.json", lr=0.0), write(tmp_path / "b.json", lr=0.0))

@@ -226,6 +226,7 @@ def test_a_base_in_a_package_sets_its_scope(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_importing_config_is_lightweight():
     """Importing the configuration and the registries does not import torch, NumPy or file parsers."""
     code = (

@@ -281,6 +281,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=examples(150), deadline=None)
 @given(value=TREES)

@@ -174,6 +174,7 @@ def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> No
     assert seen[:40] == [step[0][0] for step in whole]
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 20), restarts)
 def test_infinite_data_can_be_resumed(length: int, pieces: list[Piece]) -> None:

@@ -272,6 +272,7 @@ def test_a_function_that_is_imported_later_is_seeded(late_module: ModuleType, mo
     assert batches(Drawing("late"), streams="auto") == batches(Drawing("late"), streams="always")
 
 
+@pytest.mark.slow
 def test_a_function_that_is_stored_later_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataset that stores a method of Python's generator draws the numbers of the streams."""
     batches(Drawing("nothing"))

@@ -35,6 +35,7 @@ def test_sampling_with_replacement_follows_the_weights() -> None:
     assert sum(counts.values()) == 40_000
 
 
+@pytest.mark.slow
 def test_sampling_without_replacement_prefers_large_weights() -> None:
     """With weights 1 and 3, the second sample comes first in 3,000 +- 137 of 4,000 epochs, and no sample is repeated."""
     drawing = sampler((1.0, 0.0, 3.0), replacement=False)

@@ -166,6 +166,7 @@ def test_linear_layers_of_other_classes_are_recognized_by_the_names_of_the_class
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda module: torch.compile(module, backend="eager"), lambda module: module])
 def test_compiled_submodules_do_not_change_the_rule(wrap: Any) -> None:
     """A compiled block is compared with the other blocks under the name without the wrapper."""

@@ -94,6 +94,7 @@ def test_the_second_micro_batch_of_a_run_decides_what_modules_release() -> None:
     assert [each[2, 3] for each in releases] == [frozenset(), frozenset({1})]
 
 
+@pytest.mark.slow
 def test_modules_are_visited_as_often_as_by_the_hooks_of_deepspeed() -> None:
     """Each output of a module is a visit of the backward pass, and only the last call of a module ends its visit."""
     timeline = record_timeline(

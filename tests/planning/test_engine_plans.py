@@ -69,6 +69,7 @@ def test_colossalai_broadcasts_buffers_before_a_step() -> None:
     assert (broadcast.count, broadcast.bytes, broadcast.phase) == (2, 72, "forward")
 
 
+@pytest.mark.slow
 def test_labels_are_short() -> None:
     """Labels contain names and dtypes without keys, and the options of a section without the section."""
     deepspeed = planned({"type": "deepspeed", "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
@@ -116,6 +117,7 @@ class TestMicroBatchesOfOtherSizes:
         assert len({step.largest_micro_batch for step in plan.steps}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bucket", "flat_copy"), [("bf16", 20_000, 2 * 8320), (None, 40_000, 0)])
 def test_the_update_of_stage_3_copies_gradients_in_half_precision(
     dtype: str | None, bucket: int, flat_copy: int

@@ -48,6 +48,7 @@ def test_a_plan_of_one_device_equals_a_real_run(kind: str, tmp_path: Path) -> No
     assert step.memory.peak == pytest.approx(real["peak"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_sizes_of_a_linear_layer_are_those_computed_by_hand() -> None:
     """AdamW keeps two tensors and a 4-byte step for each parameter, and 16 weights and 4 biases are sharded over 2 ranks."""
     model = SupervisedModel(nn.Linear(4, 4), nn.MSELoss())
@@ -74,6 +75,7 @@ def test_bytes_of_a_save_and_of_resuming_are_those_computed_by_hand() -> None:
     assert [step.resume_bytes for step in plan.steps] == [248 + 124, 128 + 124]
 
 
+@pytest.mark.slow
 def test_a_configuration_without_a_strategy_is_planned_like_a_run_without_one() -> None:
     """One rank is a single device, and several are DDP."""
     model = {"type": "SupervisedModel", "network": {"type": "Linear", "in_features": 4, "out_features": 4}}
@@ -244,6 +246,7 @@ def test_averaged_weights_of_the_configuration_count() -> None:
     assert step.memory.optimizer_state == 0
 
 
+@pytest.mark.slow
 def test_a_dataset_that_uses_the_network_is_refused() -> None:
     """Nothing is downloaded: the error suggests to describe the batch instead."""
 

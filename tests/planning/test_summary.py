@@ -122,6 +122,7 @@ def test_a_module_that_depends_on_values_runs_with_the_given_ones() -> None:
         stratagem.summary(model, "float32[3,3]")
 
 
+@pytest.mark.slow
 def test_a_summary_changes_nothing() -> None:
     """Parameters, gradients, modes and random states are as before; a model on the meta device needs no memory."""
     network, inputs, _ = cnn()

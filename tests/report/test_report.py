@@ -30,6 +30,7 @@ def curve_of(page: str, mode: str, name: str) -> dict[str, Any]:
     return data_of(page)["runs"][0]["curves"][mode][name]
 
 
+@pytest.mark.slow
 def test_a_long_curve_keeps_its_extremes_and_means() -> None:
     """Of 100,000 values, each point has the mean, minimum and maximum of the values that it combines."""
     curve = Curve()

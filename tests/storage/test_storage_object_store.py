@@ -224,6 +224,7 @@ def test_a_failed_removal_never_restores_old_contents(sources: dict[str, Path], 
         Faulty.operations = reached
 
 
+@pytest.mark.slow
 def test_a_failed_fetch_leaves_the_cache_intact(sources: dict[str, Path], tmp_path: Path) -> None:
     """A failed fetch raises an error, and the next fetch succeeds."""
     publish(sources["old"], "faulty://place/a")

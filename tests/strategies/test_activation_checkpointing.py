@@ -96,6 +96,7 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(value, other[1][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [True, "Block", {"policy": "Block", "save_ops": ["addmm"]}, [nn.Linear, "BatchNorm1d"]]
 )
@@ -105,6 +106,7 @@ def test_a_single_process_has_the_same_bits_with_checkpoints(tmp_path: Path, opt
     assert_same(train(SingleDeviceStrategy, tmp_path / "other", activation_checkpointing=options), plain)
 
 
+@pytest.mark.slow
 def test_checkpoints_save_fewer_bytes(tmp_path: Path) -> None:
     """Of a block, only the input of 32 x 16 floats is saved, instead of several tensors of 32 x 64 floats."""
     plain = train(SingleDeviceStrategy, tmp_path / "plain")[2]

@@ -62,6 +62,7 @@ def test_resuming_allocates_only_the_optimizer_state(saved: Path, monkeypatch: p
     made.close()
 
 
+@pytest.mark.slow
 def test_resuming_again_allocates_nothing_on_the_device(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the optimizer already has state, as in a rollback, resuming copies into it instead of allocating it twice."""
     pretend_accelerator(monkeypatch)

@@ -82,6 +82,7 @@ def keys(path: Path | str) -> set[str]:
     return {key.partition(".")[2] for key in CheckpointLoader.load_checkpoint(path)["state_dict"]}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_frozen_parameters_resumes_exactly(tmp_path: Path) -> None:
     """It has the adapter, its moments and all buffers in a tenth of the size, and the losses after it are the same."""
     strategy = prepared(SingleDeviceStrategy, tmp_path)

@@ -182,6 +182,7 @@ def test_a_run_can_change_between_one_process_and_two_ranks(ranks: Ranks, tmp_pa
     assert "was saved by 1 ranks, but this run has 2" in both[0]["log"]
 
 
+@pytest.mark.slow
 def test_a_resumed_process_is_bit_identical(tmp_path: Path) -> None:
     """Losses and weights after resuming in one process are bit-identical to an uninterrupted run."""
     folder = str(tmp_path)

@@ -161,6 +161,7 @@ def test_wrong_averaged_weights_are_found_in_the_average(tmp_path: Path) -> None
     assert (first.step, first.part) == (2, Part.AVERAGE)
 
 
+@pytest.mark.slow
 def test_parameters_that_change_between_two_steps_are_found_at_the_start_of_the_next(tmp_path: Path) -> None:
     """A weight is changed after the update of step 2."""
     Loop().run(tmp_path / "one.json", averaged=None)
@@ -170,6 +171,7 @@ def test_parameters_that_change_between_two_steps_are_found_at_the_start_of_the_
     assert (first.step, first.part, first.name) == (3, Part.START, "4.weight")
 
 
+@pytest.mark.slow
 def test_other_dropout_is_found_in_the_forward_pass_with_the_generators(tmp_path: Path) -> None:
     """The generator is seeded again before step 2."""
     again = Loop(dropout=0.5, before_step=lambda step: torch.manual_seed(5) if step == 2 else None)
@@ -339,6 +341,7 @@ def test_several_optimizers_without_a_forward_pass_in_between_make_one_step(tmp_
     assert [group.options["lr"] for group in steps[0].groups or ()] == [0.1, 0.2]
 
 
+@pytest.mark.slow
 def test_a_compiled_module_has_the_names_of_the_model(tmp_path: Path) -> None:
     """``torch.compile`` does not change the recorded names."""
     model = nn.Linear(2, 1)

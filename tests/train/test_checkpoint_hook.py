@@ -21,6 +21,7 @@ def saved(make_runner: MakeRunner, hook: dict, *, train_cfg: dict, **changes: An
     return sorted(name for name in names if name not in {runner.strategy.timestamp, "last_checkpoint"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "epochs"),
     [
@@ -60,6 +61,7 @@ def test_out_dir_has_a_subdirectory_for_the_run(make_runner: MakeRunner, tmp_pat
     assert (tmp_path / "store" / "run" / "epoch_1").is_dir()
 
 
+@pytest.mark.slow
 def test_optimizer_and_schedules_can_be_omitted(make_runner: MakeRunner, tmp_path: Path):
     """With ``save_optimizer=False`` and ``save_param_scheduler=False``, a checkpoint contains only the weights."""
     schedule = {"type": "ExponentialLR", "gamma": 0.9}
@@ -71,6 +73,7 @@ def test_optimizer_and_schedules_can_be_omitted(make_runner: MakeRunner, tmp_pat
     assert whole & set(CheckpointLoader.load_checkpoint(tmp_path / "small" / "epoch_1")) == {"state_dict"}
 
 
+@pytest.mark.slow
 def test_hooks_can_add_data_to_a_checkpoint_and_read_it_back(make_runner: MakeRunner, tmp_path: Path):
     """Data added in ``before_save_checkpoint`` is available in ``after_load_checkpoint``."""
 
@@ -92,6 +95,7 @@ def test_hooks_can_add_data_to_a_checkpoint_and_read_it_back(make_runner: MakeRu
     assert len(diary.read) == 2
 
 
+@pytest.mark.slow
 def test_load_from_loads_the_weights_and_starts_a_new_run(make_runner: MakeRunner, tmp_path: Path):
     """After loading weights with ``load_from``, the epoch and the iteration start at zero."""
     saved(make_runner, {}, train_cfg={"max_epochs": 1})

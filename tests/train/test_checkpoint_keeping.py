@@ -80,6 +80,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_only_the_last_checkpoints_are_kept(make_runner: MakeRunner, way: dict):
     """Only the last checkpoints are kept, whether saved in the background or not, as a directory or a single file."""
@@ -102,11 +103,13 @@ def test_a_run_resumes_exactly_from_either_way_of_saving(make_runner: MakeRunner
         assert torch.equal(runner.strategy.unwrap_model().state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_every_nth_checkpoint_is_kept_permanently(make_runner: MakeRunner):
     """``keep_every`` keeps every nth checkpoint in addition to the last one."""
     assert names(train(make_runner, {"max_keep_ckpts": 1, "keep_every": 2}, 5)) == {"epoch_2", "epoch_4", "epoch_5"}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_run_is_found(make_runner: MakeRunner):
     """``best_checkpoint`` returns the checkpoint with the best score, the earlier one of two equal ones."""
     hook = {"save_best": "acc", "keep_best": 3}
@@ -148,6 +151,7 @@ def test_another_run_in_the_folder_does_not_have_the_best_checkpoint(make_runner
     assert second.best_checkpoint() == tmp_path / "one" / "best_acc_epoch_2"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_to_remove_old_checkpoints(make_runner: MakeRunner):
     """A resumed run recognizes its own checkpoints by the run's id and continues to remove them."""
     train(make_runner, {"max_keep_ckpts": 2}, 2)
@@ -165,12 +169,14 @@ def test_the_checkpoints_of_another_run_are_kept(make_runner: MakeRunner):
     }
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_by_the_user_is_kept(make_runner: MakeRunner):
     """A checkpoint that the user saved with ``run.save_checkpoint`` is never removed."""
     own = At(2, lambda run: run.save_checkpoint(Path(run.work_dir) / "mine", run.progress.after_this_iteration()))
     assert names(train(make_runner, {"max_keep_ckpts": 1}, 3, custom_hooks=[own])) == {"mine", "epoch_3"}
 
 
+@pytest.mark.slow
 def test_the_next_start_removes_what_a_killed_run_left(make_runner: MakeRunner):
     """Checkpoints that a killed run did not remove are removed at the next start, even before the next save."""
     train(make_runner, {}, 3)
@@ -178,6 +184,7 @@ def test_the_next_start_removes_what_a_killed_run_left(make_runner: MakeRunner):
     assert names(train(make_runner, hook, 4, resume=True, custom_hooks=[At(22, stop)])) == {"epoch_3"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_on_an_interrupt_is_removed_like_the_others(make_runner: MakeRunner):
     """A checkpoint saved on an interrupt is removed once a newer one is durable."""
     interrupt = At(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
@@ -230,6 +237,7 @@ def test_checkpoints_by_time_do_not_count_as_the_last_ones(make_runner: MakeRunn
 # -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_in_addition_to_the_last(make_runner: MakeRunner):
     """A better checkpoint replaces the previous best one; an equal or worse one does not."""
     runner = train(make_runner, {"save_best": "acc", "max_keep_ckpts": 1}, 4, **scored(0.1, 0.9, 0.9, 0.3))
@@ -446,6 +454,7 @@ def test_all_ranks_keep_the_same_checkpoints(ranks: Ranks, tmp_path: Path, way: 
     assert resumed[0] == resumed[1] == (["best_acc_epoch_2", "epoch_2", "epoch_4"], str(tmp_path / "run" / "epoch_4"))
 
 
+@pytest.mark.slow
 def test_a_run_with_out_dir_resumes_from_it(make_runner: Any, tmp_path: Path):
     """``resume=True`` finds the checkpoints in ``out_dir``; a URL as ``out_dir`` is rejected."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 1, "out_dir": tmp_path / "big"}}

@@ -127,6 +127,7 @@ def test_a_run_with_augmentation_resumes_bit_for_bit(make_runner: MakeRunner, tm
     assert found == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -283,6 +284,7 @@ def test_a_checkpoint_of_another_loader_is_rejected(make_runner: MakeRunner) -> 
         runner.train()
 
 
+@pytest.mark.slow
 def test_an_epoch_continues_with_a_batch_size_that_does_not_divide_the_samples_seen(make_runner: MakeRunner) -> None:
     """After four samples, batches of three start with the fifth, and each sample is seen exactly once."""
     seen = Recorder()

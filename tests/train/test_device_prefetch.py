@@ -180,6 +180,7 @@ class Doubling(Hook):
         data_batch[0].mul_(2.0)
 
 
+@pytest.mark.slow
 def test_a_hook_can_change_the_batch(make_runner: MakeRunner, tmp_path: Path) -> None:
     """Hooks receive the copy that is trained, so what they change in place is trained."""
     outcomes = []

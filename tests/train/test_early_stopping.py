@@ -55,6 +55,7 @@ def test_training_stops_when_the_metric_no_longer_improves(
     assert epochs_trained(make_runner, values, **options) == ends
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_at_the_same_epoch(make_runner: MakeRunner, tmp_path: Path):
     """After a resume, the two earlier validations without improvement count toward the patience of three."""
 

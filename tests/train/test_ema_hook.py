@@ -184,6 +184,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(
         assert torch.equal(pieces.average.averages[name], average)
 
 
+@pytest.mark.slow
 def test_testing_a_checkpoint_uses_its_average(make_runner: MakeRunner, tmp_path: Path):
     """A loaded and a resumed checkpoint both use its average; training with ``load_from`` starts a new average."""
     hook = EMAHook(momentum=0.25)
@@ -210,6 +211,7 @@ def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, 
     assert torch.equal(weights.evaluated[0], runner.strategy.model_state_dict()[NAME])
 
 
+@pytest.mark.slow
 def test_resuming_without_an_average_is_an_error_unless_strict_load_is_false(make_runner: MakeRunner):
     """With ``strict_load=False`` a new average starts at the resumed iteration."""
     make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
@@ -296,6 +298,7 @@ def test_all_ranks_have_the_same_average_and_resume_it(ranks: Ranks, tmp_path: P
 STOCHASTIC = {"type": "EMAHook", "ema_type": "StochasticWeightAverage"}
 
 
+@pytest.mark.slow
 def test_resuming_another_type_of_average_is_an_error(make_runner: MakeRunner):
     """An exponential average is not continued as a stochastic one; with ``strict_load=False`` a new average starts."""
     make_runner(custom_hooks=[EMAHook(momentum=0.25)], train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
@@ -376,6 +379,7 @@ class TiedHalf(BaseModel):
         return {"preds": scores, "target": classes}
 
 
+@pytest.mark.slow
 def test_exports_of_the_best_checkpoint_contain_the_weights_that_scored(make_runner: MakeRunner, tmp_path: Path):
     """Converted and published files of a best checkpoint score as in the validation, also with tied bfloat16 weights."""
     evaluated: dict[int, dict[str, torch.Tensor]] = {}

@@ -170,6 +170,7 @@ def test_each_rate_is_used_for_one_optimizer_step(make_runner: MakeRunner):
     assert len(strategy.model.seen) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_a_sweep_has_no_side_effects(make_runner: MakeRunner, optimizer: str):
     """A sweep restores all state bit for bit, so the training that follows is the same."""

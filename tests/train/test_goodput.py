@@ -374,6 +374,7 @@ def test_a_second_training_in_the_same_process_is_another_session(make_runner: M
     assert goodput.sessions == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_failed_run_record_their_outcomes(make_runner: MakeRunner) -> None:
     """A signal and an error are distinguished from the end of a run, and from a kill."""
 

@@ -38,6 +38,7 @@ def prepared(work_dir: Path) -> SingleDeviceStrategy:
     return strategy
 
 
+@pytest.mark.slow
 def test_a_hand_written_loop_trains_saves_and_resumes(tmp_path: Path):
     """The losses of a run in two parts equal those of the uninterrupted run."""
     batches = list(DataLoader(Samples(), batch_size=2))

@@ -44,6 +44,7 @@ def train(make_runner: MakeRunner, hooks: list[Hook], epochs: int, **changes: An
     return [hook.count for hook in hooks if isinstance(hook, Counter)]
 
 
+@pytest.mark.slow
 def test_hooks_of_one_class_keep_their_states_in_another_order(make_runner: MakeRunner):
     """The order of hooks in the configuration may change between sessions."""
     train(make_runner, [Counter(1, "one"), Counter(100, "many")], 1)
@@ -51,12 +52,14 @@ def test_hooks_of_one_class_keep_their_states_in_another_order(make_runner: Make
     assert counts == [200 * EPOCH, 2 * EPOCH]
 
 
+@pytest.mark.slow
 def test_a_hook_keeps_its_state_if_another_one_is_removed(make_runner: MakeRunner):
     """The state of the removed hook is not used, and a warning names it."""
     train(make_runner, [Counter(1, "one"), Counter(100, "many")], 1)
     assert train(make_runner, [Counter(100, "many")], 2) == [200 * EPOCH]
 
 
+@pytest.mark.slow
 def test_a_hook_keeps_its_state_if_another_one_is_added(make_runner: MakeRunner):
     """A further hook of the class starts from scratch, even with a higher priority."""
     train(make_runner, [Counter(100)], 1)

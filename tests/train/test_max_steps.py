@@ -66,6 +66,7 @@ def test_skipped_steps_are_made_up_for(make_runner: MakeRunner, tmp_path: Path) 
     assert runner.latest_checkpoint() == tmp_path / "run" / "iter_12"
 
 
+@pytest.mark.slow
 def test_a_run_by_steps_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path) -> None:
     """An interrupted and resumed run has the same iterations and losses as the uninterrupted one."""
     whole = Recorder()

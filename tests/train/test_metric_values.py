@@ -122,6 +122,7 @@ def test_a_recorded_metric_is_a_number(make_runner: MakeRunner, kind: str):
     assert record["acc"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_a_run_continues_after_a_validation_without_metrics(
     make_runner: MakeRunner, reader: str, capfd: pytest.CaptureFixture[str]
@@ -135,6 +136,7 @@ def test_a_run_continues_after_a_validation_without_metrics(
         assert (Path(runner.strategy.work_dir) / "best_acc_epoch_4").is_dir()
 
 
+@pytest.mark.slow
 def test_the_first_metric_is_chosen_when_there_is_one(make_runner: MakeRunner):
     """With ``save_best="auto"``, a validation without metrics does not determine the metric."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"save_best": "auto"}}
@@ -149,6 +151,7 @@ def test_an_unknown_metric_beside_others_is_refused(make_runner: MakeRunner, rea
         train(make_runner, [{}, {"accuracy": 0.1}], **READERS[reader][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["save_best", "plateau"])
 def test_a_known_metric_may_be_missing_beside_others(make_runner: MakeRunner, reader: str):
     """A metric that an earlier validation returned is not misspelled, so the run continues without it."""
@@ -156,6 +159,7 @@ def test_a_known_metric_may_be_missing_beside_others(make_runner: MakeRunner, re
     assert runner.run.epoch == 3
 
 
+@pytest.mark.slow
 def test_a_validation_without_metrics_does_not_count_towards_the_patience_of_a_plateau(make_runner: MakeRunner):
     """With a patience of one, the value is reduced after two bad validations; validations without metrics do not count."""
     plateau = {"type": "ReduceOnPlateauLR", "monitor": "acc", "rule": "greater", "patience": 1}

@@ -96,6 +96,7 @@ def test_a_run_can_resume_from_any_checkpoint(make_runner: MakeRunner, tmp_path:
     assert all(torch.equal(value, expected[name]) for name, value in runner.strategy.model_state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_missed_validation_is_run_after_resuming(make_runner: MakeRunner):
     """A missed validation is run after resuming, because a plateau schedule depends on it."""
     epochs = {"param_scheduler": PLATEAU, "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 1.0}}}
@@ -125,6 +126,7 @@ def test_a_completed_validation_is_not_repeated(make_runner: MakeRunner, tmp_pat
     assert [iteration for iteration, _ in recorder.metrics] == [14]
 
 
+@pytest.mark.slow
 def test_resuming_a_complete_run_trains_nothing_and_validates(make_runner: MakeRunner):
     """Resuming a complete run trains nothing and validates once."""
     hooks = {"runtime_info": None, "logger": None}
@@ -137,6 +139,7 @@ def test_resuming_a_complete_run_trains_nothing_and_validates(make_runner: MakeR
     assert (runner.run.epoch, runner.run.iter) == (3, 21)
 
 
+@pytest.mark.slow
 def test_a_complete_run_can_be_extended(make_runner: MakeRunner):
     """Increasing max_epochs trains the additional epochs."""
     hooks = {"runtime_info": None, "logger": None}
@@ -175,6 +178,7 @@ def test_an_interrupted_run_can_continue_in_the_same_process(make_runner: MakeRu
     assert sorted(n for row in recorder.rows for n in row[2]) == list(range(13))
 
 
+@pytest.mark.slow
 def test_an_epoch_can_resume_with_a_different_batch_size(make_runner: MakeRunner) -> None:
     """After three batches of 2, an epoch that is resumed with batches of 3 contains each sample exactly once."""
     seen = Recorder()

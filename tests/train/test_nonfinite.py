@@ -115,6 +115,7 @@ def test_max_skips_in_a_row_stop_the_run(spoiled: Make):
     assert len(recorder.rows) == 11
 
 
+@pytest.mark.slow
 def test_the_number_of_skips_is_saved_in_checkpoints(spoiled: Make, make_runner: Callable[..., Runner], tmp_path: Path):
     """A resumed run continues to count the skips."""
     hooks = {"nonfinite": {"policy": "skip"}, "checkpoint": {"interval": 1}}
@@ -181,6 +182,7 @@ def test_a_rollback_restores_everything_in_the_checkpoint(spoiled: Make, tmp_pat
     assert_equal(seen[1], seen[0])
 
 
+@pytest.mark.slow
 def test_a_rollback_across_an_epoch_advances_schedules_by_epoch(spoiled: Make):
     """The second epoch uses its own learning rate, although the checkpoint is from the first epoch."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 5, "save_last": False}}
@@ -194,6 +196,7 @@ def test_a_rollback_across_an_epoch_advances_schedules_by_epoch(spoiled: Make):
     assert recorder.rates == [0.1] * EPOCH + [0.05] * 7
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_max_rollbacks(spoiled: Make):
     """The run stops after ``max_rollbacks`` rollbacks if the following batches contain NaN as well."""
     hooks = {

@@ -142,6 +142,7 @@ def test_the_training_state_does_not_change(make_runner: MakeRunner):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_used_as_in_a_test(make_runner: MakeRunner, tmp_path: Path):
     """With EMAHook, the results are those of the averaged weights of the checkpoint, and otherwise of the trained weights."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 1}}

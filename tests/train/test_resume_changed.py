@@ -33,6 +33,7 @@ def cosine(position: int, span: int, rate: float = 0.1) -> Any:
     return pytest.approx(rate * 0.5 * (1 + math.cos(math.pi * position / span)), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_the_saved_schedule_and_logs_it(make_runner: MakeRunner):
     """A cosine over one epoch keeps its final value in the second epoch, and the log explains how to extend it."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
@@ -90,6 +91,7 @@ def test_without_schedules_the_differing_options_are_logged(make_runner: MakeRun
     assert rates == [0.01] * EPOCH
 
 
+@pytest.mark.slow
 def test_the_log_lists_the_changes_in_the_configuration(make_runner: MakeRunner):
     """Each change is logged with its path and both values; the resume settings do not count as a change."""
     cfg = {"optim": {"lr": 0.1}, "note": "first"}
@@ -100,6 +102,7 @@ def test_the_log_lists_the_changes_in_the_configuration(make_runner: MakeRunner)
     assert "differs from that in the checkpoint:\n  optim.lr: 0.1 -> 0.2\n" in log
 
 
+@pytest.mark.slow
 def test_an_equal_configuration_is_not_logged(make_runner: MakeRunner):
     """Unchanged schedules and options are not logged either."""
     cfg = {"optim": {"lr": 0.1}}
@@ -117,6 +120,7 @@ class Taller(Toy):
         self.scale = torch.nn.Parameter(torch.tensor(3.0))
 
 
+@pytest.mark.slow
 def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
     """A new parameter that is not listed raises an error; a listed one keeps its initial value, and all others are restored."""
     adam = {"optimizer": {"type": "Adam", "lr": 0.01}}

@@ -252,6 +252,7 @@ def test_training_twice_trains_once(make_runner: MakeRunner):
     assert len(recorder.metrics) == 1
 
 
+@pytest.mark.slow
 def test_training_resumes_fully_after_an_evaluation_that_resumed(make_runner: MakeRunner):
     """``val()`` loads only the weights; the later ``train()`` still restores momentum, schedules and the position."""
     hooks = {"runtime_info": None, "logger": None}
@@ -266,6 +267,7 @@ def test_training_resumes_fully_after_an_evaluation_that_resumed(make_runner: Ma
     assert first.rows + rest.rows == whole.rows
 
 
+@pytest.mark.slow
 def test_testing_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp_path: Path):
     """``test()`` with ``load_from`` gives the metrics of the run that saved the checkpoint."""
     hooks = {"runtime_info": None, "logger": None}

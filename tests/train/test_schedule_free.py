@@ -126,6 +126,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(
     assert all(torch.equal(value, expected[name]) for name, value in runner.strategy.model_state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_during_validation_has_all_three_weights(make_runner: MakeRunner, tmp_path: Path):
     """Checkpoints contain evaluation weights in the model part, training weights in the optimizer part, and the average."""
 

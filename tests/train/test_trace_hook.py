@@ -205,6 +205,7 @@ def test_two_micro_batches_equal_one_batch(tmp_path: Path, weighted: bool) -> No
     assert len(parts.ranks[0].steps[0].losses or ()) == 2
 
 
+@pytest.mark.slow
 def test_without_clipping_the_clipped_gradients_are_the_reduced_ones(tmp_path: Path) -> None:
     """They are recorded before the update, and there is no gradient norm."""
     step = recorded(tmp_path, "a.json", clip=None).ranks[0].steps[0]
@@ -214,6 +215,7 @@ def test_without_clipping_the_clipped_gradients_are_the_reduced_ones(tmp_path: P
     ]
 
 
+@pytest.mark.slow
 def test_ids_and_digests_identify_the_samples(tmp_path: Path) -> None:
     """The function ``ids`` takes precedence over the indices of the sampler."""
     hook = TraceHook(tmp_path / "a.json", ids=lambda run, batch_idx: [f"{run.iter}/{batch_idx}"])
@@ -225,6 +227,7 @@ def test_ids_and_digests_identify_the_samples(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_hook_can_be_configured_by_name(tmp_path: Path) -> None:
     """``TraceHook`` is in the registry of hooks."""
     train(tmp_path, {"type": "TraceHook", "path": str(tmp_path / "a.json"), "label": "mine", "steps": 1})

@@ -622,6 +622,7 @@ def test_every_name_has_a_test() -> None:
     assert set(torch_private.__all__) <= tested
 
 
+@pytest.mark.slow
 def test_private_names_of_torch_are_used_in_one_module() -> None:
     """No other module reads a private attribute that ``torch_private`` wraps."""
     wrapped = {

@@ -86,6 +86,7 @@ def test_transforms_stop_at_none() -> None:
     assert Compose([lambda data: None, lambda data: data * 2])(1) is None
 
 
+@pytest.mark.slow
 def test_datasets_are_combined(folder: Path) -> None:
     """Concatenated, repeated and balanced datasets return the samples of the datasets that they contain."""
     dataset = load(folder)

@@ -159,6 +159,7 @@ class Skipping(IterBasedTrainLoop):
         self.runner.call_hook("after_train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loop",
     [
@@ -329,6 +330,7 @@ def test_a_signal_during_a_validation_saves_the_run_and_the_validation_is_repeat
     assert record.losses == {number: loss for number, loss in whole.losses.items() if number >= 10}
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_validation_waits_for_hooks_that_may_have_replaced_the_weights(tmp_path):
     """A hook that sets other weights before a validation restores them after it, and only then is the run saved."""
 
@@ -350,6 +352,7 @@ def test_a_signal_during_a_validation_waits_for_hooks_that_may_have_replaced_the
     assert saved["state_dict"]["linear.weight"].abs().min() > 0
 
 
+@pytest.mark.slow
 def test_a_validation_without_training_does_not_save_the_best_checkpoint(tmp_path):
     """A run that is only validated returns the metrics and changes no checkpoint, also after a training."""
     checkpoint = {"type": "CheckpointHook", "save_best": "x/mean", "rule": "less"}
