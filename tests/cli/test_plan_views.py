@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stratagem.cli.plan.facts import bar_chart
+from stratagem.cli.plan.facts import Unit, bar_chart, speed_cells
 from stratagem.cli.plan.html import html_of, write_html
 from stratagem.cli.plan.terminal import print_report
 from stratagem.cli.plot.bars import Bar, BarChart, BarGroup, print_bars, write_bars_png
@@ -204,6 +204,17 @@ def test_the_picture(tmp_path: Path) -> None:
     assert contents.groups[0].limit == 80
     write_bars_png(contents, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_end_of_the_search_is_not_shown_as_the_largest_micro_batch() -> None:
+    """More than 2^20 samples may fit, so the number has a sign; a smaller number is exact."""
+    steps = [
+        step("DDP", memory(parameters=1, gradients=1, optimizer=1), largest_micro_batch=number)
+        for number in (2**20, 2**20 - 1)
+    ]
+    (section,) = build_report("two", [(CLUSTER, plan(*steps))], replan=None).sections
+    cells = [speed_cells(each, Unit("GiB", GIB))[2] for each in section.estimates]
+    assert cells == [">=1048576", "1048575"]
 
 
 def test_a_report_without_a_usable_strategy_has_no_bars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["largest_of_profiles", "largest_that_fits"]
+__all__ = ["MOST_SAMPLES", "largest_of_profiles", "largest_that_fits"]
 
 # A larger micro-batch is no longer useful, and its sizes would overflow.
-_MOST = 2**20
+MOST_SAMPLES = 2**20
 
 
 def largest_of_profiles(totals: Callable[[int], Sequence[int]], limits: Sequence[int], start: int) -> list[int]:
@@ -48,7 +48,7 @@ def largest_of_profiles(totals: Callable[[int], Sequence[int]], limits: Sequence
 
 def _largest_linear(low: Sequence[int], slopes: Sequence[float], start: int, limit: int) -> int:
     """Return the largest size for which no sum exceeds the limit; 0 if that of a single sample does."""
-    result = float(_MOST)
+    result = float(MOST_SAMPLES)
     for before, slope in zip(low, slopes, strict=True):
         constant = before - start * slope
         if slope > 0:
@@ -81,7 +81,7 @@ def largest_that_fits(peak: Callable[[int], int], limit: int, start: int) -> int
     low, guess = 1, max(2, start)
     while fits(guess):
         low = guess
-        if low >= _MOST:
+        if low >= MOST_SAMPLES:
             return low
         guess = _extrapolated(peaks, limit, low, 2 * low)
     high = guess
@@ -101,6 +101,6 @@ def _extrapolated(peaks: dict[int, int], limit: int, low: int, otherwise: int) -
     """Return a size that probably does not fit, judging by the two largest sizes that do."""
     below = max((size for size in peaks if size < low), default=None)
     if below is None or peaks[low] <= peaks[below]:
-        return min(otherwise, _MOST)
+        return min(otherwise, MOST_SAMPLES)
     each = (peaks[low] - peaks[below]) / (low - below)
-    return min(max(low + 1, low + int((limit - peaks[low]) / each) + 1), _MOST)
+    return min(max(low + 1, low + int((limit - peaks[low]) / each) + 1), MOST_SAMPLES)

@@ -10,6 +10,7 @@ from stratagem.cli.plot.bars import Bar, BarChart, BarGroup
 from stratagem.hardware import format_bytes, format_operations, format_seconds, three_digits
 from stratagem.planning.advice import SEGMENTS, Advice, segments_of
 from stratagem.planning.report import Report, Section
+from stratagem.planning.search import MOST_SAMPLES
 from stratagem.planning.timing import Estimate
 
 __all__ = [
@@ -119,11 +120,18 @@ def speed_cells(each: Estimate, unit: Unit) -> tuple[str, ...]:
     return (
         step.label,
         "-" if step.micro_batch is None or step.refusal is not None else str(step.micro_batch),
-        "-" if step.largest_micro_batch is None else str(step.largest_micro_batch),
+        _largest(step.largest_micro_batch),
         unit.format(sum(part.sent for part in each.collectives)) if each.collectives else "-",
         "-" if each.time is None else str(each.time),
         "-" if each.samples_per_second is None else _range(*each.samples_per_second),
     )
+
+
+def _largest(samples: int | None) -> str:
+    if samples is None:
+        return "-"
+    # The search ends here, and more samples may fit.
+    return f">={samples}" if samples >= MOST_SAMPLES else str(samples)
 
 
 def table_note(unit: Unit) -> str:
