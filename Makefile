@@ -47,10 +47,10 @@ train-text: setup ## Train a small language model on the King James Bible and ge
 	$(BIN)/stratagem train examples/gpt/config.py --resume
 	$(BIN)/stratagem sample examples/gpt/config.py work_dirs/gpt --prompt "In the beginning"
 
-test: setup ## Run the test suite, except the launcher and engine tests, in two processes.
+test: setup ## Run the test suite, except the launcher and engine tests, in two processes (up to 20 minutes on two cores).
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-fast: setup ## Run only the fast tests, in parallel (under a minute on two cores).
+test-fast: setup ## Run only the fast tests, in parallel (90 CPU seconds, so under a minute on two cores that do nothing else).
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-launch: $(LAUNCHERS) ## Test with real launchers: torchrun, mpirun, SLURM, Ray and two hosts.
