@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_all_start_methods, get_context, parent_process, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,12 +32,8 @@ _DEADLINE_S = 100.0
 # slow down all tests. Ranks with more threads than this are replaced.
 _MAX_THREADS = 120
 # Importing these modules takes several seconds in each rank. A server imports them once, and ranks are forked from it.
-_PRELOADED = [
-    "stratagem.runner", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
-]  # fmt: skip
-if find_spec("torchvision") is None:
-    # It imports torchvision, whose operators tests/foreign/torchvision_ops.py must define before in some environments.
-    _PRELOADED.append("torchmetrics")
+# torchmetrics is not among them, because it reads RANK when it is imported.
+_PRELOADED = ["stratagem.runner", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 if "forkserver" in get_all_start_methods():
     # Each process has one server, which data loaders and other tests may start before the first ranks.
     set_forkserver_preload(_PRELOADED)
