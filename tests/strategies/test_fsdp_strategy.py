@@ -84,6 +84,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"find_unused_parameters": True},
         "PlacementError: find_unused_parameters is an option of DDPStrategy",
     ),
+    "misspelled": (
+        Gpt,
+        {"mixed_precison": "bfloat16"},
+        r"ConfigTypeError: FSDPStrategy takes no argument 'mixed_precison'. Did you mean 'mixed_precision'\?",
+    ),
     "types": (
         Differs,
         {},

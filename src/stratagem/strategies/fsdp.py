@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
-from stratagem.errors import ConfigValueError, PlacementError
+from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.optim.whole_updates import MatrixUpdates
 from stratagem.parallel import DDP_OPTIONS, Placement
 from stratagem.parallel.deferred_init.materialize import InitSource
@@ -13,6 +13,7 @@ from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard, req
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 from stratagem.utils import did_you_mean, import_object
+from stratagem.utils.signatures import arguments_of
 
 __all__ = ["FSDPStrategy"]
 
@@ -149,12 +150,20 @@ _TRANSLATED: Mapping[str, Any] = {
 
 
 def _parse(arguments: Mapping[str, Any]) -> tuple[FSDPOptions, str]:
-    """Return the sharding configuration and the checkpoint format; arguments of other classes are ignored."""
+    """Return the sharding configuration and the checkpoint format; arguments of the base class are not used.
+
+    Raises:
+        PlacementError: if an argument is an option of ``DDPStrategy``.
+        ConfigTypeError: if no class has an argument.
+    """
+    known = {*(FSDPStrategy.__init__.__kwdefaults__ or ()), *arguments_of(ComposedStrategy).names}
     for name in arguments:
         if name in _DDP_ONLY:
             raise PlacementError(
                 f"{name} is an option of DDPStrategy that FSDPStrategy does not have, since it shards the model. Omit it."
             )
+        if name not in known:
+            raise ConfigTypeError(f"FSDPStrategy takes no argument {name!r}. {did_you_mean(name, known)}")
     options = {**_TRANSLATED, "mixed_precision": None}
     options = {name: arguments.get(name, default) for name, default in options.items()}
     if arguments.get("model_wrapper") is not None:
