@@ -23,8 +23,8 @@ SGD = {"optimizer": {"type": "SGD", "lr": 0.1}}
 MOMENTUM = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}}
 
 
-def steps_of(model: nn.Module, batch: str, *strategies: Any) -> tuple[StepPlan, ...]:
-    return stratagem.plan(model, optim_wrapper=SGD, batch=batch, strategies=strategies, worlds=[2]).steps
+def steps_of(model: nn.Module, batch: str, *strategies: Any, optim: Any = SGD) -> tuple[StepPlan, ...]:
+    return stratagem.plan(model, optim_wrapper=optim, batch=batch, strategies=strategies, worlds=[2]).steps
 
 
 class Layers(nn.Module):
@@ -108,6 +108,15 @@ def test_sparse_gradients_are_explained() -> None:
         assert step.failure is not None
         assert "Steps with sparse gradients are not simulated" in step.failure
         assert (step.memory.parameters, step.memory.gradients) == (1600, 1600)
+
+
+def test_the_state_of_an_optimizer_for_sparse_gradients() -> None:
+    """SparseAdam rejects dense gradients, and has two moments of the size of the embedding; Adam rejects sparse ones."""
+    [step] = steps_of(Words(), "int64[3,4]", "single", optim={"optimizer": {"type": "SparseAdam", "lr": 0.1}})
+    assert step.refusal is None
+    assert (step.memory.gradients, step.memory.optimizer_state) == (1600, 3200)
+    [step] = steps_of(Words(), "int64[3,4]", "single", optim={"optimizer": {"type": "Adam", "lr": 0.1}})
+    assert "Adam does not support sparse gradients" in str(step.refusal)
 
 
 class Scaled(BaseModel):

@@ -158,20 +158,34 @@ class Simulation:
         return list(self.strategy.optim_wrapper.each().values())
 
     def gradients_only(self) -> int:
-        """Create the optimizer state with an update that follows no forward pass; return the size of the gradients."""
-        gradients: list[Tensor] = []
+        """Create the optimizer state with an update that follows no forward pass; return the size of the gradients.
+
+        Sparse gradients count as dense ones, because their number of rows depends on the data.
+        """
+        sparse = self.sparse_parameters()
+        nbytes = 0
         for wrapper in self._wrappers():
             trainable = [
                 each for group in wrapper.optimizer.param_groups for each in group["params"] if each.requires_grad
             ]
             for parameter in trainable:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = _without_rows(parameter) if parameter in sparse else torch.zeros_like(parameter)
             self._updated.update(trainable)
-            gradients += [parameter.grad for parameter in trainable]
+            nbytes += storage_bytes(parameter.grad for parameter in trainable if parameter not in sparse)
+            nbytes += sum(parameter.nbytes for parameter in trainable if parameter in sparse)
             with self._reads, self._reads.counting(wrapper.optimizer):
                 wrapper.optimizer.step()
             wrapper.optimizer.zero_grad()
-        return storage_bytes(gradients)
+        return nbytes
+
+    def sparse_parameters(self) -> set[Tensor]:
+        """Return the parameters of layers such as ``nn.Embedding(sparse=True)``, whose gradients are sparse."""
+        return {
+            parameter
+            for module in self.model.modules()
+            if getattr(module, "sparse", False) is True
+            for parameter in module.parameters(recurse=False)
+        }
 
     def step(self, batch: Any) -> StepRecord:
         """Run one optimizer step with the same batch in each micro-batch, and record it.
@@ -270,6 +284,13 @@ class Simulation:
                     calls += new_calls * repeated
                     flops += new_flops * repeated
         return storage_bytes(seen), (tuple(calls), flops)
+
+
+def _without_rows(parameter: Tensor) -> Tensor:
+    """Return a sparse gradient of a parameter without any row."""
+    indices = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
+    values = parameter.new_empty((0, *parameter.shape[1:]))
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
 
 
 def _skip_micro_batches(wrapper: Any, count: int) -> None:

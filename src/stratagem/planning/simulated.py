@@ -106,11 +106,7 @@ def _try_plan(
         try:
             record = sim.step(batch.batch)
         except Exception as error:  # noqa: BLE001 -- the user's model may raise anything
-            return [], describe_failure(
-                error,
-                type(sim.model).__name__,
-                sparse=any(getattr(each, "sparse", False) is True for each in sim.model.modules()),
-            )
+            return [], describe_failure(error, type(sim.model).__name__, sparse=bool(sim.sparse_parameters()))
 
         def history(size: int) -> StorageHistory:
             return sim.step(batch.resized(size)).history
