@@ -168,14 +168,13 @@ def _title(task: PlanTask) -> str:
     return f"{task.label}, {task.world:,} rank{'s' if task.world > 1 else ''}"
 
 
-# What this process plans, if another one started it.
-_request: PlanRequest | None = None
+# What this process plans, if another one started it: one request, which the functions that a pool calls share.
+_requests: Final[list[PlanRequest]] = []
 _open: Final = ExitStack()
 
 
 def _begin(source: PlanSource, batch: BatchSpec | None) -> None:
     """Read the configuration in a process that another one started."""
-    global _request  # noqa: PLW0603 -- the functions that a pool calls share no other object
     # Ctrl-C also reaches the process that started this one, which reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -186,15 +185,10 @@ def _begin(source: PlanSource, batch: BatchSpec | None) -> None:
         os.dup2(nowhere, descriptor)
     torch.set_num_threads(1)
     config = read_config(source.options)
-    _request = _open.enter_context(
-        requested(
-            config,
-            batch,
-            strategies=source.strategies,
-            gpus_per_node=source.gpus_per_node,
-            memory=source.memory,
-        )
+    request = requested(
+        config, batch, strategies=source.strategies, gpus_per_node=source.gpus_per_node, memory=source.memory
     )
+    _requests.append(_open.enter_context(request))
 
 
 def _exit_with_parent() -> None:
@@ -205,5 +199,4 @@ def _exit_with_parent() -> None:
 
 
 def _plan_group(tasks: Sequence[PlanTask]) -> list[list[StepPlan]]:
-    assert _request is not None  # noqa: S101 -- _begin was called
-    return [task.plan(_request) for task in tasks]
+    return [task.plan(_requests[0]) for task in tasks]
