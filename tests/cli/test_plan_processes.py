@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from stratagem.cli.progress_line import ProgressLine
 from stratagem.planning.planner import plan_config
 from stratagem.planning.result import StepPlan
 from stratagem.planning.tasks import tasks_of
+from tests.support.ranks import scripts_environment
 
 # With ``ends_others``, the model ends every process that another one started.
 _MODEL = """
@@ -96,3 +102,26 @@ def test_engines_share_a_process() -> None:
     """Their strategies use the same simulations, so they are planned together; the others one by one."""
     tasks = tasks_of(("ddp", "deepspeed", "fsdp", "colossalai"), (2, 4))
     assert processes._groups(list(tasks)) == [[2, 3, 6, 7], [0], [1], [4], [5]]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_without_a_traceback(source: PlanSource) -> None:
+    """It comes while the second process imports its modules."""
+    words = ["plan", str(source.options.config), "--strategy", ",".join(STRATEGIES), "--world", "2,4", "--batch", BATCH]
+    with subprocess.Popen(
+        [sys.executable, "-m", "stratagem", *words],
+        cwd=source.options.config.parent,
+        env=scripts_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as command:
+        assert command.stderr is not None
+        assert command.stderr.readline().startswith("[1/6] ")
+        time.sleep(1)  # by when the second process imports torch on most machines
+        os.killpg(command.pid, signal.SIGINT)
+        # Reading ends when no process can write to the pipes any more.
+        _, errors = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert "Traceback" not in errors

@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, final
@@ -94,8 +94,9 @@ class TaskPlanner:
             initargs=(self._source, request.batch),
         ) as pool:
             shared = _Shared(pool, tasks, groups[1:])
-            for _ in range(helpers):
-                shared.submit()
+            with _interrupts_held():
+                for _ in range(helpers):
+                    shared.submit()
             plan_here(groups[0])
             while (group := shared.take()) is not None:
                 plan_here(group)
@@ -164,6 +165,22 @@ def _can_be_sent(value: object) -> bool:
     return True
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let processes that are started inside the ``with`` block handle Ctrl-C only after they have imported their modules.
+
+    Otherwise, each prints the traceback of an import.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _title(task: PlanTask) -> str:
     return f"{task.label}, {task.world:,} rank{'s' if task.world > 1 else ''}"
 
@@ -177,6 +194,8 @@ def _begin(source: PlanSource, batch: BatchSpec | None) -> None:
     """Read the configuration in a process that another one started."""
     # Ctrl-C also reaches the process that started this one, which reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # What the user's code prints was already printed.
     sys.stdout.flush()
