@@ -51,14 +51,14 @@ def source(tmp_path: Path) -> PlanSource:
     (tmp_path / "planned_parts.py").write_text(_MODEL, encoding="utf-8")
     path = tmp_path / "planned.py"
     path.write_text(_CONFIG, encoding="utf-8")
-    return PlanSource(options=RunOptions(config=path), strategies=STRATEGIES, gpus_per_node=8, memory=(2**30,))
+    return PlanSource(options=RunOptions(config=path), gpus_per_node=8, memory=(2**30,))
 
 
 def planned(source: PlanSource, number: int) -> list[StepPlan]:
     """Return the plans of a number of processes, without the time that they took."""
     found = plan_config(
         Config.fromfile(source.options.config),
-        strategies=source.strategies,
+        strategies=STRATEGIES,
         worlds=WORLDS,
         memory=source.memory,
         batch=BATCH,

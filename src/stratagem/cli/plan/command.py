@@ -107,10 +107,8 @@ def plan(
     # The same simulations serve all amounts of memory.
     limits = list(dict.fromkeys(cluster.memory for cluster in clusters if cluster.memory is not None))
     progress = ProgressLine(0, quiet=False, text="Planning")
-    source = PlanSource(
-        options=options, strategies=strategies, gpus_per_node=settings.gpus_per_node, memory=limits or None
-    )
-    # What the model or the dataset prints is not part of the result.
+    source = PlanSource(options=options, gpus_per_node=settings.gpus_per_node, memory=limits or None)
+    # The output of the model and the dataset does not belong to the result.
     with progress.shown(), redirect_stdout(sys.stderr):
         planned = plan_config(
             config,

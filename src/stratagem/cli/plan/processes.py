@@ -24,7 +24,7 @@ from stratagem.planning.batch import BatchSpec
 from stratagem.planning.planner import requested
 from stratagem.planning.result import StepPlan
 from stratagem.planning.simulated import PlanRequest
-from stratagem.planning.tasks import PlanTask, StrategySpec
+from stratagem.planning.tasks import PlanTask
 from stratagem.utils.processes import usable_cores
 
 __all__ = ["PlanSource", "TaskPlanner"]
@@ -41,13 +41,11 @@ class PlanSource:
 
     Attributes:
         options: the configuration.
-        strategies: the strategies; None for that of the configuration.
         gpus_per_node: the number of ranks on a node.
         memory: the memory of the devices.
     """
 
     options: RunOptions
-    strategies: Sequence[StrategySpec] | None
     gpus_per_node: int
     memory: Sequence[int] | None
 
@@ -197,16 +195,15 @@ def _begin(source: PlanSource, batch: BatchSpec | None) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # What the user's code prints was already printed.
+    # The first process has already shown the output of the user's code.
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
     torch.set_num_threads(1)
     config = read_config(source.options)
-    request = requested(
-        config, batch, strategies=source.strategies, gpus_per_node=source.gpus_per_node, memory=source.memory
-    )
+    # The strategies come with each group of tasks.
+    request = requested(config, batch, strategies=None, gpus_per_node=source.gpus_per_node, memory=source.memory)
     _requests.append(_open.enter_context(request))
 
 
